@@ -1,0 +1,37 @@
+"""The table of mounted file systems of a Linux process."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A file system, the folder inside it that is mounted (``top``), and where (``point``)."""
+
+    filesystem: str
+    options: tuple[str, ...]
+    top: PurePosixPath
+    point: Path
+
+
+def mounts(root: Path = Path("/")) -> list[Mount]:
+    """The lines of ``/proc/self/mountinfo`` in order; ``root`` holds ``proc``. Empty where there is no such file."""
+    try:
+        lines = (root / "proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        filesystem, _, options = after.split(" ", 2)
+        top, point = (_unescape(field) for field in before.split(" ")[3:5])
+        found.append(Mount(filesystem, tuple(options.split(",")), PurePosixPath(top), root / point.lstrip("/")))
+    return found
+
+
+def _unescape(field: str) -> str:
+    """Spaces and the like are written as a backslash and three octal digits."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

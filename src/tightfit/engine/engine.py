@@ -1,0 +1,107 @@
+"""The engine: sequences in, tokens out, one step after the other."""
+
+from __future__ import annotations
+
+import torch
+
+from tightfit.budget.ledger import Workspace
+from tightfit.engine.scheduler import Scheduler
+from tightfit.engine.sequence import Sequence
+from tightfit.kv.cache import Cache
+from tightfit.model.batch import Batch, Segment
+from tightfit.model.decoder import Decoder
+
+
+class Engine:
+    """Runs several sequences at once on one decoder, one cache and one workspace.
+
+    ``last_prefill_tokens`` is how many prompt tokens the last step computed.
+    """
+
+    def __init__(self, decoder: Decoder, cache: Cache, ws: Workspace, context: int, chunk: int, threads: int) -> None:
+        self.decoder = decoder
+        self.cache = cache
+        self.ws = ws
+        self.context = context
+        self.chunk = chunk
+        self.threads = threads
+        self.scheduler = Scheduler(cache.sequences, chunk)
+        self.last_prefill_tokens = 0
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Sequence, int]]:
+        """Computes one batch; gives the sequences that got a token, and the token. Sequences that are done have left.
+
+        A stop token is reported too, and is the last token of its sequence.
+        """
+        batch, sequences = self.scheduler.schedule()
+        self.last_prefill_tokens = batch.size - batch.split.vector
+        if not sequences:
+            return []
+        sampled = []
+        use_threads(batch, self.threads)
+        with self.ws.frame():
+            hidden = self.decoder.hidden(batch, self.cache, self.ws)
+            logits = self.decoder.logits(hidden, self.ws)
+            row = 0
+            for segment, sequence in zip(batch.segments, sequences, strict=True):
+                sequence.computed = segment.stop
+                if segment.logits == "none":
+                    continue
+                token = sequence.sampler.sample(logits[row], sequence.tokens)
+                row += 1
+                sampled.append((sequence, token))
+        for sequence, token in sampled:
+            self._accept(sequence, token)
+        return sampled
+
+    def reusable(self, cached: int, common: int) -> int:
+        """How many of the first ``common`` tokens of a sequence of which ``cached`` tokens were computed can be kept
+        when it is continued differently: a ring that has wrapped can only go back by one chunk."""
+        wrapped = any(layout.slots < cached for layout in self.cache.layouts)
+        return 0 if wrapped and cached - common > self.chunk else common
+
+    def _accept(self, sequence: Sequence, token: int) -> None:
+        sequence.tokens.append(token)
+        if token in sequence.stop_tokens:
+            sequence.finish = "stop"
+        elif sequence.new_tokens >= sequence.max_new_tokens or len(sequence.tokens) >= self.context:
+            sequence.finish = "length"
+
+    @torch.inference_mode()
+    def score(self, tokens: list[int], slot: int = 0) -> list[float]:
+        """The natural logarithm of the probability of every token but the first, given those before it.
+
+        Computed as prefill does, chunk by chunk; logits are made for 16 tokens at a time. ``slot`` must be free.
+        """
+        result: list[float] = []
+        for start in range(0, len(tokens), self.chunk):
+            part = tokens[start : start + self.chunk]
+            batch = Batch((Segment(slot, start, part, logits="all"),))
+            use_threads(batch, self.threads)
+            with self.ws.frame():
+                hidden = self.decoder.hidden(batch, self.cache, self.ws)
+                for first in range(0, len(part), SCORED_AT_ONCE):
+                    following = tokens[start + first + 1 : start + min(first + SCORED_AT_ONCE, len(part)) + 1]
+                    with self.ws.frame():
+                        logits = self.decoder.logits(hidden[first : first + len(following)], self.ws)
+                        result += log_probabilities(logits, torch.tensor(following))
+        return result
+
+
+SCORED_AT_ONCE = 16
+
+
+def use_threads(batch: Batch, threads: int) -> None:
+    """Torch's threads serve prefill only: a decoding step is many small operations, and waking and awaiting them for
+    each takes longer than the work (the kernels have a pool of their own)."""
+    torch.set_num_threads(threads if batch.split.gemm else 1)
+
+
+def log_probabilities(logits_: torch.Tensor, tokens: torch.Tensor) -> list[float]:
+    """log softmax of ``logits`` (n, vocab) at ``tokens`` (n,); logits are used as scratch."""
+    chosen = logits_.gather(1, tokens[:, None])[:, 0]
+    top = logits_.amax(dim=-1, keepdim=True)
+    total = logits_.sub_(top).exp_().sum(dim=-1)
+    result: list[float] = (chosen - top[:, 0] - total.log()).tolist()
+    return result

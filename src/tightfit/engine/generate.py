@@ -1,0 +1,175 @@
+"""Text in, text out: prompts become sequences, sampled tokens become pieces of text that can be shown."""
+
+from __future__ import annotations
+
+import time
+from collections import abc
+from dataclasses import dataclass, field
+
+from tightfit.checkpoints.tokenizer import Tokenizer
+from tightfit.decode.sample import Sampler, SamplingParams
+from tightfit.decode.text import TextStream
+from tightfit.engine.engine import Engine
+from tightfit.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt as tokens, and how to continue it.
+
+    ``stop`` strings end the text and are not part of it; ``stop_tokens`` likewise.
+    """
+
+    tokens: list[int]
+    max_new_tokens: int
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+    stop_tokens: frozenset[int] = frozenset()
+
+
+@dataclass
+class Completion:
+    """What came of one prompt. ``finish`` is ``stop`` or ``length``; ``tokens`` are the new ones, a stop token
+    included; ``reused_tokens`` of the prompt were in the cache already; ``dropped_messages`` of a conversation no
+    longer fitted."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    dropped_messages: int = 0
+    finish: str = ""
+
+
+@dataclass
+class Timing:
+    """Sums over everything that was computed. A step with prompt tokens in it counts as prefill. Seconds."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    first_token_seconds: float | None = None
+
+
+@dataclass
+class Kept:
+    """A finished conversation's place in the cache: ``tokens`` of it are there."""
+
+    slot: int
+    tokens: list[int]
+
+
+class Generator:
+    """Runs requests on an engine. One conversation's keys and values can be kept for its next turn."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.timing = Timing()
+        self._kept: Kept | None = None
+
+    def run(
+        self, requests: list[Request], completions: list[Completion], conversation: bool = False
+    ) -> abc.Generator[tuple[int, str], None, None]:
+        """Yields (index of the request, text that can be shown now); fills ``completions``, one for each request.
+
+        With ``conversation`` the only request's keys and values are kept at the end, and what the next such request has
+        in common with it from the start is not computed again. Closing the iterator early ends the requests and gives
+        their places back.
+        """
+        started = time.perf_counter()
+        kept = self._take_kept()
+        if kept is not None and not conversation:
+            self.engine.scheduler.release(kept.slot)
+            kept = None
+        active = [
+            _Active(index, self._sequence(request, kept), TextStream(self.tokenizer, request.stop))
+            for index, request in enumerate(requests)
+        ]
+        for item in active:
+            completions[item.index].prompt_tokens = item.sequence.prompt_length
+            completions[item.index].reused_tokens = item.sequence.computed
+            self.timing.prompt_tokens += item.sequence.prompt_length
+            self.engine.scheduler.add(item.sequence)
+        running = {id(item.sequence): item for item in active}
+        try:
+            while running:
+                for sequence, token in self._step():
+                    item = running[id(sequence)]
+                    if self.timing.first_token_seconds is None:
+                        self.timing.first_token_seconds = time.perf_counter() - started
+                    completion = completions[item.index]
+                    completion.tokens.append(token)
+                    text = "" if token in sequence.stop_tokens else item.text.push(token)
+                    if item.text.stopped:
+                        sequence.finish = "stop"
+                    if sequence.finish:
+                        text += item.text.finish()
+                        completion.finish = sequence.finish
+                        del running[id(sequence)]
+                        self._end(sequence, conversation)
+                    completion.text += text
+                    if text:
+                        yield item.index, text
+        finally:
+            for item in running.values():
+                self.engine.scheduler.finish(item.sequence)
+
+    def score(self, tokens: list[int]) -> list[float]:
+        """See :meth:`Engine.score`; a conversation that was kept is forgotten."""
+        kept = self._take_kept()
+        if kept is not None:
+            self.engine.scheduler.release(kept.slot)
+        return self.engine.score(tokens)
+
+    def _step(self) -> list[tuple[Sequence, int]]:
+        started = time.perf_counter()
+        sampled = self.engine.step()
+        seconds = time.perf_counter() - started
+        timing = self.timing
+        timing.new_tokens += len(sampled)
+        prefilled = self.engine.last_prefill_tokens
+        if prefilled:
+            timing.prefill_tokens += prefilled
+            timing.prefill_seconds += seconds
+        else:
+            timing.decode_tokens += len(sampled)
+            timing.decode_seconds += seconds
+        return sampled
+
+    def _sequence(self, request: Request, kept: Kept | None) -> Sequence:
+        sequence = Sequence(
+            tokens=list(request.tokens),
+            prompt_length=len(request.tokens),
+            max_new_tokens=request.max_new_tokens,
+            stop_tokens=request.stop_tokens,
+            sampler=Sampler(request.sampling),
+        )
+        if kept is not None:
+            common = 0
+            for old, new in zip(kept.tokens, request.tokens[:-1], strict=False):
+                if old != new:
+                    break
+                common += 1
+            sequence.slot = kept.slot
+            sequence.computed = self.engine.reusable(len(kept.tokens), common)
+        return sequence
+
+    def _end(self, sequence: Sequence, conversation: bool) -> None:
+        self.engine.scheduler.finish(sequence, keep_slot=conversation)
+        if conversation:
+            self._kept = Kept(sequence.slot, sequence.tokens[: sequence.computed])
+
+    def _take_kept(self) -> Kept | None:
+        kept, self._kept = self._kept, None
+        return kept
+
+
+@dataclass
+class _Active:
+    index: int
+    sequence: Sequence
+    text: TextStream

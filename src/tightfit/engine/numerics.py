@@ -1,0 +1,22 @@
+"""Which types a model is computed in on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+
+def gemm_dtype(stored: Collection[str]) -> str:
+    """The type that prefill multiplies in: float32 where the checkpoint holds float32 or the processor has no
+    instructions for bfloat16 products, else bfloat16. ``stored`` are the checkpoint's types."""
+    if "F32" in stored and not {"BF16", "F16"} & set(stored):
+        return "float32"
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def kv_dtype(stored: Collection[str]) -> str:
+    """The type of cached keys and values: that of the checkpoint."""
+    if "F32" in stored and not {"BF16", "F16"} & set(stored):
+        return "float32"
+    return "float16" if "F16" in stored and "BF16" not in stored else "bfloat16"

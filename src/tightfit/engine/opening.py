@@ -1,0 +1,176 @@
+"""From a user's wish to a plan: opens the checkpoint, reads the architecture, and settles what fits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from tightfit import zoo
+from tightfit.budget import malloc
+from tightfit.budget.machine import usable_cores
+from tightfit.budget.meter import machine_memory, resident_set
+from tightfit.budget.units import format_bytes, parse_budget
+from tightfit.catalog import parse
+from tightfit.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from tightfit.checkpoints.config import Config
+from tightfit.errors import BudgetError, TightfitError, UsageError
+from tightfit.model.families import model_spec
+from tightfit.model.spec import ModelSpec
+from tightfit.plan.schema import Plan
+
+if TYPE_CHECKING:
+    from tightfit.engine.start import Settled
+    from tightfit.plan.search import Request
+
+DEFAULT_CONTEXT = 4096
+# Planning needs torch, and importing torch alone takes more than this. Below it a child process finds the smallest budget
+# that would work, so that a refusal does not itself go over the budget.
+CHILD_BELOW = 220 << 20
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What was asked for, as it was written."""
+
+    model: str
+    memory: str | int | None = None
+    context: int | None = None
+    batch: int = 1
+    weights: str | None = None
+    chunk: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint and its architecture; ``budget`` in bytes."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    budget: int
+    context: int
+
+
+def open_model(wish: Wish, headers_only: bool = False) -> Opened:
+    """Opens the checkpoint, without torch. Raises UsageError for a wish that cannot be read."""
+    malloc.tune_malloc()
+    memory = machine_memory()
+    budget = parse_budget(wish.memory, memory)
+    if budget > memory.total:
+        raise UsageError(
+            f"a budget of {format_bytes(budget)} is more than the {format_bytes(memory.total)} there are "
+            f"({memory.limited_by})",
+            "Leave --memory out to use what is available, or name less.",
+        )
+    if wish.batch < 1:
+        raise UsageError(f"{wish.batch} sequences at once make no sense", "Use --batch 1 or more.")
+    if wish.chunk is not None and wish.chunk < 1:
+        raise UsageError(f"a chunk of {wish.chunk} tokens makes no sense", "Use --chunk 16 or more.")
+    if wish.weights is not None:
+        parse("weights", wish.weights)
+    name = str(zoo.path(wish.model)) if wish.model in zoo.EMBEDDED else wish.model
+    checkpoint = open_checkpoint(name, headers_only=headers_only)
+    spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
+    context = wish.context if wish.context is not None else min(spec.context, DEFAULT_CONTEXT)
+    if context < 2:
+        raise UsageError(f"a context of {context} tokens holds no prompt and answer", "Use --context 2 or more.")
+    if context > spec.context:
+        raise UsageError(
+            f"{checkpoint.name} was trained for {spec.context} tokens of context, {context} were asked for",
+            f"Use --context {spec.context} or less.",
+        )
+    return Opened(checkpoint, spec, budget, context)
+
+
+def plan_for(wish: Wish, opened: Opened) -> Plan:
+    """The plan for a wish. Raises BudgetError with the smallest budget that works if nothing fits."""
+    if opened.budget < CHILD_BELOW and "torch" not in sys.modules:
+        return _plan_in_child(wish)
+    return plan_here(wish, opened)
+
+
+def plan_here(wish: Wish, opened: Opened, elsewhere: int = 0) -> Plan:
+    """As :func:`plan_for`, in this process whatever the budget. ``elsewhere``: how many bytes larger than this one the
+    process is that would run the plan."""
+    settled = _settle(wish, opened, elsewhere)
+    if settled.plan is None:
+        assert settled.refusal is not None
+        raise settled.refusal
+    return settled.plan
+
+
+def _settle(wish: Wish, opened: Opened, elsewhere: int = 0) -> Settled:
+    from tightfit.engine.start import settle
+
+    # What a conversation or a run needs beside the engine is loaded now, so that it is measured.
+    opened.checkpoint.tokenizer()
+    return settle(opened.checkpoint, opened.spec, _request(wish, opened), elsewhere)
+
+
+def survey(wish: Wish, opened: Opened) -> dict[str, Any]:
+    """What ``tightfit plan`` answers, JSON-ready: ``model``, ``budget_bytes``, ``plan`` (None if nothing fits, then
+    with ``hint`` and ``smallest_bytes``), and ``precisions``: what each format of the weights needs at least."""
+    from tightfit.engine.start import smallest_runtime
+    from tightfit.plan.search import precisions
+
+    settled = _settle(wish, opened)
+    answer: dict[str, Any] = {
+        "model": {
+            "name": opened.checkpoint.name,
+            "family": opened.spec.family,
+            "parameters": opened.spec.parameter_count,
+            "context": opened.spec.context,
+        },
+        "budget_bytes": opened.budget,
+        "plan": None if settled.plan is None else settled.plan.model_dump(),
+        "precisions": precisions(settled.search, smallest_runtime(settled.search)),
+    }
+    if settled.refusal is not None:
+        answer |= {"hint": settled.refusal.hint, "smallest_bytes": settled.refusal.smallest_bytes}
+    return answer
+
+
+def _request(wish: Wish, opened: Opened) -> Request:
+    from tightfit.engine.numerics import gemm_dtype, kv_dtype
+    from tightfit.plan.search import Request
+
+    types = {info.dtype for info in opened.checkpoint.tensors.values()}
+    return Request(
+        budget=opened.budget,
+        context=opened.context,
+        sequences=wish.batch,
+        threads=wish.threads or usable_cores(),
+        gemm=gemm_dtype(types),
+        kv=kv_dtype(types),
+        weights=wish.weights,
+        chunk=wish.chunk,
+    )
+
+
+def _plan_in_child(wish: Wish) -> Plan:
+    command = [sys.executable, "-m", "tightfit.engine.opening", json.dumps(asdict(wish)), str(resident_set().current)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        answer = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        raise TightfitError(f"planning failed: {done.stderr.strip()}", "Please report this.") from None
+    if "error" in answer:
+        raise BudgetError(answer["error"], answer["hint"], answer["smallest_bytes"])
+    return Plan.model_validate(answer["plan"])
+
+
+def _child(text: str, asking: int) -> dict[str, object]:
+    """Answers a wish in a process of its own, for one of ``asking`` bytes."""
+    wish = Wish(**json.loads(text))
+    try:
+        opened = open_model(wish)
+        return {"plan": plan_here(wish, opened, asking - resident_set().current).model_dump()}
+    except BudgetError as error:
+        return {"error": error.message, "hint": error.hint, "smallest_bytes": error.smallest_bytes}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_child(sys.argv[1], int(sys.argv[2]))))

@@ -1,0 +1,32 @@
+"""The receipt of a run: what was promised, what was used, how fast it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tightfit.budget.ledger import Ledger
+from tightfit.budget.meter import resident_set
+from tightfit.engine.generate import Timing
+from tightfit.plan.schema import Plan
+
+
+def receipt(plan: Plan, ledger: Ledger, timing: Timing) -> dict[str, Any]:
+    """JSON-ready; keys are stable. Sizes in bytes, times in seconds; a rate is None before there is one."""
+    seen = resident_set()
+    ledger.measure(seen.current)
+    return {
+        "budget_bytes": plan.budget,
+        "peak_rss_bytes": seen.peak,
+        "predicted_bytes": plan.total,
+        "accounts": ledger.receipt(),
+        "prompt_tokens": timing.prompt_tokens,
+        "new_tokens": timing.new_tokens,
+        "time_to_first_token_s": timing.first_token_seconds,
+        "prefill_tokens_per_s": rate(timing.prefill_tokens, timing.prefill_seconds),
+        "decode_tokens_per_s": rate(timing.decode_tokens, timing.decode_seconds),
+        "plan": plan.model_dump(),
+    }
+
+
+def rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count and seconds else None

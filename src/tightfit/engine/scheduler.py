@@ -1,0 +1,67 @@
+"""Which tokens are computed in the next step.
+
+Every running sequence that decodes gives one token; what remains of the step's prompt tokens goes to the sequences that
+are still being prefilled, in the order in which they came. A sequence's chunks start at multiples of the chunk size,
+whatever else runs, so that its bits do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from tightfit.engine.sequence import Sequence
+from tightfit.model.batch import Batch, Segment
+
+
+class Scheduler:
+    """Holds ``slots`` sequences at once and computes at most ``chunk`` prompt tokens in a step; others wait."""
+
+    def __init__(self, slots: int, chunk: int) -> None:
+        self.chunk = chunk
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._free = list(range(slots - 1, -1, -1))
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self) -> tuple[Batch, list[Sequence]]:
+        """The next batch, and the sequences of its segments in the batch's order."""
+        while self.waiting and (self._free or self.waiting[0].slot >= 0):
+            sequence = self.waiting.popleft()
+            if sequence.slot < 0:
+                sequence.slot = self._free.pop()
+            self.running.append(sequence)
+        picked = [(self._decode(s), s) for s in self.running if s.decoding]
+        room = self.chunk
+        for sequence in self.running:
+            if sequence.decoding:
+                continue
+            stop = min((sequence.computed // self.chunk + 1) * self.chunk, len(sequence.tokens))
+            if stop - sequence.computed > room:
+                continue
+            room -= stop - sequence.computed
+            picked.append((self._prefill(sequence, stop), sequence))
+        return Batch(tuple(segment for segment, _ in picked)), [sequence for _, sequence in picked]
+
+    def finish(self, sequence: Sequence, keep_slot: bool = False) -> None:
+        """Takes a sequence out; its slot is free again unless a conversation keeps it."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence.slot >= 0 and not keep_slot:
+            self.release(sequence.slot)
+
+    def release(self, slot: int) -> None:
+        self._free.append(slot)
+
+    @staticmethod
+    def _decode(sequence: Sequence) -> Segment:
+        return Segment(sequence.slot, sequence.computed, sequence.tokens[-1:], decode=True)
+
+    @staticmethod
+    def _prefill(sequence: Sequence, stop: int) -> Segment:
+        last = stop == len(sequence.tokens)
+        tokens = sequence.tokens[sequence.computed : stop]
+        return Segment(sequence.slot, sequence.computed, tokens, logits="last" if last else "none")

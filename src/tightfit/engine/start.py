@@ -1,0 +1,209 @@
+"""From a checkpoint and a budget to an engine: plan, rehearse, load.
+
+What a step needs in scratch is found by running the decoder dry (:func:`tightfit.kernels.ops.dry`); what the
+interpreter, torch and the libraries need is measured by a rehearsal: every kind of layer, the head and the sampler run
+once at their largest size on weights that nobody has written yet (reading such memory takes none), and the operating
+system says what is resident. Only then are weights loaded.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from tightfit.budget import malloc
+from tightfit.budget.code import drop_code_pages
+from tightfit.budget.ledger import PAGE, Arena, Ledger, Workspace, align
+from tightfit.budget.meter import resident_set
+from tightfit.checkpoints.checkpoint import Checkpoint
+from tightfit.decode.sample import Sampler, SamplingParams
+from tightfit.engine.engine import Engine, use_threads
+from tightfit.errors import BudgetError
+from tightfit.kernels import cpu, ops
+from tightfit.kv.cache import Cache
+from tightfit.model.batch import Batch, Segment
+from tightfit.model.decoder import Decoder, cache_layouts
+from tightfit.model.spec import ModelSpec
+from tightfit.plan.schema import Plan
+from tightfit.plan.search import Request, Search
+from tightfit.weights.placement.resident import Resident
+
+FIRST_GUESS = 48 << 20  # what running everything once adds to the resident set, at most
+MARGIN = 8 << 20  # small temporaries, text and token lists that a long run adds after the rehearsal
+NOISE = 2 << 20  # by how much the resident set of equal processes differs
+ROUNDS = 4
+VIRTUAL = 1 << 36  # address space of an arena that is never written
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides how much memory a step takes. ``formats`` of the layers and ``outer`` are spec strings."""
+
+    outer: str
+    formats: tuple[str, ...]
+    context: int
+    sequences: int
+    chunk: int
+    gemm: str
+    kv: str
+
+    @staticmethod
+    def of(plan: Plan) -> Shape:
+        formats = tuple(layer.format for layer in plan.layers)
+        numerics = plan.numerics
+        return Shape(plan.outer.format, formats, plan.context, plan.sequences, plan.chunk, numerics.gemm, numerics.kv)
+
+
+def reduced(spec: ModelSpec, formats: tuple[str, ...]) -> tuple[ModelSpec, dict[int, str]]:
+    """The model with only one layer of each kind and format, and the formats of those layers."""
+    first: dict[tuple[object, ...], int] = {}
+    for index, layer in enumerate(spec.layers):
+        first.setdefault((layer.kind, formats[index]), index)
+    kept = sorted(first.values())
+    small = replace(spec, layers=tuple(spec.layers[index] for index in kept))
+    return small, {place: formats[index] for place, index in enumerate(kept)}
+
+
+def build(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    formats: Mapping[int, str],
+    shape: Shape,
+    weights: Arena,
+    kv: Arena,
+) -> tuple[Resident, Decoder, Cache]:
+    """Weights, decoder and cache in their arenas; nothing is read or written."""
+    placement = Resident(checkpoint, spec, shape.outer, formats, DTYPES[shape.gemm], weights)
+    cache = Cache(cache_layouts(spec, shape.context, shape.chunk), shape.sequences, DTYPES[shape.kv], kv)
+    return placement, Decoder(spec, placement), cache
+
+
+def largest_step(shape: Shape) -> Batch:
+    """The step that needs most scratch: one whole chunk at the end of the context, all other sequences decoding."""
+    length = min(shape.chunk, shape.context)
+    prefill = Segment(0, shape.context - length, [0] * length)
+    decode = [Segment(slot, shape.context - 1, [0], decode=True) for slot in range(1, shape.sequences)]
+    return Batch.of([prefill, *decode])
+
+
+@torch.inference_mode()
+def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
+    """Bytes of scratch that the largest step of ``plan`` takes, found by running it dry."""
+    shape = Shape.of(plan)
+    small, formats = reduced(spec, shape.formats)
+    _, decoder, cache = build(checkpoint, small, formats, shape, Arena(VIRTUAL), Arena(VIRTUAL))
+    ws = Workspace(Arena(VIRTUAL))
+    with ops.dry(), ws.frame():
+        decoder.logits(decoder.hidden(largest_step(shape), cache, ws), ws)
+    return align(ws.high_water, PAGE)
+
+
+@torch.inference_mode()
+def rehearse(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
+    """Bytes of the ``runtime`` account: what is resident beside the arenas once everything has run.
+
+    Runs one layer of each kind, the head and the sampler at their largest sizes, and at the sizes of one token.
+    """
+    shape = Shape.of(plan)
+    cpu.set_threads(plan.threads)
+    gc.collect()
+    drop_code_pages()
+    small, formats = reduced(spec, shape.formats)
+    kv, scratch = Arena(VIRTUAL), Arena(plan.accounts["workspace"])
+    _, decoder, cache = build(checkpoint, small, formats, shape, Arena(VIRTUAL), kv)
+    ws = Workspace(scratch)
+    length = min(shape.chunk, shape.context)
+    sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=0))
+    one = Batch((Segment(0, min(length, shape.context - 1), [0], decode=True),))
+    for batch in (largest_step(shape), *_buckets(length), one):
+        use_threads(batch, plan.threads)
+        with ws.frame():
+            logits = decoder.logits(decoder.hidden(batch, cache, ws), ws)
+            sampler.sample(logits[0], [0])
+    kv.release()
+    scratch.release()
+    return resident_set().current
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The outcome of planning: a plan, or why there is none."""
+
+    search: Search
+    plan: Plan | None
+    refusal: BudgetError | None
+
+
+def smallest_runtime(search: Search) -> int:
+    """The ``runtime`` account of the smallest plan, in bytes: what a stated smallest budget has to count with."""
+    plan = search.smallest(0)
+    return _measured(search, plan) + NOISE
+
+
+def _measured(search: Search, plan: Plan) -> int:
+    """The ``runtime`` account of ``plan`` as a rehearsal measures it in this process."""
+    measured = rehearse(search.checkpoint, search.spec, plan) + MARGIN
+    # Importing took its peak before anything could be given back.
+    return max(measured, resident_set().peak + NOISE - (plan.total - plan.accounts["runtime"]))
+
+
+def settle(checkpoint: Checkpoint, spec: ModelSpec, request: Request, elsewhere: int = 0) -> Settled:
+    """Plans with the ``runtime`` account as a rehearsal of the plan measures it in this process.
+
+    ``elsewhere`` is by how many bytes the process that will run the plan is larger than this one.
+    """
+    drop_code_pages()  # torch was just imported: its peak should not be added to what planning takes
+    search = Search(checkpoint, spec, request, lambda plan: workspace_bytes(checkpoint, spec, plan))
+    runtime = resident_set().current + FIRST_GUESS
+    for _ in range(ROUNDS):
+        try:
+            plan = search.best(runtime)
+        except BudgetError:
+            smallest = smallest_runtime(search) + elsewhere
+            if search.smallest(smallest).total > request.budget:
+                return Settled(search, None, search.refusal(smallest))
+            runtime = smallest
+            continue
+        measured = _measured(search, plan) + elsewhere
+        if plan.total - runtime + measured <= request.budget and measured > runtime - FIRST_GUESS:
+            accounts = plan.accounts | {"runtime": measured}
+            return Settled(search, plan.model_copy(update={"accounts": accounts}), None)
+        runtime = measured
+    return Settled(search, None, search.refusal(runtime))
+
+
+def _buckets(length: int) -> list[Batch]:
+    """A prefill of each size that gemm is padded to: a library keeps code for each."""
+    sizes, size = [], 16
+    while size < length:
+        sizes.append(size)
+        size *= 2
+    return [Batch((Segment(0, 0, [0] * size),)) for size in sizes]
+
+
+def start(
+    checkpoint: Checkpoint, spec: ModelSpec, plan: Plan, progress: Callable[[int], None] = lambda nbytes: None
+) -> tuple[Engine, Ledger]:
+    """Reserves what the plan says, loads the weights, and gives an engine that is ready, with its ledger."""
+    ledger = Ledger(plan.budget)
+    ledger.reserve("runtime", plan.accounts["runtime"])
+    weights = ledger.arena("weights", plan.accounts["weights"])
+    kv = ledger.arena("kv", plan.accounts["kv"])
+    scratch = ledger.arena("workspace", plan.accounts["workspace"])
+    cpu.set_threads(plan.threads)
+    shape = Shape.of(plan)
+    placement, decoder, cache = build(checkpoint, spec, dict(enumerate(shape.formats)), shape, weights, kv)
+    drop_code_pages()
+    before = resident_set().peak
+    placement.load(progress)
+    malloc.trim()
+    seen = resident_set()
+    ledger.measure(seen.current)
+    if seen.peak > before:  # what converting took, in the place of cache and scratch
+        ledger.note("workspace", seen.peak - seen.current)
+    drop_code_pages()
+    return Engine(decoder, cache, Workspace(scratch), plan.context, plan.chunk, plan.threads), ledger

@@ -1,0 +1,67 @@
+// AVX2 with fused multiply-add and half-precision conversion: Intel since Haswell, AMD since Zen.
+#include "avx2.h"
+
+#include "isa.h"
+#include "kernels.h"
+
+namespace tightfit {
+namespace {
+
+struct Avx2 : Avx2Rows {
+    static constexpr size_t LANES = 8, TOKENS = 2;
+    using Vector = __m256;
+    using Line = __m256i;
+
+    static Vector zero() { return _mm256_setzero_ps(); }
+    static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+    static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+    static Vector broadcast(float value) { return _mm256_set1_ps(value); }
+    static void store(float* address, Vector value) { _mm256_storeu_ps(address, value); }
+
+    static Vector load(const float* address) { return _mm256_loadu_ps(address); }
+    static Vector load(const F16* address) { return _mm256_cvtph_ps(load_halves(address)); }
+    static Vector load(const BF16* address) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(address)), 16));
+    }
+
+    template <class T>
+    static Vector load_part(const T* address, size_t count) {
+        T padded[LANES] = {};
+        std::memcpy(padded, address, count * sizeof(T));
+        return load(padded);
+    }
+
+    static float sum(Vector v) {
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
+
+    static Line load_line(const uint8_t* address) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(address));
+    }
+
+    template <size_t INPUT>
+    static Vector int8_codes(Line line) {
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(line, 24 - 8 * INPUT), 24));
+    }
+
+    template <size_t INPUT>
+    static Vector int4_codes(Line line) {
+        constexpr int shift = 8 * (INPUT % 4) + 4 * (INPUT / 4);
+        const __m256i nibbles = _mm256_and_si256(_mm256_srli_epi32(line, shift), _mm256_set1_epi32(15));
+        return _mm256_cvtepi32_ps(_mm256_sub_epi32(nibbles, _mm256_set1_epi32(8)));
+    }
+
+private:
+    template <class T>
+    static __m128i load_halves(const T* address) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(address));
+    }
+};
+
+}  // namespace
+
+const Kernels avx2_kernels = kernels_of<Avx2>("avx2");
+
+}  // namespace tightfit

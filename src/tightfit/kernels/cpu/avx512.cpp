@@ -1,0 +1,75 @@
+// AVX-512 F, BW, VL, DQ: Intel servers since Skylake, AMD since Zen 4.
+#include "avx2.h"
+
+#include "isa.h"
+#include "kernels.h"
+
+namespace tightfit {
+namespace {
+
+struct Avx512 : Avx2Rows {
+    static constexpr size_t LANES = 16, TOKENS = 4;
+    using Vector = __m512;
+    using Line = __m512i;
+
+    static Vector zero() { return _mm512_setzero_ps(); }
+    static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+    static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+    static Vector broadcast(float value) { return _mm512_set1_ps(value); }
+    static void store(float* address, Vector value) { _mm512_storeu_ps(address, value); }
+
+    static Vector load(const float* address) { return _mm512_loadu_ps(address); }
+    static Vector load(const F16* address) { return _mm512_cvtph_ps(_mm256_loadu_epi16(address)); }
+    static Vector load(const BF16* address) { return from_bf16(_mm256_loadu_epi16(address)); }
+
+    static Vector load_part(const float* address, size_t count) {
+        return _mm512_maskz_loadu_ps(first_lanes(count), address);
+    }
+    static Vector load_part(const F16* address, size_t count) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), address));
+    }
+    static Vector load_part(const BF16* address, size_t count) {
+        return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(count), address));
+    }
+
+    static float sum(Vector v) {
+        const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
+
+    static Line load_line(const uint8_t* address) { return _mm512_loadu_si512(address); }
+
+    // Byte INPUT of each lane, plus 128, becomes the low bits of the float 2^23, from which subtracting 2^23 + 128
+    // leaves the code: one shuffle and one subtraction, both exact.
+    template <size_t INPUT>
+    static Vector int8_codes(Line line) {
+        const __m512i bytes = _mm512_xor_si512(line, _mm512_set1_epi32(static_cast<int>(0x80808080)));
+        const __m512i base = _mm512_set1_epi32(0x4b000000);
+        const __m512i places = _mm512_broadcast_i32x4(
+            _mm_setr_epi8(INPUT, 0, 0, 0, INPUT + 4, 0, 0, 0, INPUT + 8, 0, 0, 0, INPUT + 12, 0, 0, 0));
+        const __m512i number = _mm512_mask_shuffle_epi8(base, 0x1111111111111111, bytes, places);
+        return _mm512_sub_ps(_mm512_castsi512_ps(number), _mm512_set1_ps(8388608.0f + 128.0f));
+    }
+
+    // The permutation reads only the low four bits of each lane, so it is a table look-up that needs no mask.
+    template <size_t INPUT>
+    static Vector int4_codes(Line line) {
+        constexpr unsigned shift = 8 * (INPUT % 4) + 4 * (INPUT / 4);
+        const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm512_permutexvar_ps(_mm512_srli_epi32(line, shift), values);
+    }
+
+private:
+    static __mmask16 first_lanes(size_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+    static Vector from_bf16(__m256i halves) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+};
+
+}  // namespace
+
+const Kernels avx512_kernels = kernels_of<Avx512>("avx512");
+
+}  // namespace tightfit

@@ -1,0 +1,105 @@
+"""A ragged batch: one flat list of tokens and a table of segments.
+
+Single prompts, batches, chunks of long prompts and decoding steps are all the same call of the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from tightfit.weights.formats.base import Split
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one sequence.
+
+    ``slot`` is the sequence's place in the cache, ``start`` the position of its first token here. A segment with
+    ``decode`` is multiplied by the vector kernels, token by token; the others are one gemm each. ``logits`` says for
+    which tokens logits are wanted. ``length`` is that of the whole prompt while its chunks are prefilled: rotary kinds
+    whose frequencies depend on the length (dynamic, longrope) then use the same ones for all chunks. Elsewhere it is
+    None, and the length is that of the sequence so far.
+    """
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+    decode: bool = False
+    logits: Literal["none", "last", "all"] = "last"
+    length: int | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Segments in the order in which their tokens lie in the flat list: those that decode come first."""
+
+    segments: tuple[Segment, ...]
+
+    @staticmethod
+    def of(segments: Sequence[Segment]) -> Batch:
+        return Batch(tuple(sorted(segments, key=lambda segment: not segment.decode)))
+
+    @cached_property
+    def size(self) -> int:
+        return sum(len(segment.tokens) for segment in self.segments)
+
+    @cached_property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Of each segment, where its tokens lie in the flat list."""
+        ranges, at = [], 0
+        for segment in self.segments:
+            ranges.append((at, at + len(segment.tokens)))
+            at += len(segment.tokens)
+        return tuple(ranges)
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[Segment, int, int], ...]:
+        """(segment, first row, last row + 1) for what attends together: a prefill segment whole, of one that decodes
+        each token alone, so that its bits do not depend on how many are verified at once."""
+        pieces = []
+        for segment, (start, stop) in zip(self.segments, self.ranges, strict=True):
+            if not segment.decode:
+                pieces.append((segment, start, stop))
+                continue
+            for index, token in enumerate(segment.tokens):
+                alone = replace(segment, start=segment.start + index, tokens=(token,))
+                pieces.append((alone, start + index, start + index + 1))
+        return tuple(pieces)
+
+    @cached_property
+    def split(self) -> Split:
+        """Which rows are multiplied by the vector kernel, and which by one gemm each."""
+        vector = sum(len(segment.tokens) for segment in self.segments if segment.decode)
+        prefill = (r for segment, r in zip(self.segments, self.ranges, strict=True) if not segment.decode)
+        return Split(vector, tuple(prefill))
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """(tokens,) int64"""
+        return torch.tensor([token for segment in self.segments for token in segment.tokens], dtype=torch.int64)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """(tokens,) float32: positions are exact up to 2**24."""
+        parts = [torch.arange(segment.start, segment.stop, dtype=torch.float32) for segment in self.segments]
+        return torch.cat(parts)
+
+    @cached_property
+    def logit_rows(self) -> torch.Tensor:
+        """(n,) int64: the rows of the flat list for which logits are wanted, segment by segment."""
+        rows: list[int] = []
+        for segment, (start, stop) in zip(self.segments, self.ranges, strict=True):
+            if segment.logits == "last":
+                rows.append(stop - 1)
+            elif segment.logits == "all":
+                rows.extend(range(start, stop))
+        return torch.tensor(rows, dtype=torch.int64)

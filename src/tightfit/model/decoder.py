@@ -1,0 +1,117 @@
+"""The decoder: tokens in, hidden states out, every temporary in the workspace."""
+
+from __future__ import annotations
+
+import torch
+
+from tightfit.budget.ledger import Workspace
+from tightfit.kernels import ops
+from tightfit.kv.cache import Cache, LayerLayout, window_slots
+from tightfit.model.batch import Batch
+from tightfit.model.latent import latent_attention
+from tightfit.model.moe import moe
+from tightfit.model.parts import Weights, attention, mlp
+from tightfit.model.rope import Tables, tables
+from tightfit.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
+from tightfit.weights.formats.base import Split
+from tightfit.weights.placement.base import Placement
+
+
+def cache_layouts(spec: ModelSpec, context: int, chunk: int) -> list[LayerLayout]:
+    """What each layer keeps of a sequence of ``context`` tokens that is prefilled ``chunk`` tokens at a time."""
+    return [
+        LayerLayout(
+            attention.kv_heads,
+            attention.key_dim,
+            attention.value_dim,
+            window_slots(context, attention.window, chunk),
+            shared=not isinstance(attention, AttentionSpec),
+        )
+        for attention in (layer.attention for layer in spec.layers)
+    ]
+
+
+class Decoder:
+    """Computes a :class:`~tightfit.model.spec.ModelSpec` with the weights that a placement hands out."""
+
+    def __init__(self, spec: ModelSpec, weights: Placement) -> None:
+        self.spec = spec
+        self.weights = weights
+
+    def hidden(self, batch: Batch, cache: Cache, ws: Workspace) -> torch.Tensor:
+        """Runs the layers; gives the normalised hidden states (n, hidden) of the rows for which logits are wanted, in
+        the order of ``batch.logit_rows``, in scratch memory of the enclosing frame."""
+        spec = self.spec
+        selected = ws.empty(len(batch.logit_rows), spec.hidden_size)
+        with ws.frame():
+            x = ws.empty(batch.size, spec.hidden_size)
+            self.weights.model["embed_tokens"].decode(batch.tokens, x, ws)
+            if spec.embedding_multiplier != 1.0:
+                ops.scale_(x, spec.embedding_multiplier)
+            ropes: dict[RopeSpec, Tables] = {}
+            for layer in spec.layers:
+                if layer.attention.rope is not None and layer.attention.rope not in ropes:
+                    ropes[layer.attention.rope] = tables(layer.attention.rope, batch, ws)
+            for index, layer in enumerate(spec.layers):
+                with self.weights.layer(index) as weights:
+                    self._layer(index, layer, weights, x, batch, cache, ropes, ws)
+            ops.gather_rows(x, batch.logit_rows, selected)
+        ops.rms_norm(selected, self.weights.model["norm"], spec.rms_norm_eps, selected)
+        return selected
+
+    def logits(self, hidden: torch.Tensor, ws: Workspace, split: Split | None = None) -> torch.Tensor:
+        """(n, vocab) float32 logits of hidden states (n, hidden), in scratch memory of the enclosing frame.
+
+        ``split`` None multiplies row by row, as decoding does.
+        """
+        spec = self.spec
+        head = self.weights.model["embed_tokens" if spec.tied else "lm_head"]
+        split = split or Split.rows(hidden.shape[0])
+        out = ws.empty(hidden.shape[0], spec.vocab_size)
+        head.matmul(hidden, out, ws, split)
+        if spec.logit_multiplier != 1.0:
+            ops.scale_(out, spec.logit_multiplier)
+        if spec.logit_softcap is not None:
+            ops.softcap_(out, spec.logit_softcap, split.parts())
+        return out
+
+    def _layer(
+        self,
+        index: int,
+        layer: LayerSpec,
+        weights: Weights,
+        x: torch.Tensor,
+        batch: Batch,
+        cache: Cache,
+        ropes: dict[RopeSpec, Tables],
+        ws: Workspace,
+    ) -> None:
+        """One layer, added to the residual stream ``x`` (tokens, hidden) in place."""
+        eps = self.spec.rms_norm_eps
+        with ws.frame():
+            out = ws.empty(*x.shape)
+            normed = ws.empty(*x.shape)
+
+            def norm(name: str, source: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+                if name not in weights:
+                    return source
+                ops.rms_norm(source, weights[name], eps, into)
+                return into
+
+            source = norm("input_layernorm", x, normed)
+            if isinstance(layer.attention, AttentionSpec):
+                rope = ropes.get(layer.attention.rope) if layer.attention.rope else None
+                attention(layer.attention, weights, source, batch, cache, index, rope, eps, out, ws)
+            else:
+                rope = ropes[layer.attention.rope]
+                latent_attention(layer.attention, weights, source, batch, cache, index, rope, out, ws)
+            norm("post_attention_layernorm", out, out)
+            ops.add_(x, out, layer.residual_multiplier)
+
+            source = norm("pre_feedforward_layernorm", x, normed)
+            if isinstance(layer.mlp, MlpSpec):
+                mlp(layer.mlp, weights, source, out, ws, batch.split)
+            else:
+                moe(layer.mlp, weights, source, out, ws, batch.split)
+            norm("post_feedforward_layernorm", out, out)
+            ops.add_(x, out, layer.residual_multiplier)

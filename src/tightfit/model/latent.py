@@ -1,0 +1,63 @@
+"""Multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434) on the latents themselves.
+
+The up-projection of the keys is multiplied into the queries and that of the values into the outputs (the paper's
+"absorbed" form), so that the cache holds one latent and one rotated key for each token, whatever the number of heads.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tightfit.budget.ledger import Workspace
+from tightfit.kernels import ops
+from tightfit.kv.cache import Cache
+from tightfit.model.batch import Batch
+from tightfit.model.parts import Weights, project, project_into
+from tightfit.model.rope import Tables, rotate_
+from tightfit.model.spec import LatentAttentionSpec
+
+
+def latent_attention(
+    spec: LatentAttentionSpec,
+    weights: Weights,
+    x: torch.Tensor,
+    batch: Batch,
+    cache: Cache,
+    layer: int,
+    tables: Tables,
+    out: torch.Tensor,
+    ws: Workspace,
+) -> None:
+    """Attention of ``x`` (tokens, hidden) into ``out`` (tokens, hidden)."""
+    tokens, split = x.shape[0], batch.split
+    rank, nope, width = spec.kv_lora_rank, spec.qk_nope_head_dim, spec.v_head_dim
+    with ws.frame():
+        if spec.q_lora_rank is None:
+            q = project(weights, "q_proj", x, ws, split)
+        else:
+            compressed = project(weights, "q_a_proj", x, ws, split)
+            ops.rms_norm(compressed, weights["q_a_layernorm"], spec.norm_eps, compressed)
+            q = project(weights, "q_b_proj", compressed, ws, split)
+        heads = q.view(tokens, spec.heads, nope + spec.qk_rope_head_dim)
+        key = project(weights, "kv_a_proj_with_mqa", x, ws, split).view(tokens, 1, spec.key_dim)
+        latent = key[..., :rank]
+        ops.rms_norm(latent, weights["kv_a_layernorm"], spec.norm_eps, latent)
+        rotate_(key[..., rank:], *tables, spec.rope.interleaved, ws)
+        rotate_(heads[..., nope:], *tables, spec.rope.interleaved, ws)
+
+        up = weights["kv_b_proj"]  # (heads * (nope + width), rank): for each head its keys' rows, then its values'
+        query = ws.empty(tokens, spec.heads, spec.key_dim)
+        ops.copy_(query[..., rank:], heads[..., nope:])
+        for head in range(spec.heads):
+            row = head * (nope + width)
+            for a, b in split.parts():
+                up.slice(row, row + nope).matmul_t(heads[a:b, head, :nope], query[a:b, head, :rank], ws)
+        mixed = ws.empty(tokens, spec.heads, rank)
+        for segment, a, b in batch.pieces:
+            cache.append(layer, segment.slot, segment.start, key[a:b], None)
+            cache.attend(layer, segment.slot, segment.start, query[a:b], mixed[a:b], ws, scale=spec.scale)
+        values = ws.empty(tokens, spec.heads, width)
+        for head in range(spec.heads):
+            row = head * (nope + width) + nope
+            up.slice(row, row + width).matmul(mixed[:, head], values[:, head], ws, split)
+        project_into(weights, "o_proj", values.view(tokens, -1), out, ws, split)

@@ -1,0 +1,76 @@
+"""A mixture of experts: a router chooses a few feed-forward layers for each token (https://arxiv.org/abs/1701.06538).
+
+Tokens that chose the same expert are served together, expert after expert in ascending order, so that each token's sum
+is made in the same order whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from tightfit.budget.ledger import Workspace
+from tightfit.kernels import ops
+from tightfit.model.parts import Weights, mlp, project
+from tightfit.model.spec import MlpSpec, MoeSpec
+from tightfit.weights.formats.base import Split
+
+
+def moe(spec: MoeSpec, weights: Weights, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split) -> None:
+    """``out`` (tokens, hidden) = the weighted sum of the chosen experts of ``x``, and of the shared expert."""
+    tokens, hidden = x.shape
+    with ws.frame():
+        logits = project(weights, "router", x, ws, split)
+        chosen = ws.empty(tokens, spec.experts_per_token, dtype=torch.int64)
+        gains = ws.empty(tokens, spec.experts_per_token)
+        ops.route(
+            logits,
+            spec.experts_per_token,
+            spec.scoring,
+            weights.get("router_correction"),
+            spec.n_group,
+            spec.topk_group,
+            spec.group_score,
+            spec.normalize,
+            spec.scaling,
+            chosen,
+            gains,
+            split.parts(),
+        )
+        ops.zero_(out)
+        experts = _named(weights, "experts.")
+        each = MlpSpec(spec.intermediate_size, spec.activation)
+        for expert, rows, columns in _by_expert(chosen):
+            with ws.frame():
+                picked = ws.empty(len(rows), hidden)
+                ops.gather_rows(x, rows, picked)
+                answer = ws.empty(len(rows), hidden)
+                mlp(each, {name: of[expert] for name, of in experts.items()}, picked, answer, ws, split.of_rows(rows))
+                ops.add_rows_(out, rows, answer, gains[rows, columns])
+        if spec.shared_intermediate_size:
+            with ws.frame():
+                answer = ws.empty(tokens, hidden)
+                shared = MlpSpec(spec.shared_intermediate_size, spec.activation)
+                mlp(shared, _named(weights, "shared."), x, answer, ws, split)
+                if spec.shared_gate:
+                    ops.gate_(answer, project(weights, "shared_gate", x, ws, split), split.parts())
+                ops.add_(out, answer)
+
+
+def _by_expert(chosen: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(expert, rows of the tokens that chose it, in which column) for every expert that was chosen.
+
+    In a dry run one expert is wanted by every token: that is the worst case for scratch.
+    """
+    if ops.is_dry():
+        yield 0, torch.arange(chosen.shape[0]), torch.zeros(chosen.shape[0], dtype=torch.int64)
+        return
+    for expert in chosen.unique().tolist():
+        rows, columns = torch.nonzero(chosen == expert, as_tuple=True)
+        yield expert, rows, columns
+
+
+def _named(weights: Weights, prefix: str) -> Weights:
+    """The parameters whose names start with ``prefix``, without it."""
+    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}

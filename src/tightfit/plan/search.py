@@ -1,0 +1,191 @@
+"""Chooses a plan: the most precise weights that fit, then the largest chunk.
+
+Weights stay in their own precision if they fit, or are rounded to 8 bits, or to 4 bits with as many layers in 8 bits as
+there is room for. Of two plans with equal weights the one with larger chunks is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tightfit.budget.ledger import PAGE, align
+from tightfit.budget.units import format_bytes
+from tightfit.checkpoints.checkpoint import Checkpoint
+from tightfit.errors import BudgetError
+from tightfit.kv.cache import Cache
+from tightfit.model.decoder import cache_layouts
+from tightfit.model.spec import ModelSpec, Param
+from tightfit.plan.schema import LayerPlan, ModelRef, Numerics, Plan
+from tightfit.weights.placement.resident import OWN, param_nbytes
+
+INT8, INT4 = "int8", "int4"
+LEVELS = (OWN, INT8, INT4, "int4(group=64)", "int4(group=128)")  # from the most precise to the smallest
+CHUNKS = (512, 256, 128, 64, 32, 16)
+LOAD_SCRATCH = 8 << 20  # what converting a block while loading takes beside the weights, measured
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. ``weights`` and ``chunk`` are chosen if they are None; ``budget`` is bytes."""
+
+    budget: int
+    context: int
+    sequences: int
+    threads: int
+    gemm: str
+    kv: str
+    weights: str | None = None
+    chunk: int | None = None
+
+
+WorkspaceBytes = Callable[[Plan], int]
+
+
+class Search:
+    """Finds plans for one checkpoint and one request.
+
+    ``workspace`` gives the scratch of a plan's largest step in bytes (the engine's dry run).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, request: Request, workspace: WorkspaceBytes) -> None:
+        self.checkpoint = checkpoint
+        self.spec = spec
+        self.request = request
+        self._workspace = workspace
+        self._sizes: dict[tuple[Param, str], int] = {}
+
+    def best(self, runtime: int) -> Plan:
+        """The plan to run where the interpreter and its libraries take ``runtime`` bytes.
+
+        Raises BudgetError, which names the smallest budget that would work.
+        """
+        for level in self.levels():
+            for chunk in self.chunks():
+                plan = self.uniform(level, chunk, runtime)
+                if plan.total <= plan.budget:
+                    return self._upgrade(plan) if level == INT4 and self.request.weights is None else plan
+        raise self.refusal(runtime)
+
+    def smallest(self, runtime: int) -> Plan:
+        """The plan that needs least; its ``budget`` is what it needs."""
+        plans = [self.uniform(level, self.chunks()[-1], runtime) for level in self.levels()]
+        plan = min(plans, key=lambda plan: plan.total)
+        return plan.model_copy(update={"budget": plan.total})
+
+    def refusal(self, runtime: int) -> BudgetError:
+        """Why nothing fits, what would, and what else would help."""
+        request, plan = self.request, self.smallest(runtime)
+        parts = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in plan.accounts.items())
+        advice = [f"The smallest budget that works is {format_bytes(plan.total, ceil=True)} ({parts})."]
+        advice.append(f"Type --memory {format_bytes(plan.total, ceil=True).replace(' ', '')}")
+        if request.weights is not None:
+            advice.append("or leave out --weights, so that fewer bits can be chosen")
+        if request.sequences > 1:
+            advice.append("or run fewer sequences at once (--batch)")
+        if plan.accounts["kv"] > plan.total // 5:
+            advice.append(f"or a shorter context (--context): {request.context} tokens take a large part")
+        return BudgetError(
+            f"{self.checkpoint.name} does not fit into {format_bytes(request.budget)}",
+            " ".join([advice[0], ", ".join(advice[1:]) + "."]),
+            smallest_bytes=plan.total,
+        )
+
+    def levels(self) -> list[str]:
+        """Formats from the most precise to the smallest; those that save nothing are left out."""
+        if self.request.weights is not None:
+            return [self.request.weights]
+        levels = [OWN]
+        for level in LEVELS[1:]:
+            if self._weights_bytes(level, [level] * len(self.spec.layers)) < self._weights_bytes(
+                levels[-1], [levels[-1]] * len(self.spec.layers)
+            ):
+                levels.append(level)
+        return levels
+
+    def chunks(self) -> list[int]:
+        """Chunk sizes from large to small; one that holds the whole context is enough."""
+        if self.request.chunk is not None:
+            return [self.request.chunk]
+        useful = [chunk for chunk in CHUNKS if chunk < 2 * self.request.context]
+        return useful or [CHUNKS[-1]]
+
+    def uniform(self, level: str, chunk: int, runtime: int) -> Plan:
+        """The plan with every matrix in ``level``, whether it fits or not."""
+        return self._plan(level, [level] * len(self.spec.layers), chunk, runtime)
+
+    def _upgrade(self, plan: Plan) -> Plan:
+        """Spends what is left on 8 bits instead of 4: the embeddings and the head first, then layers from both ends
+        (the first and last layers lose most when they are rounded)."""
+        count = len(self.spec.layers)
+        order = sorted(range(count), key=lambda index: min(index, count - 1 - index))
+        outer, formats = plan.outer.format, [layer.format for layer in plan.layers]
+        best = plan
+        for index in (None, *order):
+            if index is None:
+                outer = INT8
+            else:
+                formats[index] = INT8
+            bigger = self._plan(outer, formats, plan.chunk, plan.accounts["runtime"])
+            if bigger.total > plan.budget:
+                break
+            best = bigger
+        return best
+
+    def _plan(self, outer: str, formats: list[str], chunk: int, runtime: int) -> Plan:
+        spec, request = self.spec, self.request
+        layouts = cache_layouts(spec, request.context, chunk)
+        kv = Cache.nbytes(layouts, request.sequences, ITEMSIZE[request.kv])
+        outer_bytes = sum(self._size(param, outer) for param in spec.params)
+        layer_bytes = [
+            sum(self._size(param, fmt) for param in layer.params)
+            for layer, fmt in zip(spec.layers, formats, strict=True)
+        ]
+        plan = Plan(
+            model=ModelRef(
+                name=self.checkpoint.name,
+                fingerprint=self.checkpoint.fingerprint,
+                family=spec.family,
+                parameters=spec.parameter_count,
+            ),
+            budget=request.budget,
+            context=request.context,
+            sequences=request.sequences,
+            accounts={
+                "runtime": runtime,
+                "weights": align(outer_bytes + sum(layer_bytes), PAGE),
+                "kv": align(kv, PAGE),
+                "workspace": 0,
+            },
+            outer=LayerPlan(format=outer, nbytes=outer_bytes),
+            layers=tuple(
+                LayerPlan(format=fmt, nbytes=nbytes) for fmt, nbytes in zip(formats, layer_bytes, strict=True)
+            ),
+            chunk=chunk,
+            threads=request.threads,
+            numerics=Numerics(gemm=request.gemm, kv=request.kv),
+        )
+        # While loading, cache and scratch are not in use yet: they leave room for what converting takes.
+        workspace = max(self._workspace(plan), LOAD_SCRATCH - plan.accounts["kv"])
+        return plan.model_copy(update={"accounts": plan.accounts | {"workspace": workspace}})
+
+    def _weights_bytes(self, outer: str, formats: list[str]) -> int:
+        layers = zip(self.spec.layers, formats, strict=True)
+        total = sum(self._size(param, fmt) for layer, fmt in layers for param in layer.params)
+        return total + sum(self._size(param, outer) for param in self.spec.params)
+
+    def _size(self, param: Param, fmt: str) -> int:
+        key = (param, fmt)
+        if key not in self._sizes:
+            self._sizes[key] = param_nbytes(self.checkpoint, param, fmt)
+        return self._sizes[key]
+
+
+def precisions(search: Search, runtime: int) -> list[dict[str, Any]]:
+    """What each format of the weights needs at the smallest chunk, JSON-ready."""
+    plans = [search.uniform(level, search.chunks()[-1], runtime) for level in search.levels()]
+    return [
+        {"format": plan.outer.format, "smallest_bytes": plan.total, "accounts": dict(plan.accounts)} for plan in plans
+    ]

@@ -1,0 +1,173 @@
+"""Reads rows of a parameter from a checkpoint, a block at a time: no tensor is ever held whole.
+
+A block is at most 1 MiB of float32 numbers (more only where 16 rows are more). Beside it, rows that do not stand one
+after the other take up to 1 MiB, decoding codes up to 2 MiB, and tensors that are stored transposed up to 3 MiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from tightfit.checkpoints.checkpoint import Checkpoint, TensorInfo
+from tightfit.errors import CheckpointError
+from tightfit.model.spec import ModelSpec, Param
+from tightfit.weights.placement import blockscaled
+
+BLOCK_BYTES = 1 << 20  # of float32 numbers converted at once
+GATHER_BYTES = 2 << 20  # of a transposed tensor: what is wanted of it is read as often as this fits into a matrix
+SLAB_BYTES = 1 << 20  # of a transposed tensor read at once
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What a tensor is kept in that stays in its own precision. bfloat16 holds every number of MXFP4 exactly, and is what
+# fp8 checkpoints were rounded from.
+FORMAT_OF = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "bf16", "U8": "bf16"}
+TILE = 16  # rows: blocks that are encoded start at multiples of it
+
+
+def tensor_of(checkpoint: Checkpoint, param: Param, expert: int = 0) -> TensorInfo:
+    """The stored tensor that holds ``param``. Raises CheckpointError if it is missing, of another shape or type."""
+    key = param.source.key.format(expert=expert)
+    info = checkpoint.tensors.get(key)
+    if info is None:
+        raise CheckpointError(
+            f"{checkpoint.name} has no tensor {key!r}, which its config.json calls for",
+            "Compare config.json with the weights: they may belong to different models.",
+        )
+    coded = blockscaled.is_coded(checkpoint, info) and not param.source.transposed
+    if info.dtype not in DTYPES and not coded:
+        raise CheckpointError(
+            f"tensor {key!r} of {checkpoint.name} has type {info.dtype}",
+            f"Weights of type {', '.join(DTYPES)} can be opened, and block-scaled fp8 and mxfp4 where config.json "
+            "declares them in 'quantization_config'.",
+        )
+    shape = blockscaled.shape_of(checkpoint, info) if coded else info.shape
+    if len(shape) != len(param.shape) + param.source.stacked:
+        raise _shape_error(checkpoint, info, param)
+    if param.source.stacked and shape[0] != param.experts:
+        raise _shape_error(checkpoint, info, param)
+    rows, *cols = _matrix(param, shape)
+    if tuple(cols) != param.shape[1:] or rows < _end(param):
+        raise _shape_error(checkpoint, info, param)
+    return info
+
+
+def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Raises CheckpointError unless the checkpoint has every tensor of ``spec`` in its shape, no row of it unused."""
+    ends: dict[str, int] = {}
+    rows: dict[str, int] = {}
+    for _, param in spec.all_params():
+        for expert in range(1 if param.source.stacked else max(param.experts, 1)):
+            info = tensor_of(checkpoint, param, expert)
+            coded = blockscaled.is_coded(checkpoint, info)
+            shape = blockscaled.shape_of(checkpoint, info) if coded else info.shape
+            ends[info.name] = max(ends.get(info.name, 0), _end(param))
+            rows[info.name] = _matrix(param, shape)[0]
+    for name, end in ends.items():
+        if end < rows[name]:
+            raise CheckpointError(
+                f"tensor {name!r} of {checkpoint.name} has {rows[name]} rows, but config.json describes {end}",
+                "Compare config.json with the weights: they may belong to different models.",
+            )
+
+
+def _matrix(param: Param, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape, as we use it, of the matrix or vector that one expert has in a tensor of ``shape``."""
+    one = shape[1:] if param.source.stacked else shape
+    return one[::-1] if param.source.transposed else one
+
+
+def _end(param: Param) -> int:
+    """The row of the tensor after the last one that ``param`` takes."""
+    return param.source.start + (param.shape[0] - 1) * param.source.step + 1
+
+
+def _shape_error(checkpoint: Checkpoint, info: TensorInfo, param: Param) -> CheckpointError:
+    one = list(param.shape[::-1] if param.source.transposed else param.shape)
+    expected = [param.experts, *one] if param.source.stacked else one
+    return CheckpointError(
+        f"tensor {info.name!r} of {checkpoint.name} has shape {list(info.shape)}; config.json calls for {expected}",
+        "Compare config.json with the weights: they may belong to different models.",
+    )
+
+
+def is_plain(param: Param, info: TensorInfo) -> bool:
+    """Whether the numbers of ``param`` stand in the file as they are used, one row after the other."""
+    return info.dtype in DTYPES and not param.source.transposed and param.source.step == 1
+
+
+def read_plain(checkpoint: Checkpoint, param: Param, expert: int, out: torch.Tensor) -> None:
+    """Fills ``out`` (contiguous) with the bytes of a parameter for which :func:`is_plain` holds."""
+    info = tensor_of(checkpoint, param, expert)
+    row_bytes = out.nbytes // param.shape[0]
+    start = _expert_byte(param, info, expert) + param.source.start * row_bytes
+    checkpoint.read_into(info, start, _bytes(out))
+
+
+def blocks(checkpoint: Checkpoint, param: Param, expert: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, block) over all rows of a matrix or vector. A block is (n, cols), for vectors (n, 1), in the tensor's
+    own type or, if that is a code, in float32. It is valid until the next one is asked for."""
+    info = tensor_of(checkpoint, param, expert)
+    rows, cols = param.shape[0], param.shape[1] if param.is_matrix else 1
+    at_once = min(rows, max(TILE, BLOCK_BYTES // (4 * cols) // TILE * TILE))
+    if param.source.transposed:
+        yield from _transposed_blocks(checkpoint, param, info, expert, at_once)
+        return
+    coded = info.dtype not in DTYPES
+    buffer = torch.empty(at_once, cols, dtype=torch.float32 if coded else DTYPES[info.dtype])
+    for row in range(0, rows, at_once):
+        block = buffer[: min(at_once, rows - row)]
+        start, step = param.source.start + row * param.source.step, param.source.step
+        if coded:
+            blockscaled.read_rows(checkpoint, info, expert if param.source.stacked else 0, start, step, block)
+        else:
+            _read_rows(checkpoint, info, _expert_byte(param, info, expert), start, step, block)
+        yield row, block
+
+
+def _read_rows(checkpoint: Checkpoint, info: TensorInfo, base: int, start: int, step: int, out: torch.Tensor) -> None:
+    """``out`` = every ``step``-th row from ``start`` of the matrix that begins at byte ``base``."""
+    span = (len(out) - 1) * step + 1
+    lines = out if step == 1 else torch.empty(span, out.shape[1], dtype=out.dtype)
+    checkpoint.read_into(info, base + start * out.shape[1] * out.element_size(), _bytes(lines))
+    if step != 1:
+        out.copy_(lines[::step])
+
+
+def _transposed_blocks(
+    checkpoint: Checkpoint, param: Param, info: TensorInfo, expert: int, at_once: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Blocks of a matrix whose rows are the columns of a tensor: a stack of them is gathered from the whole of it."""
+    dtype, (rows, cols) = DTYPES[info.dtype], param.shape
+    fitting = GATHER_BYTES // (cols * dtype.itemsize) // at_once * at_once
+    gathered = torch.empty(min(rows, max(fitting, at_once)), cols, dtype=dtype)
+    for top in range(0, rows, len(gathered)):
+        stack = gathered[: min(len(gathered), rows - top)]
+        _gather_columns(checkpoint, param, info, expert, top, stack)
+        for row in range(0, len(stack), at_once):
+            yield top + row, stack[row : row + at_once]
+
+
+def _gather_columns(
+    checkpoint: Checkpoint, param: Param, info: TensorInfo, expert: int, row: int, out: torch.Tensor
+) -> None:
+    """``out`` (n, cols) = the rows from ``row`` of a matrix that is stored transposed, read in slabs of whole lines."""
+    start, step = param.source.start + row * param.source.step, param.source.step
+    wanted = slice(start, start + (len(out) - 1) * step + 1, step)
+    base, width, cols = _expert_byte(param, info, expert), info.shape[-1], param.shape[1]
+    line_bytes = width * out.element_size()
+    slab = torch.empty(min(cols, max(1, SLAB_BYTES // line_bytes)), width, dtype=out.dtype)
+    for col in range(0, cols, len(slab)):
+        lines = slab[: min(len(slab), cols - col)]
+        checkpoint.read_into(info, base + col * line_bytes, _bytes(lines))
+        out[:, col : col + len(lines)] = lines[:, wanted].T
+
+
+def _expert_byte(param: Param, info: TensorInfo, expert: int) -> int:
+    """Where the matrix of ``expert`` begins in a tensor."""
+    return info.nbytes // info.shape[0] * expert if param.source.stacked else 0
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())

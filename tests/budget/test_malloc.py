@@ -1,0 +1,83 @@
+"""What is freed goes back, and what libraries keep is bounded. Each claim is checked in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from tests.measure import run_measured
+
+from tightfit.budget.malloc import ENVIRONMENT
+
+SOURCES = str(Path(__file__).parents[2] / "src")
+START = "from tightfit.budget.malloc import *; from tightfit.budget.meter import resident_set; tuned = tune_malloc()\n"
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+
+
+def run(code: str, **environment: str) -> list[str]:
+    """The words that ``code`` prints."""
+    measured = run_measured(
+        [sys.executable, "-c", START + code], env=os.environ | {"PYTHONPATH": SOURCES} | environment
+    )
+    assert measured.exit_code == 0, measured.stderr
+    return measured.stdout.split()
+
+
+def test_large_buffers_go_back_when_small_ones_stay() -> None:
+    code = """
+for size in (4, 8, 16, 30):
+    block = bytearray(b"1") * (size << 20); del block  # glibc would raise its threshold to the size of each
+before, kept = resident_set().current, []
+for turn in range(20):
+    blocks = [bytearray(b"1") * ((6 + turn % 3 * 5) << 20) for _ in range(4)]
+    kept.append(bytearray(b"1") * (80 << 10))
+    del blocks
+print(tuned, resident_set().current - before)
+"""
+    tuned, grown = run(code)
+    if tuned == "False":
+        pytest.skip("another allocator than glibc's")
+    assert int(grown) < 6 << 20  # 1.6 MiB are kept; 76 MiB stay with the thresholds as they are
+
+
+def test_trim_gives_back_the_middle_of_the_heap() -> None:
+    code = """
+blocks = [bytearray(b"1") * (100 << 10) for _ in range(400)]
+kept = blocks[::20]  # so that the end of the heap is in use
+del blocks
+before = resident_set().current
+print(tuned, trim(), before - resident_set().current)
+"""
+    tuned, trimmed, given_back = run(code)
+    if tuned == "False":
+        pytest.skip("another allocator than glibc's")
+    assert trimmed == "True"
+    assert int(given_back) > 30 << 20  # of 37 MiB
+
+
+def test_the_environment_of_the_libraries_is_set_and_what_a_user_set_stays() -> None:
+    names = " ".join(ENVIRONMENT)
+    code = f"import os; print(*(os.environ[name] for name in {names!r}.split()))"
+    empty = {name: "" for name in ENVIRONMENT}
+    assert run(f"import os, subprocess\n{code}", **{**ENVIRONMENT, "OMP_WAIT_POLICY": "active"}) == [
+        "active" if name == "OMP_WAIT_POLICY" else value for name, value in ENVIRONMENT.items()
+    ]
+    clear = f"[os.environ.pop(name) for name in {names!r}.split()]; tune_malloc()\n"
+    assert run(f"import os\n{clear}{code}", **empty) == list(ENVIRONMENT.values())
+
+
+def test_products_of_many_shapes_do_not_pile_up_compiled_code() -> None:
+    code = """
+import torch
+torch.set_num_threads(1)
+x, w = torch.randn(400, 256).bfloat16(), torch.randn(256, 300).bfloat16()
+before = resident_set().current
+for rows in range(1, 400, 4):
+    torch.mm(x[:rows], w, out=torch.empty(rows, 300, dtype=torch.bfloat16))
+print(resident_set().current - before)
+"""
+    (grown,) = run(code)
+    assert int(grown) < 40 << 20  # 27 MiB; 86 MiB with the caches as they are

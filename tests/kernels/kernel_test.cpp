@@ -1,0 +1,187 @@
+// The kernels alone, for the sanitizers (`make sanitize`): every kind of matrix in buffers without a byte to spare, every
+// instruction set of the processor, odd shapes and slices, and many threads.
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+#include "pool.h"
+
+using namespace tightfit;
+
+namespace {
+
+std::mt19937 generator(1);
+int failures = 0;
+
+void check(bool condition, const char* what) {
+    if (!condition) {
+        std::printf("failed: %s\n", what);
+        failures++;
+    }
+}
+
+uint16_t upper_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return static_cast<uint16_t>(bits >> 16);
+}
+
+// Half a float's range, without subnormal numbers, infinities or NaNs: enough to tell a wrong place from a right one.
+uint16_t random_f16() { return static_cast<uint16_t>((generator() & 0x83ff) | (10 + generator() % 8) << 10); }
+
+struct Matrix {
+    std::unique_ptr<uint8_t[]> data;
+    Weight weight;
+};
+
+Matrix random_matrix(Kind kind, size_t group, size_t rows, size_t cols) {
+    Weight w{kind, group, nullptr, rows, cols, 0};
+    const size_t size = w.tiled() ? (rows + 15) / 16 * w.tile_row_bytes() : rows * cols * w.itemsize();
+    std::unique_ptr<uint8_t[]> data(new uint8_t[size]);
+    std::normal_distribution<float> normal;
+    for (size_t i = 0; i < size; i++) data[i] = static_cast<uint8_t>(generator());
+    if (w.tiled()) {
+        for (size_t tile = 0; tile < size; tile += w.tile_bytes())
+            for (size_t r = 0; r < TILE_ROWS; r++) {
+                const uint16_t scale = upper_half(normal(generator));
+                std::memcpy(&data[tile + w.code_bytes() + 2 * r], &scale, 2);
+            }
+    } else {
+        for (size_t i = 0; i < rows * cols; i++) {
+            const float value = normal(generator);
+            const uint16_t half = kind == Kind::f16 ? random_f16() : upper_half(value);
+            if (kind == Kind::f32)
+                std::memcpy(&data[4 * i], &value, 4);
+            else
+                std::memcpy(&data[2 * i], &half, 2);
+        }
+    }
+    w.data = data.get();
+    return {std::move(data), w};
+}
+
+double float_of(uint16_t half, Kind kind) {
+    if (kind == Kind::f16) {
+        const double value = std::ldexp(1024 + (half & 0x3ff), (half >> 10 & 31) - 25);
+        return half & 0x8000 ? -value : value;
+    }
+    const uint32_t bits = uint32_t{half} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// One weight, as the documentation of the layout has it.
+double weight_at(const Weight& w, size_t row, size_t col) {
+    if (!w.tiled()) {
+        const uint8_t* address = w.data + (row * w.cols + col) * w.itemsize();
+        float value;
+        uint16_t half;
+        std::memcpy(&half, address, 2);
+        if (w.kind == Kind::f32) std::memcpy(&value, address, 4);
+        return w.kind == Kind::f32 ? value : float_of(half, w.kind);
+    }
+    const size_t place = w.row_offset + row, r = place % 16, i = col % w.group;
+    const uint8_t* tile = w.data + place / 16 * w.tile_row_bytes() + col / w.group * w.tile_bytes();
+    uint16_t scale;
+    std::memcpy(&scale, tile + w.code_bytes() + 2 * r, 2);
+    int code;
+    if (w.kind == Kind::int8) {
+        code = static_cast<int8_t>(tile[i / 4 * 64 + r * 4 + i % 4]);
+    } else {
+        const uint8_t byte = tile[i / 8 * 64 + r * 4 + i % 4];
+        code = (i % 8 < 4 ? byte & 15 : byte >> 4) - 8;
+    }
+    return code * float_of(scale, Kind::bf16);
+}
+
+void check_weight(const Weight& w, size_t tokens) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(tokens * w.cols), out(tokens * w.rows);
+    for (float& value : x) value = normal(generator);
+    for (size_t threads : {1, 3}) {
+        matmul(w, {x.data(), w.cols}, tokens, {out.data(), w.rows}, threads);
+        for (size_t t = 0; t < tokens; t++)
+            for (size_t row = 0; row < w.rows; row++) {
+                double sum = 0, size = 0;
+                for (size_t col = 0; col < w.cols; col++) {
+                    const double product = x[t * w.cols + col] * weight_at(w, row, col);
+                    sum += product, size += std::abs(product);
+                }
+                check(std::abs(out[t * w.rows + row] - sum) <= 1e-5 * size + 1e-30, "product");
+            }
+    }
+    if (!w.tiled()) return;
+
+    std::vector<float> rows(w.rows * w.cols);
+    std::vector<BF16> halves(w.rows * w.cols);
+    std::vector<int64_t> indices(w.rows);
+    decode_block(w, 0, w.rows, Rows<float>{rows.data(), w.cols}, 3);
+    decode_block(w, 0, w.rows, Rows<BF16>{halves.data(), w.cols}, 3);
+    for (size_t row = 0; row < w.rows; row++)
+        for (size_t col = 0; col < w.cols; col++) {
+            const float expected = static_cast<float>(weight_at(w, row, col));
+            check(rows[row * w.cols + col] == expected, "decoded block");
+            const double rounded = float_of(halves[row * w.cols + col].bits, Kind::bf16);
+            check(std::abs(rounded - expected) <= std::abs(expected) / 256, "decoded block in bfloat16");
+        }
+    for (size_t i = 0; i < w.rows; i++) indices[i] = static_cast<int64_t>(w.rows - 1 - i);
+    std::vector<float> reversed(w.rows * w.cols);
+    decode_rows(w, indices.data(), w.rows, {reversed.data(), w.cols}, 3);
+    for (size_t i = 0; i < w.rows; i++)
+        check(!std::memcmp(&reversed[i * w.cols], &rows[(w.rows - 1 - i) * w.cols], w.cols * sizeof(float)), "rows");
+}
+
+void check_kind(Kind kind, size_t group) {
+    for (size_t rows : {1, 16, 37})
+        for (size_t cols : {1, 16, 75, 128}) {
+            const Matrix matrix = random_matrix(kind, group, rows, cols);
+            check_weight(matrix.weight, 1 + rows % 7);
+            if (rows < 20) continue;
+            Weight slice = matrix.weight;  // the rows 19 to 36
+            slice.rows = 17;
+            if (slice.tiled())
+                slice.data += slice.tile_row_bytes(), slice.row_offset = 3;
+            else
+                slice.data += 19 * cols * slice.itemsize();
+            check_weight(slice, 3);
+        }
+}
+
+void check_threads() {
+    const auto call = [] {
+        for (int i = 0; i < 300; i++) {
+            std::vector<int> done(50);
+            parallel_for(done.size(), 4, [&](size_t task) { done[task]++; });
+            for (int count : done) check(count == 1, "each task is done once");
+            if (i % 50 == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+        }
+    };
+    std::thread other(call);
+    call();
+    other.join();
+}
+
+}  // namespace
+
+int main() {
+    for (const std::string& name : supported()) {
+        check(choose(name) && name == chosen(), "choice of kernels");
+        for (Kind kind : {Kind::f32, Kind::f16, Kind::bf16}) check_kind(kind, 0);
+        for (Kind kind : {Kind::int8, Kind::int4})
+            for (size_t group : {16, 24, 32, 128}) check_kind(kind, group);
+        std::printf("%s: checked\n", name.c_str());
+    }
+    check(!choose("sse9"), "refusal of unknown kernels");
+    check_threads();
+    std::printf(failures ? "%d checks failed\n" : "all kernels passed\n", failures);
+    return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+}
