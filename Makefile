@@ -1,13 +1,13 @@
 # `make run` lets the embedded model answer, `make test` runs every check. Both set up .venv first, where that is needed.
 PYTHON ?= python3
-PROMPT ?= def fibonacci(n):
+PROMPT ?= examples/lookup.txt
 BIN := .venv/bin
 SOURCES := $(shell find src -type f -not -name '*.pyc') pyproject.toml CMakeLists.txt README.md LICENSE
 
 .PHONY: run test format sanitize clean
 
 run: .venv/installed
-	$(BIN)/tightfit run -p "$(PROMPT)" $(ARGS)
+	$(BIN)/tightfit run --memory 600MiB --file $(PROMPT) --max-new-tokens 6 $(ARGS)
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

@@ -1,11 +1,12 @@
-"""`tightfit run` beside transformers: prefill and decode rates, start-up, and peak memory, on the same model and machine.
+"""`tightfit run` beside transformers: start-up, prefill and decoding rates, and peak memory, on one model and machine.
 
-    .venv/bin/python benchmarks/generate.py [--model FOLDER] [--prompt 512] [--new 32] [--repeat 3] [--out FILE]
+    .venv/bin/python benchmarks/generate.py [--model FOLDER] [--prompt 512] [--new 32] [--repeat 3] [--out FILE.md]
 
-Without --model a random llama of 1.05 billion parameters is written to a temporary folder (2.1 GB) and used. Each row is
-processes of their own, taken in turn; the table gives medians. Peak memory is what the operating system saw (VmHWM).
-Limits: decoding reads every weight once for each token, so the memory bandwidth that `tightfit doctor` measures bounds
-it.
+Without --model a random llama of 1.05 billion parameters in bfloat16 is written to a temporary folder (2.1 GB). Every
+run is a process of its own, the systems take turns, and the table gives medians. `start` is from the start of the
+process until the prompt is being computed; peak memory is what the operating system saw (VmHWM). The limits: decoding
+reads every weight once for each token, so memory bandwidth over bytes of weights bounds it; prefill is bounded by
+torch's own bfloat16 matrix products.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import random_model
-from measure import run
+from measure import Measured, run_measured
 
 TRANSFORMERS = """
 import json, sys, time
-started = time.time()
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
-folder, prompt_file, new = sys.argv[1], sys.argv[2], int(sys.argv[3])
-torch.set_num_threads(2)
+folder, prompt, new, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(threads)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 class Clock(BaseStreamer):
@@ -40,46 +41,128 @@ class Clock(BaseStreamer):
     def put(self, value): self.times.append(time.time())
     def end(self): pass
 clock = Clock()
-ids = tokenizer(open(prompt_file).read(), return_tensors="pt").input_ids
+ids = tokenizer(open(prompt).read(), return_tensors="pt").input_ids
 model.generation_config.eos_token_id = None
 model.generation_config.pad_token_id = 0
 before = time.time()
 with torch.inference_mode():
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, streamer=clock)
 first, last = clock.times[1], clock.times[-1]
-print(json.dumps({"prefill": ids.shape[1] / (first - before), "decode": (new - 1) / (last - first), "first": first}))
+print(json.dumps({"prefill": ids.shape[1] / (first - before), "decode": (new - 1) / (last - first), "began": before}))
 """
+MATMUL = """
+import time, torch
+torch.set_num_threads(int(__import__("sys").argv[1]))
+a, b = torch.randn(512, 2048).bfloat16(), torch.randn(5632, 2048).bfloat16()
+best = 1e9
+for _ in range(20):
+    start = time.perf_counter(); a @ b.T; best = min(best, time.perf_counter() - start)
+print(2 * 512 * 2048 * 5632 / best)
+"""
+COLUMNS = ("system", "weights", "budget MiB", "peak MiB", "start s", "prefill tok/s", "decode tok/s", "of bandwidth")
 
 
-def tightfit_row(folder: Path, prompt: Path, new: int, memory: str, context: int) -> dict[str, float]:
-    code = "from tightfit.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "run", str(folder), "--file", str(prompt), "-n", str(new), "--ignore-eos"]
-    command += ["--memory", memory, "--context", str(context), "--temperature", "0", "--json"]
+def checked(done: Measured) -> Measured:
+    if done.exit_code:
+        raise SystemExit(f"exit status {done.exit_code}: {done.stderr}")
+    return done
+
+
+def tightfit_run(folder: Path, prompt: Path, new: int, threads: int, memory: str, context: int) -> dict[str, float]:
+    """One run; rates from its receipt, everything else from outside."""
+    command = [sys.executable, "-m", "tightfit", "run", folder, "--file", prompt, "-n", new, "--ignore-eos", "--json"]
+    command += ["--memory", memory, "--context", context, "--temperature", "0", "--threads", threads]
     began = time.time()
-    result = run(command)
-    if result.returncode:
-        raise SystemExit(result.stderr)
-    receipt = json.loads(result.stdout)["receipt"]
-    prefill_and_decode = receipt["prompt_tokens"] / receipt["prefill_tokens_per_s"]
-    decode = (receipt["new_tokens"] - 1) / receipt["decode_tokens_per_s"]
+    done = checked(run_measured([str(part) for part in command], timeout=900))
     total = time.time() - began
+    receipt = json.loads(done.stdout)["receipt"]
+    decoding = (receipt["new_tokens"] - 1) / receipt["decode_tokens_per_s"]
     return {
+        "start": total - decoding - receipt["time_to_first_token_s"],
         "prefill": receipt["prefill_tokens_per_s"],
         "decode": receipt["decode_tokens_per_s"],
-        "first": total - decode,
-        "start": total - decode - prefill_and_decode,
-        "peak": result.peak_bytes / 2**20,
+        "peak": done.peak_bytes / 2**20,
         "budget": receipt["budget_bytes"] / 2**20,
+        "weights": receipt["accounts"]["weights"]["peak_bytes"],
     }
 
 
-def transformers_row(folder: Path, prompt: Path, new: int) -> dict[str, float]:
+def transformers_run(folder: Path, prompt: Path, new: int, threads: int) -> dict[str, float]:
     began = time.time()
-    result = run([sys.executable, "-c", TRANSFORMERS, str(folder), str(prompt), str(new)])
-    if result.returncode:
-        raise SystemExit(result.stderr)
-    row = json.loads(result.stdout.splitlines()[-1])
-    row["first"] -= began
-    row["start"] = row["first"] - 1 / row["prefill"] * 1
-    row["peak"] = result.peak_bytes / 2**20
-    return row
+    command = [sys.executable, "-c", TRANSFORMERS, folder, prompt, new, threads]
+    done = checked(run_measured([str(part) for part in command], timeout=900))
+    row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return row | {"start": row["began"] - began, "peak": done.peak_bytes / 2**20, "weights": size}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder in bfloat16")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens")
+    parser.add_argument("--new", type=int, default=32, help="tokens")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--budgets", nargs="+", default=["3GiB", "1500MiB", "900MiB"])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.model or random_model.write(Path(temporary) / "1b", "1b")
+        prompt = Path(temporary) / "prompt.txt"
+        prompt.write_text("#" + "7" * (arguments.prompt - 1))  # the embedded tokenizer makes each a token
+        context = arguments.prompt + arguments.new
+        new, threads = arguments.new, arguments.threads
+        systems: dict[str, Callable[[], dict[str, float]]] = {
+            "transformers": lambda: transformers_run(folder, prompt, new, threads)
+        }
+        for memory in arguments.budgets:
+            systems[f"tightfit --memory {memory}"] = lambda memory=memory: tightfit_run(  # type: ignore[misc]
+                folder, prompt, new, threads, memory, context
+            )
+        rows: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+        for turn in range(arguments.repeat):
+            for name, run in systems.items():
+                rows[name].append(run())
+                print(f"{turn + 1}/{arguments.repeat} {name}", file=sys.stderr)
+        from tightfit.plan.profile import measure_bandwidth
+
+        bandwidth = measure_bandwidth(threads).bytes_per_s
+        products = float(checked(run_measured([sys.executable, "-c", MATMUL, str(threads)])).stdout)
+    lines = [" | ".join(("", *COLUMNS, "")).strip(), "|" + "---|" * len(COLUMNS)]
+    for name, runs in rows.items():
+        row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        share = row["decode"] * row["weights"] / bandwidth
+        budget = f"{row['budget']:.0f}" if "budget" in row else "none"
+        cells = (
+            name,
+            f"{row['weights'] / 2**20:.0f} MiB",
+            budget,
+            f"{row['peak']:.0f}",
+            f"{row['start']:.1f}",
+            f"{row['prefill']:.0f}",
+            f"{row['decode']:.1f}",
+            f"{share:.0%}",
+        )
+        lines.append(" | ".join(("", *cells, "")).strip())
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    text = "\n".join(
+        [
+            f"{arguments.prompt} prompt tokens, {arguments.new} new ones, batch 1, {threads} threads, "
+            f"median of {arguments.repeat}",
+            "",
+            *lines,
+            "",
+            f"Limits measured in the same call: memory {bandwidth / 1e9:.1f} GB/s with {threads} threads, "
+            f"torch's bfloat16 products {products / 1e9:.0f} GFLOP/s.",
+            f"Machine: {platform.machine()}, {threads} threads, {platform.system()} {platform.release()}; "
+            f"Python {platform.python_version()}, {versions}.",
+            "",
+        ]
+    )
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

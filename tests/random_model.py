@@ -73,8 +73,25 @@ def write(folder: Path, preset: str = "1b", seed: int = 0) -> Path:
     """A llama-shaped checkpoint in bfloat16 with the embedded model's tokenizer; nothing is done if it is there."""
     if (folder / "config.json").exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
     settings = config(**PRESETS[preset])
+    write_headers(folder, settings)
+    # One block of numbers for all tensors, from a different place each time: making a billion takes a minute.
+    values = np.random.default_rng(seed).standard_normal(BLOCK, np.float32) * 0.02
+    numbers = (values.view(np.uint32) >> 16).astype(np.uint16)
+    ones = np.full(BLOCK, 0x3F80, np.uint16)
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        for index, (_, shape) in enumerate(shapes(settings)):
+            left = int(np.prod(shape))
+            source = ones if len(shape) == 1 else np.roll(numbers, 7919 * index)
+            while left:
+                left -= file.write(source[:left].tobytes()) // 2
+    return folder
+
+
+def write_headers(folder: Path, settings: dict[str, object]) -> Path:
+    """A checkpoint whose numbers are a hole in the file: all zeros, and nothing on the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
     header: dict[str, object] = {}
     offset = 0
     for name, shape in shapes(settings):
@@ -83,20 +100,11 @@ def write(folder: Path, preset: str = "1b", seed: int = 0) -> Path:
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    # One block of numbers for all tensors, from a different place each time: making a billion takes a minute.
-    values = np.random.default_rng(seed).standard_normal(BLOCK, np.float32) * 0.02
-    numbers = (values.view(np.uint32) >> 16).astype(np.uint16)
-    ones = np.full(BLOCK, 0x3F80, np.uint16)
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for index, (_, shape) in enumerate(shapes(settings)):
-            left = int(np.prod(shape))
-            source = ones if len(shape) == 1 else np.roll(numbers, 7919 * index)
-            while left:
-                left -= file.write(source[:left].tobytes()) // 2
+        file.truncate(8 + len(text) + offset)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (zoo.path("nano") / name).exists():
-            shutil.copy(zoo.path("nano") / name, folder / name)
+        shutil.copy(zoo.path("nano") / name, folder / name)
     (folder / "config.json").write_text(json.dumps(settings, indent=1))
     return folder
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import random_model
-from measure import Measured, run_in_cgroup, run_measured
 
+import random_model
 import tightfit
+from measure import Measured, run_in_cgroup, run_measured
 
 MIB, GIB = 1 << 20, 1 << 30
 BUDGETERROR = tightfit.BudgetError.exit_status

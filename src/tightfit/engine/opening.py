@@ -69,6 +69,11 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
         raise UsageError(f"{wish.batch} sequences at once make no sense", "Use --batch 1 or more.")
     if wish.chunk is not None and wish.chunk < 1:
         raise UsageError(f"a chunk of {wish.chunk} tokens makes no sense", "Use --chunk 16 or more.")
+    if wish.threads is not None and not 1 <= wish.threads <= usable_cores():
+        raise UsageError(
+            f"{wish.threads} threads make no sense: this process may use {usable_cores()} cores",
+            f"Use --threads 1 to {usable_cores()}, or leave it out.",
+        )
     if wish.weights is not None:
         parse("weights", wish.weights)
     name = str(zoo.path(wish.model)) if wish.model in zoo.EMBEDDED else wish.model

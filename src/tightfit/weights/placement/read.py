@@ -137,30 +137,23 @@ def _read_rows(checkpoint: Checkpoint, info: TensorInfo, base: int, start: int, 
 def _transposed_blocks(
     checkpoint: Checkpoint, param: Param, info: TensorInfo, expert: int, at_once: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Blocks of a matrix whose rows are the columns of a tensor: a stack of them is gathered from the whole of it."""
-    dtype, (rows, cols) = DTYPES[info.dtype], param.shape
+    """Blocks of a matrix whose rows are the columns of a tensor: a stack of them is gathered from the whole of it, which
+    is read in slabs of whole lines."""
+    dtype, (rows, cols), width = DTYPES[info.dtype], param.shape, info.shape[-1]
+    line_bytes = width * dtype.itemsize
+    base = _expert_byte(param, info, expert)
     fitting = GATHER_BYTES // (cols * dtype.itemsize) // at_once * at_once
     gathered = torch.empty(min(rows, max(fitting, at_once)), cols, dtype=dtype)
+    slab = torch.empty(min(cols, max(SLAB_BYTES // line_bytes, 1)), width, dtype=dtype)
     for top in range(0, rows, len(gathered)):
         stack = gathered[: min(len(gathered), rows - top)]
-        _gather_columns(checkpoint, param, info, expert, top, stack)
+        start, step = param.source.start + top * param.source.step, param.source.step
+        for col in range(0, cols, len(slab)):
+            lines = slab[: min(len(slab), cols - col)]
+            checkpoint.read_into(info, base + col * line_bytes, _bytes(lines))
+            stack[:, col : col + len(lines)] = lines[:, start : start + len(stack) * step : step].T
         for row in range(0, len(stack), at_once):
             yield top + row, stack[row : row + at_once]
-
-
-def _gather_columns(
-    checkpoint: Checkpoint, param: Param, info: TensorInfo, expert: int, row: int, out: torch.Tensor
-) -> None:
-    """``out`` (n, cols) = the rows from ``row`` of a matrix that is stored transposed, read in slabs of whole lines."""
-    start, step = param.source.start + row * param.source.step, param.source.step
-    wanted = slice(start, start + (len(out) - 1) * step + 1, step)
-    base, width, cols = _expert_byte(param, info, expert), info.shape[-1], param.shape[1]
-    line_bytes = width * out.element_size()
-    slab = torch.empty(min(cols, max(1, SLAB_BYTES // line_bytes)), width, dtype=out.dtype)
-    for col in range(0, cols, len(slab)):
-        lines = slab[: min(len(slab), cols - col)]
-        checkpoint.read_into(info, base + col * line_bytes, _bytes(lines))
-        out[:, col : col + len(lines)] = lines[:, wanted].T
 
 
 def _expert_byte(param: Param, info: TensorInfo, expert: int) -> int:

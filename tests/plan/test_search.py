@@ -1,0 +1,105 @@
+"""The choice of a plan: the most precise weights that fit, sums that hold, and refusals that say what would do."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import random_model
+from tightfit import zoo
+from tightfit.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from tightfit.checkpoints.config import Config
+from tightfit.engine.start import workspace_bytes
+from tightfit.errors import BudgetError
+from tightfit.model.families import model_spec
+from tightfit.plan.schema import Plan
+from tightfit.plan.search import Request, Search
+
+MIB = 1 << 20
+RUNTIME = 200 * MIB
+REQUEST = Request(budget=0, context=1024, sequences=1, threads=2, gemm="bfloat16", kv="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def nano() -> Checkpoint:
+    return open_checkpoint(str(zoo.path("nano")))
+
+
+def search(checkpoint: Checkpoint, **changes: object) -> Search:
+    spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
+    request = dataclasses.replace(REQUEST, **changes)  # type: ignore[arg-type]
+    return Search(checkpoint, spec, request, lambda plan: workspace_bytes(checkpoint, spec, plan))
+
+
+def formats(plan: Plan) -> list[str]:
+    return [plan.outer.format, *(layer.format for layer in plan.layers)]
+
+
+def test_plenty_of_memory_keeps_the_weights_as_they_are(nano: Checkpoint) -> None:
+    plan = search(nano, budget=1024 * MIB).best(RUNTIME)
+    assert set(formats(plan)) == {"own"}
+    assert plan.chunk == 512
+    # 7.08 million numbers of two bytes, and norms that are kept in four
+    assert 2 * 7_082_240 <= plan.accounts["weights"] <= 2 * 7_082_240 + 64 * 1024
+    # 8 layers of keys and values of 2 heads of 64 features in two bytes, for 1024 tokens
+    assert plan.accounts["kv"] == pytest.approx(8 * 2 * 2 * 64 * 2 * 1024, rel=0.01)
+
+
+def test_less_memory_takes_fewer_bits_and_the_sum_always_fits(nano: Checkpoint) -> None:
+    seen, precision = set(), {"own": 0, "int8": 1, "int4": 2, "int4(group=64)": 3, "int4(group=128)": 4}
+    worst = 0
+    for tenths in range(2400, 2100, -5):
+        budget = tenths * MIB // 10
+        try:
+            plan = search(nano, budget=budget).best(RUNTIME)
+        except BudgetError:
+            break
+        assert plan.total <= budget
+        level = max(precision[name] for name in formats(plan))
+        assert level >= worst  # precision never rises as memory shrinks
+        worst = level
+        seen.add(level)
+    else:
+        pytest.fail("nothing was refused")
+    assert seen >= {0, 1, 2}
+
+
+def test_room_between_four_and_eight_bits_is_spent_on_some_layers(nano: Checkpoint) -> None:
+    small = search(nano).uniform("int4", 512, RUNTIME)
+    large = search(nano).uniform("int8", 512, RUNTIME)
+    plan = search(nano, budget=(small.total + 3 * large.total) // 4, chunk=512).best(RUNTIME)
+    assert plan.outer.format == "int8"
+    assert plan.layers[0].format == "int8"
+    assert {layer.format for layer in plan.layers} == {"int4", "int8"}
+    assert plan.layers[len(plan.layers) // 2].format == "int4"  # the middle loses least
+
+
+def test_the_smallest_plan_works_and_one_byte_less_is_refused_with_its_number(nano: Checkpoint) -> None:
+    smallest = search(nano).smallest(RUNTIME).total
+    assert search(nano, budget=smallest).best(RUNTIME).total == smallest
+    with pytest.raises(BudgetError) as refused:
+        search(nano, budget=smallest - 1).best(RUNTIME)
+    assert refused.value.smallest_bytes == smallest
+
+
+def test_named_weights_are_kept_to(nano: Checkpoint) -> None:
+    assert set(formats(search(nano, budget=1024 * MIB, weights="int4(group=64)").best(RUNTIME))) == {"int4(group=64)"}
+    with pytest.raises(BudgetError, match="does not fit"):
+        search(nano, budget=RUNTIME + 8 * MIB, weights="bf16").best(RUNTIME)
+
+
+def test_a_plan_survives_being_written_and_read(nano: Checkpoint) -> None:
+    plan = search(nano, budget=1024 * MIB).best(RUNTIME)
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_bytes_of_a_real_size_are_those_of_its_headers(tmp_path: Path) -> None:
+    """Headers alone: the numbers are a hole in the file."""
+    settings = random_model.config(**random_model.PRESETS["3b"])
+    folder = random_model.write_headers(tmp_path / "3b", settings)
+    plan = search(open_checkpoint(str(folder)), budget=64 << 30).best(RUNTIME)
+    assert plan.accounts["weights"] == pytest.approx(2 * plan.model.parameters, rel=0.001)
+    four = search(open_checkpoint(str(folder))).uniform("int4", 512, RUNTIME)
+    assert four.accounts["weights"] == pytest.approx(4.5 / 8 * plan.model.parameters, rel=0.002)
