@@ -22,10 +22,10 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import random_model
-from measure import Measured, run_measured
+from tests import random_model
+from tests.measure import Measured, run_measured
 
 TRANSFORMERS = """
 import json, sys, time

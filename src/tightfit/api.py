@@ -8,15 +8,17 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING, Any, overload
 
+from tightfit.engine.request import DEFAULT_NEW_TOKENS
 from tightfit.errors import UsageError
 
 if TYPE_CHECKING:
     from tightfit.budget.ledger import Ledger
     from tightfit.checkpoints.checkpoint import Checkpoint
-    from tightfit.engine.generate import Completion, Generator, Request
+    from tightfit.engine.generate import Completion, Generator
+    from tightfit.engine.opening import Opened, Wish
+    from tightfit.engine.request import Requests
     from tightfit.plan.schema import Plan
 
-DEFAULT_NEW_TOKENS = 256
 Message = Mapping[str, str]
 
 
@@ -27,10 +29,13 @@ class Model:
     from the model's generation_config.json; ``temperature=0`` is greedy. ``seed`` makes a text repeatable.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, generator: Generator, ledger: Ledger) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, requests: Requests, generator: Generator, ledger: Ledger
+    ) -> None:
         self.checkpoint = checkpoint
         self.plan = plan
         self.tokenizer = generator.tokenizer
+        self._requests = requests
         self._generator = generator
         self._ledger = ledger
 
@@ -42,7 +47,7 @@ class Model:
         """Continues one prompt, or several at once; see :meth:`stream` for ``options``."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         completions = [self.new_completion() for _ in prompts]
-        for _ in self._generator.run([self._request(text, options) for text in prompts], completions):
+        for _ in self.stream_many(prompts, completions, **options):
             pass
         return completions[0] if isinstance(prompt, str) else completions
 
@@ -60,7 +65,7 @@ class Model:
         self, prompts: Many[str], completions: list[Completion], **options: Any
     ) -> abc.Generator[tuple[int, str], None, None]:
         """Continues several prompts at once: (index of the prompt, piece). Fills ``completions``."""
-        return self._generator.run([self._request(text, options) for text in prompts], completions)
+        return self._generator.run(self._requests.make(prompts, options), completions)
 
     def chat(self, messages: Many[Message], **options: Any) -> Completion:
         """The assistant's next message. Only what is new since the last turn is computed."""
@@ -81,13 +86,14 @@ class Model:
         kept, dropped = self._fit(messages, options)
         completion.dropped_messages = dropped
         text = self.tokenizer.render_chat(kept)
-        request = self._request(text, options, add_special_tokens=False)
+        request = self._requests.make_one(text, options, "the conversation", add_special_tokens=False)
         for _, piece in self._generator.run([request], [completion], conversation=True):
             yield piece
 
     def score(self, tokens: list[int]) -> list[float]:
         """Natural log-probability of every token but the first, given those before it. At most one context long."""
-        self._check_length(len(tokens) - 1)
+        self._requests.check(tokens, "the text")
+        self._requests.check_length(len(tokens) - 1, "the text")
         return self._generator.score(tokens)
 
     def receipt(self) -> dict[str, Any]:
@@ -112,60 +118,6 @@ class Model:
         from tightfit.engine.generate import Completion
 
         return Completion()
-
-    def _request(self, text: str, options: Mapping[str, Any], add_special_tokens: bool = True) -> Request:
-        from tightfit.engine.generate import Request
-
-        options = dict(options)
-        if not text:
-            raise UsageError("the prompt is empty", "Give some text to continue.")
-        if self.tokenizer.surely_exceeds(text, self.plan.context):  # encoding takes memory in proportion to the text
-            raise UsageError(
-                f"the prompt of {len(text):,} characters cannot fit into a context of {self.plan.context} tokens",
-                "Shorten it, or ask for a longer context.",
-            )
-        tokens = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        self._check_length(len(tokens))
-        defaults = self.checkpoint.generation
-        stop = options.pop("stop", ())
-        ignore_eos = options.pop("ignore_eos", False)
-        max_new_tokens = options.pop("max_new_tokens", DEFAULT_NEW_TOKENS)
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {max_new_tokens}", "Ask for at least one token.")
-        return Request(
-            tokens=tokens,
-            max_new_tokens=max_new_tokens,
-            sampling=self._sampling(options),
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            stop_tokens=frozenset() if ignore_eos else frozenset(defaults.eos_token_ids),
-        )
-
-    def _sampling(self, options: dict[str, Any]) -> Any:
-        from tightfit.decode.sample import SamplingParams
-
-        defaults = self.checkpoint.generation
-        settings = {
-            "temperature": defaults.temperature if defaults.do_sample else 0.0,
-            "top_k": defaults.top_k,
-            "top_p": defaults.top_p,
-            "min_p": defaults.min_p,
-            "repetition_penalty": defaults.repetition_penalty,
-            "seed": None,
-        }
-        unknown = set(options) - set(settings)
-        if unknown:
-            raise UsageError(
-                f"unknown option '{sorted(unknown)[0]}'",
-                f"Known: max_new_tokens, stop, ignore_eos, {', '.join(settings)}.",
-            )
-        return SamplingParams(**settings | {name: value for name, value in options.items() if value is not None})
-
-    def _check_length(self, tokens: int) -> None:
-        if tokens >= self.plan.context:
-            raise UsageError(
-                f"the prompt has {tokens} tokens, the context holds {self.plan.context} and needs room for an answer",
-                f"Shorten the prompt, or ask for a longer context (context={tokens + DEFAULT_NEW_TOKENS}).",
-            )
 
     def _fit(self, messages: Many[Message], options: Mapping[str, Any]) -> tuple[list[Message], int]:
         """The messages that fit beside an answer, and how many of the oldest were left out."""
@@ -210,21 +162,23 @@ def load(
     Raises BudgetError if it does not fit (``smallest_bytes`` says what would), CheckpointError for a model that cannot
     be opened, UsageError for arguments that make no sense.
     """
-    from tightfit.engine.opening import Wish, open_model, plan_for
+    from tightfit.engine.opening import Wish, open_model
 
     wish = Wish(model, memory, context, batch, weights, chunk, threads)
     opened = open_model(wish)
-    if chat and not opened.checkpoint.tokenizer().has_chat_template:
-        raise UsageError(
-            f"{opened.checkpoint.name} has no chat template: it was not trained for conversations",
-            "Use `tightfit run MODEL -p TEXT` to continue a text.",
-        )
-    if plan is not None and plan.model.fingerprint != opened.checkpoint.fingerprint:
-        raise UsageError(
-            f"the plan is for {plan.model.name}, whose files differ from those of {opened.checkpoint.name}",
-            "Make a new one with `tightfit plan --out`.",
-        )
-    chosen = plan or plan_for(wish, opened)
+    if chat:
+        opened.check_chat()
+    return load_opened(wish, opened, plan, progress)
+
+
+def load_opened(
+    wish: Wish, opened: Opened, plan: Plan | None = None, progress: Callable[[int, int], None] | None = None
+) -> Model:
+    """As :func:`load`, from a checkpoint that was opened before, so that requests could be checked."""
+    from tightfit.engine.opening import plan_for
+
+    chosen = plan_for(wish, opened) if plan is None else plan
+    requests = opened.requests(chosen.context)
 
     from tightfit.engine.generate import Generator
     from tightfit.engine.start import start
@@ -237,6 +191,5 @@ def load(
         if progress is not None:
             progress(done, total)
 
-    tokenizer = opened.checkpoint.tokenizer()
     engine, ledger = start(opened.checkpoint, opened.spec, chosen, count)
-    return Model(opened.checkpoint, chosen, Generator(engine, tokenizer), ledger)
+    return Model(opened.checkpoint, chosen, requests, Generator(engine, requests.tokenizer), ledger)

@@ -43,6 +43,21 @@ print(tuned, resident_set().current - before)
     assert int(grown) < 6 << 20  # 1.6 MiB are kept; 76 MiB stay with the thresholds as they are
 
 
+def test_small_temporaries_are_not_mapped_anew_each_time() -> None:
+    code = """
+import resource
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(500):
+    block = bytearray(b"1") * (500 << 10)
+    del block
+print(tuned, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    tuned, faults = run(code)
+    if tuned == "False":
+        pytest.skip("another allocator than glibc's")
+    assert int(faults) < 5000  # 125 pages of 4 KiB once; 62,500 if each block were given back
+
+
 def test_trim_gives_back_the_middle_of_the_heap() -> None:
     code = """
 blocks = [bytearray(b"1") * (100 << 10) for _ in range(400)]

@@ -136,7 +136,7 @@ def test_with_both_versions_mounted_memory_is_where_its_controller_is(tmp_path: 
     ],
 )
 def test_inside_a_container_what_is_mounted_is_its_own_group(tmp_path: Path, line: str, top: str) -> None:
-    groups = {"sys/fs/cgroup": v2_memory(2 * GiB, GiB)}
+    groups = {"sys/fs/cgroup": v2_memory(2 * GiB, GiB), "sys/other": v2_memory(GiB // 2)}
     root = make_machine(tmp_path, cgroup=line, mounts={"v2": top}, groups=groups)
     assert (machine_memory(root).total, machine_memory(root).available) == (2 * GiB, GiB)
 

@@ -106,6 +106,27 @@ def test_top_p_keeps_the_same_tokens_when_it_must_look_at_more_than_the_likely_o
     assert len(difference) <= 0.0005 * int(allowed.sum()) + 1
 
 
+@pytest.mark.parametrize("settings", [{"top_k": 50}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}], ids=str)
+def test_a_large_vocabulary_is_not_sorted(settings: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    sorted_sizes: list[int] = []
+    topk, sort = torch.Tensor.topk, torch.Tensor.sort
+
+    def spy_topk(scores: torch.Tensor, k: int) -> object:
+        sorted_sizes.append(k)
+        return topk(scores, k)
+
+    def spy_sort(scores: torch.Tensor, **order: bool) -> object:
+        sorted_sizes.append(scores.numel())
+        return sort(scores, **order)
+
+    monkeypatch.setattr(torch.Tensor, "topk", spy_topk)
+    monkeypatch.setattr(torch.Tensor, "sort", spy_sort)
+    # As peaked as those of a language model: a few hundred tokens hold nine tenths of the probability.
+    Sampler(SamplingParams(temperature=1.0, seed=0, **settings)).sample(logits_of(256_000, spread=8.0), [])
+    assert sorted_sizes
+    assert max(sorted_sizes) <= LIKELY
+
+
 def test_greedy_takes_the_largest_logit_and_the_lowest_of_equals() -> None:
     logits = torch.zeros(300_000)
     logits[[70_000, 250_000]] = 5.0

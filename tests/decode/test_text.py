@@ -102,7 +102,7 @@ def cut(text: str, stops: list[str]) -> tuple[str, str | None]:
 def test_the_pieces_together_are_the_text_of_all_tokens(name: str, skip: bool) -> None:
     tokenizer = TOKENIZERS[name]
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=200, deadline=None)
     @given(token_lists(name))
     def check(ids: list[int]) -> None:
         pieces = pieces_of(TextStream(tokenizer, skip_special_tokens=skip), ids)
@@ -116,7 +116,7 @@ def test_the_text_ends_before_the_first_complete_stop_string(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     alphabet = st.text(alphabet="ab 你\n😀", min_size=1, max_size=4)
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=200, deadline=None)
     @given(st.text(alphabet="ab 你\n😀", max_size=30), st.lists(alphabet, max_size=4))
     def check(text: str, stops: list[str]) -> None:
         ids = byte_ids(name, text.encode())

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tightfit.budget.ledger import Arena, Workspace
-from tightfit.kernels import attention
+from tightfit.kernels import attention, ops
 from tightfit.kernels.attention import Slots, attend
+from tightfit.kv.cache import window_slots
 
 KV_HEADS, GROUPS, KEY_DIM, VALUE_DIM = 2, 3, 8, 6
 
@@ -105,6 +106,72 @@ def test_scores_far_apart_do_not_overflow() -> None:
     out = torch.empty(40, KV_HEADS * GROUPS, VALUE_DIM)
     attend(q, keys, values, Slots(40, 40), 0, out, Workspace(Arena(1 << 20)), scale=1.0)
     torch.testing.assert_close(out, values.transpose(0, 1).repeat_interleave(GROUPS, 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 7, 40])
+@pytest.mark.parametrize(("start", "n"), [(0, 33), (70, 1), (64, 30), (90, 7)])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_bfloat16_products_stay_close_to_the_exact_ones(
+    window: int | None, start: int, n: int, with_sinks: bool
+) -> None:
+    torch.manual_seed(0)
+    stop = start + n
+    q = torch.randn(n, KV_HEADS * GROUPS, KEY_DIM)
+    keys, values = (torch.randn(KV_HEADS, stop, KEY_DIM).bfloat16() for _ in range(2))
+    sinks = torch.randn(KV_HEADS * GROUPS) if with_sinks else None
+    out, ws = torch.empty(n, KV_HEADS * GROUPS, KEY_DIM), Workspace(Arena(1 << 20))
+    slots, dtype = Slots(stop, stop), torch.bfloat16
+    attend(q, keys, values, slots, start, out, ws, scale=0.7, window=window, sinks=sinks, gemm_dtype=dtype)
+    expected = plain(q, keys, values, start, 0.7, window, None, sinks)
+    # Queries are rounded by up to 2**-9, so scores of up to 8 and their weights by 2**-6, of values that reach 3.
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=3 * 2**-6)
+
+
+def test_bfloat16_products_are_used_where_all_queries_see_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    folded = []
+    fold = ops.fold_block_bf16
+
+    def spy(q: torch.Tensor, k: torch.Tensor, *rest: torch.Tensor) -> None:
+        folded.append(k.shape[1])
+        fold(q, k, *rest)
+
+    monkeypatch.setattr(ops, "fold_block_bf16", spy)
+    q, out = torch.randn(5, KV_HEADS * GROUPS, KEY_DIM), torch.empty(5, KV_HEADS * GROUPS, KEY_DIM)
+    keys = torch.randn(KV_HEADS, 50, KEY_DIM).bfloat16()
+    ws, dtype = Workspace(Arena(1 << 20)), torch.bfloat16
+    attend(q, keys, keys, Slots(50, 50), 45, out, ws, scale=0.7, gemm_dtype=dtype)
+    assert folded == [16, 16]  # keys 0 to 32; those from 32 to 50 hold some that not all queries may see
+    attend(q, keys, keys, Slots(50, 50), 45, out, ws, scale=0.7, softcap=2.0, gemm_dtype=dtype)
+    attend(q, keys.float(), keys.float(), Slots(50, 50), 45, out, ws, scale=0.7, gemm_dtype=dtype)
+    attend(q, keys, keys, Slots(50, 50), 45, out, ws, scale=0.7)
+    assert len(folded) == 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    context=st.integers(1, 70),
+    chunk=st.integers(1, 40),
+    window=st.one_of(st.none(), st.integers(1, 60)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    data=st.data(),
+)
+def test_a_dry_run_at_the_end_of_the_context_foresees_the_scratch_of_every_step(
+    context: int, chunk: int, window: int | None, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    chunk = min(chunk, context)
+    start = data.draw(st.integers(0, context - 1))
+    n = data.draw(st.integers(1, min(chunk, context - start)))
+    keys = torch.zeros(KV_HEADS, window_slots(context, window, chunk), KEY_DIM, dtype=dtype)
+
+    def scratch(start: int, n: int) -> int:
+        q, ws = torch.zeros(n, KV_HEADS * GROUPS, KEY_DIM), Workspace(Arena(1 << 20))
+        slots = Slots(start + n, keys.shape[1])
+        attend(q, keys, keys, slots, start, q, ws, scale=1.0, window=window, gemm_dtype=torch.bfloat16)
+        return ws.high_water
+
+    with ops.dry():
+        foreseen = scratch(context - chunk, chunk)
+    assert scratch(start, n) <= foreseen
 
 
 def test_scratch_does_not_grow_with_the_context() -> None:

@@ -60,6 +60,18 @@ def test_sequences_and_layers_do_not_touch_each_other() -> None:
         torch.testing.assert_close(out, values[place])  # one token: its own value
 
 
+def test_only_prefill_multiplies_in_the_type_of_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decodes is exact, so that its bits do not depend on how many tokens are verified at once."""
+    used = []
+    monkeypatch.setattr("tightfit.kv.cache.attend", lambda *args, gemm_dtype, **kwargs: used.append(gemm_dtype))
+    layouts = [LayerLayout(HEADS, DIM, DIM, 8)]
+    cache = Cache(layouts, 1, torch.bfloat16, Arena(1 << 20), gemm_dtype=torch.bfloat16)
+    q = torch.zeros(2, HEADS, DIM)
+    for gemm in (True, False):
+        cache.attend(0, 0, 0, q, q, Workspace(Arena(1 << 20)), scale=1.0, gemm=gemm)
+    assert used == [torch.bfloat16, torch.float32]
+
+
 def test_asking_for_more_than_is_kept_is_refused() -> None:
     cache = Cache([LayerLayout(HEADS, DIM, DIM, 10)], 1, torch.float32, Arena(1 << 20))
     q = torch.zeros(3, HEADS, DIM)

@@ -1,5 +1,5 @@
-"""The promise, measured from outside: the peak resident set of a run, as the operating system saw it, is at or under the
-budget, and what would have fitted is not refused."""
+"""The promise, measured from outside: the peak resident set of a run, as the operating system saw it, is at or under
+the budget, and what would have fitted is not refused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import random_model
+from tests.measure import Measured, run_in_cgroup, run_measured
 
-import random_model
 import tightfit
-from measure import Measured, run_in_cgroup, run_measured
 
 MIB, GIB = 1 << 20, 1 << 30
 BUDGETERROR = tightfit.BudgetError.exit_status

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_mixtures import CONFIGS, config_of, write
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.checkpoints.checkpoint import open_checkpoint
@@ -21,6 +20,7 @@ from tightfit.model.decoder import Decoder
 from tightfit.model.spec import MoeSpec
 from tightfit.plan.search import Request, Search
 from tightfit.weights.placement.resident import Experts
+from tiny_mixtures import CONFIGS, config_of, write
 
 CONTEXT, CHUNK = 64, 32
 

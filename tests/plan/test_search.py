@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from tests import random_model
 
-import random_model
 from tightfit import zoo
 from tightfit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tightfit.checkpoints.config import Config

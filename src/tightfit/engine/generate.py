@@ -7,24 +7,11 @@ from collections import abc
 from dataclasses import dataclass, field
 
 from tightfit.checkpoints.tokenizer import Tokenizer
-from tightfit.decode.sample import Sampler, SamplingParams
+from tightfit.decode.sample import Sampler
 from tightfit.decode.text import TextStream
 from tightfit.engine.engine import Engine
+from tightfit.engine.request import Request
 from tightfit.engine.sequence import Sequence
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt as tokens, and how to continue it.
-
-    ``stop`` strings end the text and are not part of it; ``stop_tokens`` likewise.
-    """
-
-    tokens: list[int]
-    max_new_tokens: int
-    sampling: SamplingParams
-    stop: tuple[str, ...] = ()
-    stop_tokens: frozenset[int] = frozenset()
 
 
 @dataclass

@@ -19,7 +19,8 @@ from tightfit.budget.code import drop_code_pages
 from tightfit.budget.ledger import PAGE, Arena, Ledger, Workspace, align
 from tightfit.budget.meter import resident_set
 from tightfit.checkpoints.checkpoint import Checkpoint
-from tightfit.decode.sample import Sampler, SamplingParams
+from tightfit.decode.params import SamplingParams
+from tightfit.decode.sample import Sampler
 from tightfit.engine.engine import Engine, use_threads
 from tightfit.errors import BudgetError
 from tightfit.kernels import cpu, ops

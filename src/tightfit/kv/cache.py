@@ -34,11 +34,22 @@ class LayerLayout:
 
 
 class Cache:
-    """The ``kv`` account: keys and values of ``sequences`` sequences in every layer, in ``dtype``."""
+    """The ``kv`` account: keys and values of ``sequences`` sequences in every layer, in ``dtype``.
 
-    def __init__(self, layouts: list[LayerLayout], sequences: int, dtype: torch.dtype, arena: Arena) -> None:
+    ``gemm_dtype`` is what prefill multiplies in: torch.bfloat16 or torch.float32.
+    """
+
+    def __init__(
+        self,
+        layouts: list[LayerLayout],
+        sequences: int,
+        dtype: torch.dtype,
+        arena: Arena,
+        gemm_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.layouts = layouts
         self.sequences = sequences
+        self.gemm_dtype = gemm_dtype
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         for layout in layouts:
@@ -78,9 +89,11 @@ class Cache:
         window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        gemm: bool = False,
     ) -> None:
         """Attention of the newest tokens, ``q`` (n, heads, key_dim), whose keys were appended at ``start`` onwards,
-        into ``out`` (n, heads, value_dim); see :func:`tightfit.kernels.attention.attend`.
+        into ``out`` (n, heads, value_dim); see :func:`tightfit.kernels.attention.attend`. ``gemm`` is for prefill:
+        products are then made in ``gemm_dtype`` where that is faster.
 
         Raises ValueError where the cache no longer holds all that they see: the context is full, or a layer with a
         window was given more tokens at once than its ring was made for.
@@ -90,7 +103,20 @@ class Cache:
         if seen > slots.size:
             raise ValueError(f"attention over {seen} tokens in layer {layer}, which keeps {slots.size}")
         keys, values = self._keys[layer][sequence], self._values[layer][sequence]
-        attend(q, keys, values, slots, start, out, ws, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        attend(
+            q,
+            keys,
+            values,
+            slots,
+            start,
+            out,
+            ws,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            gemm_dtype=self.gemm_dtype if gemm else torch.float32,
+        )
 
 
 def _place(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -82,6 +82,7 @@ def attention(
                 window=spec.window,
                 softcap=spec.softcap,
                 sinks=weights.get("sinks"),
+                gemm=not segment.decode,
             )
         project_into(weights, "o_proj", attended.view(x.shape[0], -1), out, ws, batch.split)
 

@@ -143,7 +143,7 @@ def test_codes_without_fitting_scales_are_refused(write: Any) -> None:
     codes = fp8_numbers(64, 48)
     param = Param("a", (64, 48), Source("a.weight"))
     config = FP8 | {"weight_block_size": [32, 32]}
-    with pytest.raises(CheckpointError, match="no tensor 'a.weight_scale_inv'"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'a\.weight_scale_inv'"):
         read.tensor_of(write({"a.weight": codes}, **config), param)
     for scales in (random_scales(2, 1), random_scales(1, 2), random_scales(2, 2).half()):
         checkpoint = write({"a.weight": codes, "a.weight_scale_inv": scales}, **config)

@@ -93,5 +93,5 @@ def test_a_tensor_of_another_shape_than_the_config_describes_is_refused(write: A
     for param in wrong:
         with pytest.raises(CheckpointError, match="has shape"):
             read.check(checkpoint, spec_of(param))
-    with pytest.raises(CheckpointError, match="no tensor 'x.1'"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'x\.1'"):
         read.tensor_of(checkpoint, Param("x", (1, 1), Source("x.{expert}"), experts=2), 1)

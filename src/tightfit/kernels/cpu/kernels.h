@@ -11,6 +11,14 @@
 namespace tightfit {
 namespace {
 
+// Weights are read once, so their speed is the memory's: a core's own prefetcher alone reaches half of it.
+constexpr size_t AHEAD = 2048;  // bytes
+
+template <class T>
+inline void prefetch(const T* address) {
+    __builtin_prefetch(reinterpret_cast<const char*>(address) + AHEAD);
+}
+
 // ---- floating-point matrices: a row is summed in LANES partial sums, which Isa::sum adds up at the end ----
 
 template <class Isa, class T, size_t ROWS, size_t TOKENS>
@@ -22,7 +30,10 @@ inline void dense_block(const T* w, size_t cols, Rows<const float> x, Rows<float
     size_t col = 0;
     for (; col + Isa::LANES <= cols; col += Isa::LANES) {
         typename Isa::Vector weights[ROWS];
-        for (size_t r = 0; r < ROWS; r++) { weights[r] = Isa::load(w + r * cols + col); __builtin_prefetch(reinterpret_cast<const char*>(w + r * cols + col) + 2048); }
+        for (size_t r = 0; r < ROWS; r++) {
+            prefetch(w + r * cols + col);
+            weights[r] = Isa::load(w + r * cols + col);
+        }
         for (size_t t = 0; t < TOKENS; t++) {
             const auto inputs = Isa::load(x[t] + col);
             for (size_t r = 0; r < ROWS; r++) sums[r][t] = Isa::fma(weights[r], inputs, sums[r][t]);
@@ -50,7 +61,7 @@ inline void dense_rows(const T* w, size_t cols, Rows<const float> x, size_t toke
 
 template <class Isa, class T>
 void dense_matmul(const Weight& w, size_t first, size_t last, Rows<const float> x, size_t tokens, Rows<float> out) {
-    constexpr size_t ROWS = 8;
+    constexpr size_t ROWS = 4;
     const T* data = reinterpret_cast<const T*>(w.data);
     size_t row = first;
     for (; row + ROWS <= last; row += ROWS)
@@ -117,7 +128,7 @@ inline void tile_block(const Weight& w, const uint8_t* tile, Rows<const float> x
             for (size_t i = 0; i < w.group; i += Code::INPUTS, line += LINE) {
                 const float* next[TOKENS];
                 for (size_t t = 0; t < TOKENS; t++) next[t] = inputs[t] + i;
-                __builtin_prefetch(line + 2048);
+                if (s == 0) prefetch(line);
                 add_line<Isa, Code, TOKENS>(Isa::load_line(line), next, sums);
             }
             const BF16* scales = reinterpret_cast<const BF16*>(tile + code_bytes) + s * Isa::LANES;

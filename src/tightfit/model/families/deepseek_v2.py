@@ -15,7 +15,7 @@ NORM_EPS = 1e-6  # of the norms inside of attention, whatever rms_norm_eps is
 
 
 def latent_attention(config: Config, interleaved: bool) -> LatentAttentionSpec:
-    """The attention of every layer. Its scale holds the square of YaRN's temperature where ``mscale_all_dim`` is set."""
+    """The attention of every layer. Its scale contains YaRN's temperature, squared, where ``mscale_all_dim`` is set."""
     heads = config.integer("num_attention_heads")
     mixture.only(config, "num_key_value_heads", heads)  # every head has its own keys, made from the one latent
     nope, rotated = config.integer("qk_nope_head_dim"), config.integer("qk_rope_head_dim")

@@ -110,5 +110,5 @@ def _read_mxfp4(
 def _rows(checkpoint: Checkpoint, info: TensorInfo, start: int, count: int, row_bytes: int) -> torch.Tensor:
     """(count, row_bytes) uint8: rows of a tensor as they are stored, counted through all of its matrices."""
     raw = torch.empty(count, row_bytes, dtype=torch.uint8)
-    checkpoint.read_into(info, start * row_bytes, memoryview(raw.view(-1).numpy()))
+    checkpoint.read_into(info, start * row_bytes, raw.view(-1).numpy().data)
     return raw

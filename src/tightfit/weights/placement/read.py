@@ -137,8 +137,8 @@ def _read_rows(checkpoint: Checkpoint, info: TensorInfo, base: int, start: int, 
 def _transposed_blocks(
     checkpoint: Checkpoint, param: Param, info: TensorInfo, expert: int, at_once: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Blocks of a matrix whose rows are the columns of a tensor: a stack of them is gathered from the whole of it, which
-    is read in slabs of whole lines."""
+    """Blocks of a matrix whose rows are the columns of a tensor: a stack of them is gathered from slabs of whole lines,
+    which go through all of the tensor."""
     dtype, (rows, cols), width = DTYPES[info.dtype], param.shape, info.shape[-1]
     line_bytes = width * dtype.itemsize
     base = _expert_byte(param, info, expert)
@@ -163,4 +163,4 @@ def _expert_byte(param: Param, info: TensorInfo, expert: int) -> int:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data

@@ -57,10 +57,10 @@ class Experts:
 
 
 class Resident(Placement):
-    """Parameters of the layers ``only`` (all, unless given) at fixed places of ``arena``.
+    """Parameters at fixed places of ``arena``.
 
-    ``formats`` are the spec strings of the layers, ``outer`` that of the embeddings and the head. The matrices exist
-    from the start, over memory that nothing has written; :meth:`load` fills it.
+    ``formats`` are the spec strings of the layers that it holds, ``outer`` that of the embeddings and the head. The
+    matrices exist from the start, over memory that nothing has written; :meth:`load` fills it.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Resident(Placement):
         return sum(data.numel() for _, data, _ in self._places)
 
     def load(self, progress: Progress = lambda nbytes: None) -> None:
-        """Reads and converts everything. Needs about six blocks of scratch (1 MiB each) beside the arena."""
+        """Reads and converts everything. Needs up to 5 MiB of scratch beside the arena."""
         for param, data, fmt in self._places:
             for expert, part in enumerate(data):
                 if fmt is None:
