@@ -142,7 +142,7 @@ def load(
     memory: str | int | None = None,
     *,
     context: int | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     weights: str | None = None,
     chunk: int | None = None,
     threads: int | None = None,
@@ -154,30 +154,38 @@ def load(
 
     ``model`` is a folder, a hub name, or an embedded model; ``memory`` bounds the peak resident set of the whole
     process (``"600MiB"``, ``"4GB"``, ``"50%"``, bytes; default: what is available less a margin). ``context`` tokens
-    are reserved for each of ``batch`` sequences at once. ``weights`` is a format (``"int4"``; default: the most precise
-    that fits), ``chunk`` how many prompt tokens are computed at once, ``threads`` how many cores are used. A
-    ``plan`` made before is followed to the letter. ``progress(done, total)`` is called with bytes while weights are
-    loaded.
+    are reserved for each of ``batch`` sequences at once (one). ``weights`` is a format (``"int4"``; default: the most
+    precise that fits), ``chunk`` how many prompt tokens are computed at once, ``threads`` how many cores are used. A
+    ``plan`` made before is followed to the letter, and fixes all of these but the model. With ``chat``, a model without
+    a chat template is refused at once. ``progress(done, total)`` is called with bytes while weights are loaded.
 
     Raises BudgetError if it does not fit (``smallest_bytes`` says what would), CheckpointError for a model that cannot
     be opened, UsageError for arguments that make no sense.
     """
+    from tightfit.engine.following import planned
     from tightfit.engine.opening import Wish, open_model
 
     wish = Wish(model, memory, context, batch, weights, chunk, threads)
+    if plan is not None:
+        wish = planned(wish, plan)
     opened = open_model(wish)
-    if chat:
-        opened.check_chat()
-    return load_opened(wish, opened, plan, progress)
+    try:
+        if chat:
+            opened.check_chat()
+        return load_opened(wish, opened, plan, progress)
+    except BaseException:
+        opened.checkpoint.close()
+        raise
 
 
 def load_opened(
     wish: Wish, opened: Opened, plan: Plan | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Model:
     """As :func:`load`, from a checkpoint that was opened before, so that requests could be checked."""
+    from tightfit.engine.following import follow
     from tightfit.engine.opening import plan_for
 
-    chosen = plan_for(wish, opened) if plan is None else plan
+    chosen = plan_for(wish, opened) if plan is None else follow(plan, opened)
     requests = opened.requests(chosen.context)
 
     from tightfit.engine.generate import Generator

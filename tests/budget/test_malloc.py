@@ -32,7 +32,7 @@ for size in (4, 8, 16, 30):
     block = bytearray(b"1") * (size << 20); del block  # glibc would raise its threshold to the size of each
 before, kept = resident_set().current, []
 for turn in range(20):
-    blocks = [bytearray(b"1") * ((6 + turn % 3 * 5) << 20) for _ in range(4)]
+    blocks = [bytearray(b"1") * ((9 + turn % 3 * 5) << 20) for _ in range(4)]
     kept.append(bytearray(b"1") * (80 << 10))
     del blocks
 print(tuned, resident_set().current - before)

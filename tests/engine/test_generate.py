@@ -67,7 +67,7 @@ def test_a_full_context_ends_the_text(model: tightfit.Model) -> None:
 
 
 def test_a_prompt_longer_than_the_context_is_refused(model: tightfit.Model) -> None:
-    with pytest.raises(tightfit.UsageError, match="tokens, the context holds 512"):
+    with pytest.raises(tightfit.UsageError, match="more tokens than the context of 512 holds"):
         model.generate("x = 1\n" * 400)
 
 

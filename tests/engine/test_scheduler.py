@@ -19,12 +19,12 @@ def sequence(prompt: int, computed: int = 0, new: int = 0) -> Sequence:
 
 
 def test_decoding_sequences_come_first_and_prefill_takes_one_chunk() -> None:
-    scheduler = Scheduler(slots=3, chunk=8)
-    scheduler.add(sequence(prompt=20))
+    scheduler = Scheduler(slots=3, chunk=16)
+    scheduler.add(sequence(prompt=40))
     scheduler.add(sequence(prompt=5, computed=5, new=1))
     batch, order = scheduler.schedule()
-    assert [(s.decode, s.start, len(s.tokens)) for s in batch.segments] == [(True, 5, 1), (False, 0, 8)]
-    assert [s.prompt_length for s in order] == [5, 20]
+    assert [(s.decode, s.start, len(s.tokens)) for s in batch.segments] == [(True, 5, 1), (False, 0, 16)]
+    assert [s.prompt_length for s in order] == [5, 40]
 
 
 def test_chunks_start_at_multiples_of_the_chunk_size_whatever_else_runs() -> None:
@@ -53,12 +53,13 @@ def test_only_the_last_chunk_of_a_prompt_asks_for_logits() -> None:
     assert [first.segments[0].logits, second.segments[0].logits] == ["none", "last"]
 
 
-def test_a_step_never_computes_more_prompt_tokens_than_a_chunk() -> None:
-    scheduler = Scheduler(slots=4, chunk=8)
-    for length in (5, 5, 3, 8):
+def test_a_step_never_computes_more_prompt_rows_than_a_chunk_with_padding() -> None:
+    scheduler = Scheduler(slots=4, chunk=64)
+    for length in (17, 40, 20, 8):
         scheduler.add(sequence(prompt=length))
     batch, _ = scheduler.schedule()
-    assert [len(s.tokens) for s in batch.segments] == [5, 3]  # the second five do not fit, the three do
+    # 17 tokens are padded to 32; 40 to 64, which do not fit beside them; 20 to 32, which do; nothing is left for 8.
+    assert [len(s.tokens) for s in batch.segments] == [17, 20]
 
 
 def test_sequences_wait_for_a_slot_and_get_the_one_that_is_given_back() -> None:

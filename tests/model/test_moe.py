@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.tiny_mixtures import CONFIGS, config_of, write
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.checkpoints.checkpoint import open_checkpoint
@@ -20,7 +21,6 @@ from tightfit.model.decoder import Decoder
 from tightfit.model.spec import MoeSpec
 from tightfit.plan.search import Request, Search
 from tightfit.weights.placement.resident import Experts
-from tiny_mixtures import CONFIGS, config_of, write
 
 CONTEXT, CHUNK = 64, 32
 

@@ -69,6 +69,7 @@ LATENT: dict[str, Any] = SIZES | {
     "v_head_dim": 9,
     "n_routed_experts": 12,
     "first_k_dense_replace": 1,
+    "rms_norm_eps": 0.05,  # large, since the norms inside of attention must not take it
     "attention_bias": True,
     "rope_parameters": {
         "rope_type": "yarn",
@@ -252,7 +253,7 @@ DEEPSEEK = {
     "bias of the latent": without("kv_a_proj_with_mqa.bias"),
     "bias of the output": without("o_proj.bias"),
     "temperature in the scale": edit_attention(scale=16**-0.5),
-    "eps of the inner norms": edit_attention(norm_eps=0.1),
+    "eps of the inner norms": edit_attention(norm_eps=0.05),
     "shared experts": edit_mlp(shared_intermediate_size=0),
     "groups": edit_mlp(n_group=1),
     "kind of rope": edit_rope(rope_type="default"),

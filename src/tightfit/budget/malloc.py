@@ -22,7 +22,7 @@ from tightfit.budget.units import MiB
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-MMAP_THRESHOLD, TRIM_THRESHOLD = 1 * MiB, 2 * MiB
+MMAP_THRESHOLD, TRIM_THRESHOLD = 8 * MiB, 8 * MiB
 
 # Read by the libraries when torch is imported. A value that the user has set stays.
 ENVIRONMENT = {

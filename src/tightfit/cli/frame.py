@@ -1,107 +1,125 @@
-"""What every command shares: options, errors, standard error, and JSON."""
+"""The frame around every command: whatever happens ends with one clear message and an exit status."""
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
 
 import typer
 
-from tightfit.errors import TightfitError
+from tightfit.cli.output import OutputClosedError, OutputError, print_json, say, write
+from tightfit.errors import TightfitError, UsageError
 
 INTERRUPTED = 130  # as a shell reports SIGINT
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON with stable keys instead of text.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        "--memory",
-        "-m",
-        metavar="SIZE",
-        help="Budget for the whole process: 600MiB, 4GB, 50%. Default: what is available less a margin.",
-    ),
-]
-Context = Annotated[int | None, typer.Option("--context", "-c", help="Tokens to keep of each sequence.")]
-Batch = Annotated[int | None, typer.Option("--batch", "-b", help="Sequences at once.")]
-Weights = Annotated[
-    str | None,
-    typer.Option("--weights", metavar="FORMAT", help="Format of the weights: bf16, int8, int4(group=64), ..."),
-]
-Chunk = Annotated[int | None, typer.Option("--chunk", help="Prompt tokens computed at once.")]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", help="Cores to use. Default: all that are allowed.")]
+MISTAKE = 70  # EX_SOFTWARE of sysexits.h
+FILE_TROUBLE = 74  # EX_IOERR
 
 
 def guarded(app: typer.Typer, arguments: list[str]) -> int:
     """Runs the command line; gives the exit status. ``--debug`` anywhere shows tracebacks."""
-    debug = "--debug" in arguments
+    with _interruptible():
+        try:
+            if getattr(sys, "stdout", None) is None:  # it was closed before Python started
+                raise OutputClosedError
+            status = app(arguments, standalone_mode=False, prog_name="tightfit")
+            if status == INTERRUPTED:
+                return _interrupted()
+            write("", end="")  # what is buffered
+            return status if isinstance(status, int) else 0
+        except (KeyboardInterrupt, typer.Abort):
+            return _interrupted()
+        except SystemExit:  # typer's answer to a closed pipe
+            return _report(OutputClosedError(), as_json=False)
+        except Exception as error:
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # some code turns an interrupt into its own error
+                return _interrupted()
+            if "--debug" in arguments:
+                traceback.print_exc()
+            return _report(error, as_json="--json" in arguments)
+
+
+def rearm() -> None:
+    """After an interrupt that did not end the command, the next one raises KeyboardInterrupt again."""
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once, whatever it is doing.
+
+    Where SIGINT is ignored, as for a job in the background, it stays so.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    rearm()
     try:
-        result = app(arguments, standalone_mode=False)
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
-    except TightfitError as error:
-        if debug:
-            traceback.print_exc()
-        if isinstance(error, OutputClosedError):
-            # Python would complain once more when it flushes what is left.
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def _interrupted() -> int:
+    say("\ninterrupted" if sys.stderr.isatty() else "interrupted")  # in a line after the terminal's ^C
+    return INTERRUPTED
+
+
+def _report(error: Exception, as_json: bool) -> int:
+    """Says what went wrong; gives the exit status."""
+    if isinstance(error, OutputError):
+        # Python would complain once more when it flushes what is left.
+        with suppress(OSError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        elif "--json" in arguments:
-            print_json(as_json(error))
-        say(f"error: {error.message}")
-        if error.hint:
-            say(error.hint)
-        return error.exit_status
-    except (KeyboardInterrupt, typer.Abort):
-        say("\ninterrupted")
-        return INTERRUPTED
-    except typer.Exit as exit:
-        return exit.exit_code
-    except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")):
-            show: Callable[[], None] | None = getattr(error, "show", None)
-            if show is not None:
-                show()
-                return int(getattr(error, "exit_code", 2))
-        if debug:
-            traceback.print_exc()
-        say(f"error: {type(error).__name__}: {error}")
-        say("This is a mistake in tightfit. Please report it with what --debug prints.")
-        return 70  # EX_SOFTWARE
+        as_json = False
+    explained, status = _explained(error)
+    if as_json:
+        with suppress(OutputError):
+            print_json(described(explained))
+    say(f"error: {explained.message}")
+    if explained.hint:
+        say(explained.hint)
+    return status
 
 
-def as_json(error: TightfitError) -> dict[str, Any]:
+def _explained(error: Exception) -> tuple[TightfitError, int]:
+    """Any error as a message and a hint, and the exit status."""
+    if isinstance(error, TightfitError):
+        return error, error.exit_status
+    formatted = getattr(error, "format_message", None)
+    if formatted is not None:  # of the library that reads the command line
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "tightfit"
+        return UsageError(_sentence(formatted()), f"See `{command} --help`."), UsageError.exit_status
+    if isinstance(error, MemoryError):
+        return TightfitError("memory ran out", "Name a smaller budget with --memory."), TightfitError.exit_status
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return TightfitError(f"{where}{error.strerror}", "Run it again with --debug to see where."), FILE_TROUBLE
+    return TightfitError(
+        f"{type(error).__name__}: {error}", "This is a mistake in tightfit: please report it with what --debug prints."
+    ), MISTAKE
+
+
+def _sentence(text: str) -> str:
+    text = text.strip().removesuffix(".")
+    return text[:1].lower() + text[1:]
+
+
+def described(error: TightfitError) -> dict[str, Any]:
     """``{"error", "hint"}``, and ``smallest_bytes`` where it is known."""
     answer: dict[str, Any] = {"error": error.message, "hint": error.hint}
-    if getattr(error, "smallest_bytes", None) is not None:
-        answer["smallest_bytes"] = error.smallest_bytes  # type: ignore[attr-defined]
-    return answer
-
-
-def write(text: str, end: str = "\n") -> None:
-    """Text on standard output, at once. Raises OutputClosedError if nobody reads it any more."""
-    try:
-        print(text, end=end, flush=True)
-    except BrokenPipeError:
-        raise OutputClosedError from None
-
-
-class OutputClosedError(TightfitError):
-    """Standard output was closed, as by ``| head``."""
-
-    exit_status = 141  # as a shell reports SIGPIPE
-
-    def __init__(self) -> None:
-        super().__init__("standard output was closed before everything was written")
-
-
-def say(text: str) -> None:
-    """One line on standard error."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def print_json(value: Any) -> None:
-    write(json.dumps(value, indent=2))
+    smallest = getattr(error, "smallest_bytes", None)
+    return answer if smallest is None else answer | {"smallest_bytes": smallest}

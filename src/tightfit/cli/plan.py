@@ -7,41 +7,43 @@ from typing import Annotated
 
 import typer
 
-from tightfit.cli.frame import Batch, Chunk, Context, Debug, Json, Memory, Threads, Weights, print_json
-from tightfit.errors import BudgetError, UsageError
+from tightfit.cli.options import Chunk, Context, Debug, Json, Memory, Model, Threads, Weights
+from tightfit.cli.output import print_json
+from tightfit.errors import BudgetError
+
+Batch = Annotated[int | None, typer.Option("--batch", "-b", metavar="N", help="Sequences at once. Default: 1.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="FILE", help="Write the plan to a file, for `tightfit run --plan FILE`."),
+]
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A folder, a hub name, or an embedded model.")] = "nano",
+    model: Model = "nano",
     memory: Memory = None,
     context: Context = None,
-    batch: Batch = None,
     weights: Weights = None,
+    batch: Batch = None,
     chunk: Chunk = None,
     threads: Threads = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the plan to a file, for `tightfit run --plan`.")
-    ] = None,
+    out: Out = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Says whether a model fits, what it would take, and what each precision would need.
+    """Say whether a model fits, and where the bytes go.
 
-    Nothing is loaded, and of a model on the hub only the headers are fetched. Exit status 4 if it does not fit.
+    Tells what each precision of the weights would need. Nothing is loaded, and of a model on the hub only the headers
+    are fetched. Exit status 4 if it does not fit.
     """
+    from tightfit.cli.planfile import write_plan
     from tightfit.engine.opening import Wish, open_model, survey
 
-    wish = Wish(model, memory, context, batch or 1, weights, chunk, threads)
-    answer = survey(wish, open_model(wish, headers_only=True))
+    wish = Wish(model, memory, context, batch, weights, chunk, threads)
+    opened = open_model(wish, headers_only=True)
+    with opened.checkpoint:
+        answer = survey(wish, opened)
     if out is not None and answer["plan"] is not None:
-        import json as json_module
-
-        try:
-            out.write_text(json_module.dumps(answer["plan"], indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(
-                f"{out} cannot be written: {error.strerror}", "Name a file in a folder of yours."
-            ) from None
+        write_plan(out, answer["plan"])
     if json:
         print_json(answer)
     else:

@@ -2,52 +2,101 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.cli.frame import Batch, Chunk, Context, Debug, Json, Memory, Threads, Weights, print_json, say, write
+from tightfit.cli.options import Chunk, Context, Debug, Json, Memory, Model, Threads, Weights
+from tightfit.cli.output import print_json, write
+from tightfit.cli.prompts import read_prompts
 from tightfit.errors import UsageError
+
+if TYPE_CHECKING:
+    from tightfit import api
+
+MOST_AT_ONCE = 8  # prompts, unless --batch says more: room is kept for each
 
 Prompt = Annotated[
     list[str] | None,
-    typer.Option("--prompt", "-p", help="The prompt; several are generated at once. -: standard input."),
+    typer.Option(
+        "--prompt",
+        "-p",
+        metavar="TEXT",
+        help="The prompt, or - for standard input. Repeat it for several at once.",
+    ),
+]
+File = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="Read the prompt from a file.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Hold a conversation: each line of standard input is a turn.")]
+System = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="System message of the conversation (with --chat).")
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch",
+        "-b",
+        metavar="N",
+        help="Prompts computed at once; others wait. Default: all of them, at most 8.",
+    ),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", metavar="TOKENS", help="Tokens to generate at most.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="X", help="How freely to sample; 0 is greedy. Default: the model's.")
+]
+TopK = Annotated[int | None, typer.Option(metavar="K", help="Sample from the K most likely tokens; 0: from all.")]
+TopP = Annotated[
+    float | None, typer.Option(metavar="P", help="Sample from the most likely tokens that reach this probability.")
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="Leave out tokens less likely than this share of the most likely one."),
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(metavar="X", help="Above 1: make tokens that were there before less likely.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="Stop before this text; may be repeated.")
+]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="Follow a plan that `tightfit plan --out FILE` wrote."),
 ]
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A folder, a hub name, or an embedded model.")] = "nano",
+    model: Model = "nano",
     prompt: Prompt = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="A conversation: one line, one turn.")] = False,
-    system: Annotated[str | None, typer.Option("--system", help="System message of the conversation.")] = None,
+    file: File = None,
+    chat: Chat = False,
+    system: System = None,
     memory: Memory = None,
     context: Context = None,
-    batch: Batch = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to generate at most.")] = 256,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens; 0: all.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the most likely tokens with this probability.")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option(help="Leave out tokens this much less likely than the best.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text at which to stop; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
     weights: Weights = None,
+    batch: Batch = None,
     chunk: Chunk = None,
     threads: Threads = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="Follow a plan that `tightfit plan --out` wrote.")] = None,
+    plan: PlanFile = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Generates text and prints a receipt.
+    """Generate text, or hold a conversation.
 
-    The prompt comes from -p, a file, or standard input. The text goes to standard output, the receipt to standard
-    error; with --json both go to standard output as one object.
+    The prompt comes from -p, from a file, or from standard input. The text goes to standard output, and a receipt
+    (memory promised and used, tokens per second) to standard error. With --json both go to standard output.
     """
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -63,93 +112,81 @@ def run(
     if chat and (prompt or file):
         raise UsageError("--chat reads the conversation from standard input", "Leave out -p and --file.")
     if chat and json:
-        raise UsageError("--chat prints text as it comes", "Leave out --json; `tightfit run -p ... --json` gives one.")
-    prompts = [] if chat else _prompts(prompt, file)
+        raise UsageError("--chat prints text as it comes", "Leave out --json; `tightfit run -p TEXT --json` has it.")
+    if system and not chat:
+        raise UsageError("--system belongs to a conversation", "Add --chat, or leave it out.")
+    prompts = [] if chat else read_prompts(prompt or [], file)
 
     # Whatever is imported before loading is part of what the plan counts with.
-    from tightfit.api import load
+    from tightfit.api import load_opened
     from tightfit.cli.chat import converse
+    from tightfit.cli.planfile import read_plan
     from tightfit.cli.progress import loading
     from tightfit.cli.show import show_receipt
+    from tightfit.engine.following import planned
+    from tightfit.engine.opening import Wish, open_model
 
-    with loading() as progress:
-        loaded = load(
-            model,
-            memory,
-            context=context,
-            batch=batch or max(len(prompts), 1),
-            weights=weights,
-            chunk=chunk,
-            threads=threads,
-            plan=_read_plan(plan),
-            chat=chat,
-            progress=progress,
-        )
+    wish = Wish(model, memory, context, batch, weights, chunk, threads)
+    followed = None if plan is None else read_plan(plan)
+    if followed is not None:
+        wish = planned(wish, followed)
+    elif batch is None:
+        wish = Wish(model, memory, context, max(min(len(prompts), MOST_AT_ONCE), 1), weights, chunk, threads)
 
-    with loaded:
+    opened = open_model(wish)
+    with opened.checkpoint:
+        # What cannot work is refused before anything is loaded.
+        if chat:
+            opened.check_chat(system)
+        opened.requests().make(prompts or ["a"], options)
+        with loading() as progress:
+            loaded = load_opened(wish, opened, followed, progress)
         if chat:
             converse(loaded, system, options)
         elif json:
-            completions = loaded.generate(prompts, **options)
-            texts = [
-                {
-                    "text": completion.text,
-                    "finish": completion.finish,
-                    "prompt_tokens": completion.prompt_tokens,
-                    "new_tokens": len(completion.tokens),
-                }
-                for completion in completions
-            ]
-            print_json({"completions": texts, "receipt": loaded.receipt()})
+            _print_json(loaded, prompts, options)
             return
-        elif len(prompts) == 1:
-            for piece in loaded.stream(prompts[0], **options):
-                write(piece, end="")
-            write("")
         else:
-            for text, completion in zip(prompts, loaded.generate(prompts, **options), strict=True):
-                write(f"{text}{completion.text}\n")
+            _print_text(loaded, prompts, options)
         show_receipt(loaded.receipt())
 
 
-def _prompts(prompt: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts, from whichever place was named."""
-    if prompt and file:
-        raise UsageError("both -p and --file give a prompt", "Leave one out.")
-    if file is not None:
-        try:
-            return [file.read_text(encoding="utf-8")]
-        except OSError as error:
-            raise UsageError(f"{file} cannot be read: {error.strerror}", "Name a text file.") from None
-        except UnicodeDecodeError:
-            raise UsageError(f"{file} is not UTF-8 text", "Convert it first.") from None
-    if prompt and prompt != ["-"]:
-        return prompt
-    if not prompt and sys.stdin.isatty():
-        say("Type the prompt, then Ctrl-D:")
-    try:
-        text = sys.stdin.read()
-    except UnicodeDecodeError:
-        raise UsageError("standard input is not UTF-8 text", "Convert it first.") from None
-    if not text:
-        raise UsageError("the prompt is empty", "Give one with -p TEXT, --file FILE or on standard input.")
-    return [text]
+def _print_text(model: api.Model, prompts: list[str], options: dict[str, Any]) -> None:
+    """What follows on one prompt, as it comes; of several each prompt and what follows on it, in their order."""
+    several = len(prompts) > 1
+    completions = [model.new_completion() for _ in prompts]
+    waiting = [prompt if several else "" for prompt in prompts]
+    current = 0  # of which the text is being printed
 
-
-def _read_plan(path: Path | None) -> Any:
-    if path is None:
-        return None
-    from pydantic import ValidationError
-
-    from tightfit.plan.schema import Plan
+    def print_waiting() -> None:
+        nonlocal current
+        while current < len(prompts):
+            write(waiting[current], end="")
+            waiting[current] = ""
+            if not completions[current].finish:
+                return
+            current += 1
+            write("\n" * (1 + (current < len(prompts))), end="")  # an empty line between them
 
     try:
-        return Plan.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", "Write one with `tightfit plan --out`.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(
-            f"{path} is not a plan: {place}: {first['msg']}", "Write one with `tightfit plan --out`."
-        ) from None
+        for index, piece in model.stream_many(prompts, completions, **options):
+            waiting[index] += piece
+            print_waiting()
+    except BaseException:
+        write("")
+        raise
+    print_waiting()
+
+
+def _print_json(model: api.Model, prompts: list[str], options: dict[str, Any]) -> None:
+    """``{"completions", "receipt"}``"""
+    completions = [
+        {
+            "text": completion.text,
+            "finish": completion.finish,
+            "prompt_tokens": completion.prompt_tokens,
+            "new_tokens": len(completion.tokens),
+        }
+        for completion in model.generate(prompts, **options)
+    ]
+    print_json({"completions": completions, "receipt": model.receipt()})

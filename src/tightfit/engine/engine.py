@@ -72,20 +72,23 @@ class Engine:
     def score(self, tokens: list[int], slot: int = 0) -> list[float]:
         """The natural logarithm of the probability of every token but the first, given those before it.
 
-        Computed as prefill does, chunk by chunk; logits are made for 16 tokens at a time. ``slot`` must be free.
+        Computed as prefill does, chunk by chunk; logits are made for a few tokens at a time, as many as the workspace
+        has room for. ``slot`` must be free.
         """
         result: list[float] = []
         for start in range(0, len(tokens), self.chunk):
             part = tokens[start : start + self.chunk]
-            batch = Batch((Segment(slot, start, part, logits="all"),))
+            batch = Batch((Segment(slot, start, part, logits="all", length=len(tokens)),))
             use_threads(batch, self.threads)
             with self.ws.frame():
                 hidden = self.decoder.hidden(batch, self.cache, self.ws)
-                for first in range(0, len(part), SCORED_AT_ONCE):
-                    following = tokens[start + first + 1 : start + min(first + SCORED_AT_ONCE, len(part)) + 1]
+                following = torch.tensor(tokens[start + 1 : start + len(part) + 1])
+                free = self.ws.arena.capacity - self.ws.top
+                at_once = max(1, min(SCORED_AT_ONCE, free // 2 // (4 * self.decoder.spec.vocab_size)))
+                for wanted, rows in zip(following.split(at_once), hidden.split(at_once), strict=False):
                     with self.ws.frame():
-                        logits = self.decoder.logits(hidden[first : first + len(following)], self.ws)
-                        result += log_probabilities(logits, torch.tensor(following))
+                        logits = self.decoder.logits(rows[: len(wanted)], self.ws)
+                        result += log_probabilities(logits, wanted)
         return result
 
 

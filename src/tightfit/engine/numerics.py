@@ -6,8 +6,10 @@ from collections.abc import Collection
 
 import torch
 
+from tightfit.plan.schema import GemmType, KvType
 
-def gemm_dtype(stored: Collection[str]) -> str:
+
+def gemm_dtype(stored: Collection[str]) -> GemmType:
     """The type that prefill multiplies in: float32 where the checkpoint holds float32 or the processor has no
     instructions for bfloat16 products, else bfloat16. ``stored`` are the checkpoint's types."""
     if "F32" in stored and not {"BF16", "F16"} & set(stored):
@@ -15,7 +17,7 @@ def gemm_dtype(stored: Collection[str]) -> str:
     return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
 
 
-def kv_dtype(stored: Collection[str]) -> str:
+def kv_dtype(stored: Collection[str]) -> KvType:
     """The type of cached keys and values: that of the checkpoint."""
     if "F32" in stored and not {"BF16", "F16"} & set(stored):
         return "float32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -13,10 +14,11 @@ from tightfit.budget import malloc
 from tightfit.budget.machine import usable_cores
 from tightfit.budget.meter import machine_memory, resident_set
 from tightfit.budget.units import format_bytes, parse_budget
-from tightfit.catalog import parse
-from tightfit.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from tightfit.catalog import parse_one
+from tightfit.checkpoints.checkpoint import HUB_NAME, Checkpoint, open_checkpoint
 from tightfit.checkpoints.config import Config
-from tightfit.errors import BudgetError, TightfitError, UsageError
+from tightfit.engine.request import Requests
+from tightfit.errors import BudgetError, CheckpointError, TightfitError, UsageError
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import Plan
@@ -27,9 +29,9 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 4096
 # Planning needs torch, and importing torch alone takes more than this. Below it a child process finds the smallest
-# budget
-# that would work, so that a refusal does not itself go over the budget.
+# budget that would work, so that a refusal does not itself go over the budget.
 CHILD_BELOW = 220 << 20
+MOST_SEQUENCES = 1024  # at once: beyond what one machine has any use for
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,15 @@ class Wish:
     model: str
     memory: str | int | None = None
     context: int | None = None
-    batch: int = 1
+    batch: int | None = None
     weights: str | None = None
     chunk: int | None = None
     threads: int | None = None
+
+    @property
+    def sequences(self) -> int:
+        """How many run at once."""
+        return 1 if self.batch is None else self.batch
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,22 @@ class Opened:
     spec: ModelSpec
     budget: int
     context: int
+
+    def requests(self, context: int | None = None) -> Requests:
+        """Makes and checks requests, before or after the model is loaded."""
+        return Requests(self.checkpoint, self.spec, context or self.context)
+
+    def check_chat(self, system: str | None = None) -> None:
+        """Raises UsageError if the model has no chat template or that refuses a ``system`` message, CheckpointError if
+        it cannot be used."""
+        tokenizer = self.checkpoint.tokenizer()
+        if not tokenizer.has_chat_template:
+            raise UsageError(
+                f"{self.checkpoint.name} has no chat template: it was not trained for conversations",
+                "Let it continue a text instead (`tightfit run MODEL -p TEXT`), or take a model made for chats.",
+            )
+        first = [{"role": "system", "content": system}] if system else []
+        tokenizer.render_chat([*first, {"role": "user", "content": "Hello"}])
 
 
 def open_model(wish: Wish, headers_only: bool = False) -> Opened:
@@ -66,8 +89,8 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
             f"({memory.limited_by})",
             "Leave --memory out to use what is available, or name less.",
         )
-    if wish.batch < 1:
-        raise UsageError(f"{wish.batch} sequences at once make no sense", "Use --batch 1 or more.")
+    if not 1 <= wish.sequences <= MOST_SEQUENCES:
+        raise UsageError(f"{wish.sequences} sequences at once make no sense", f"Use --batch 1 to {MOST_SEQUENCES}.")
     if wish.chunk is not None and wish.chunk < 1:
         raise UsageError(f"a chunk of {wish.chunk} tokens makes no sense", "Use --chunk 16 or more.")
     if wish.threads is not None and not 1 <= wish.threads <= usable_cores():
@@ -76,19 +99,35 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
             f"Use --threads 1 to {usable_cores()}, or leave it out.",
         )
     if wish.weights is not None:
-        parse("weights", wish.weights)
-    name = str(zoo.path(wish.model)) if wish.model in zoo.EMBEDDED else wish.model
-    checkpoint = open_checkpoint(name, headers_only=headers_only)
-    spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
-    context = wish.context if wish.context is not None else min(spec.context, DEFAULT_CONTEXT)
-    if context < 2:
-        raise UsageError(f"a context of {context} tokens holds no prompt and answer", "Use --context 2 or more.")
-    if context > spec.context:
-        raise UsageError(
-            f"{checkpoint.name} was trained for {spec.context} tokens of context, {context} were asked for",
-            f"Use --context {spec.context} or less.",
+        parse_one("weights", wish.weights)
+    if wish.context is not None and wish.context < 2:
+        raise UsageError(f"a context of {wish.context} tokens holds no prompt and answer", "Use --context 2 or more.")
+    checkpoint = _open(wish.model, headers_only)
+    try:
+        spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
+        context = wish.context if wish.context is not None else min(spec.context, DEFAULT_CONTEXT)
+        if context > spec.context:
+            raise UsageError(
+                f"{checkpoint.name} was trained for {spec.context} tokens of context, {context} were asked for",
+                f"Use --context {spec.context} or less.",
+            )
+        return Opened(checkpoint, spec, budget, context)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _open(model: str, headers_only: bool) -> Checkpoint:
+    if model in zoo.EMBEDDED:
+        return open_checkpoint(str(zoo.path(model)), headers_only=headers_only)
+    if not os.path.exists(os.path.expanduser(model)) and not HUB_NAME.fullmatch(model):
+        shown = model if len(model) <= 80 else model[:77] + "..."
+        raise CheckpointError(
+            f"there is no model '{shown}'",
+            f"Give a model's folder, a name of the hub such as org/model, or an embedded model: "
+            f"{', '.join(zoo.EMBEDDED)}. A prompt is given with -p.",
         )
-    return Opened(checkpoint, spec, budget, context)
+    return open_checkpoint(model, headers_only=headers_only)
 
 
 def plan_for(wish: Wish, opened: Opened) -> Plan:
@@ -147,7 +186,7 @@ def _request(wish: Wish, opened: Opened) -> Request:
     return Request(
         budget=opened.budget,
         context=opened.context,
-        sequences=wish.batch,
+        sequences=wish.sequences,
         threads=wish.threads or usable_cores(),
         gemm=gemm_dtype(types),
         kv=kv_dtype(types),
@@ -163,8 +202,11 @@ def _plan_in_child(wish: Wish) -> Plan:
         answer = json.loads(done.stdout)
     except json.JSONDecodeError:
         raise TightfitError(f"planning failed: {done.stderr.strip()}", "Please report this.") from None
-    if "error" in answer:
+    if answer.get("kind") == BudgetError.__name__:
         raise BudgetError(answer["error"], answer["hint"], answer["smallest_bytes"])
+    if "error" in answer:
+        kinds = {kind.__name__: kind for kind in (CheckpointError, UsageError)}
+        raise kinds.get(answer["kind"], TightfitError)(answer["error"], answer["hint"])
     return Plan.model_validate(answer["plan"])
 
 
@@ -174,8 +216,10 @@ def _child(text: str, asking: int) -> dict[str, object]:
     try:
         opened = open_model(wish)
         return {"plan": plan_here(wish, opened, asking - resident_set().current).model_dump()}
-    except BudgetError as error:
-        return {"error": error.message, "hint": error.hint, "smallest_bytes": error.smallest_bytes}
+    except TightfitError as error:
+        smallest = getattr(error, "smallest_bytes", None)
+        kind = type(error).__name__
+        return {"error": error.message, "hint": error.hint, "kind": kind, "smallest_bytes": smallest}
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import deque
 
 from tightfit.engine.sequence import Sequence
+from tightfit.kernels.matmul import bucket
 from tightfit.model.batch import Batch, Segment
 
 
 class Scheduler:
-    """Holds ``slots`` sequences at once and computes at most ``chunk`` prompt tokens in a step; others wait."""
+    """Holds ``slots`` sequences at once and computes at most ``chunk`` prompt tokens in a step, padding included; others
+    wait."""
 
     def __init__(self, slots: int, chunk: int) -> None:
         self.chunk = chunk
@@ -33,14 +35,15 @@ class Scheduler:
                 sequence.slot = self._free.pop()
             self.running.append(sequence)
         picked = [(self._decode(s), s) for s in self.running if s.decoding]
-        room = self.chunk
+        room = bucket(self.chunk)  # rows, with those that gemm is padded with: scratch and time go by them
         for sequence in self.running:
             if sequence.decoding:
                 continue
             stop = min((sequence.computed // self.chunk + 1) * self.chunk, len(sequence.tokens))
-            if stop - sequence.computed > room:
+            rows = bucket(stop - sequence.computed)
+            if rows > room:
                 continue
-            room -= stop - sequence.computed
+            room -= rows
             picked.append((self._prefill(sequence, stop), sequence))
         return Batch(tuple(segment for segment, _ in picked)), [sequence for _, sequence in picked]
 
@@ -64,4 +67,10 @@ class Scheduler:
     def _prefill(sequence: Sequence, stop: int) -> Segment:
         last = stop == len(sequence.tokens)
         tokens = sequence.tokens[sequence.computed : stop]
-        return Segment(sequence.slot, sequence.computed, tokens, logits="last" if last else "none")
+        return Segment(
+            sequence.slot,
+            sequence.computed,
+            tokens,
+            logits="last" if last else "none",
+            length=len(sequence.tokens),
+        )

@@ -18,6 +18,7 @@ from tightfit.budget import malloc
 from tightfit.budget.code import drop_code_pages
 from tightfit.budget.ledger import PAGE, Arena, Ledger, Workspace, align
 from tightfit.budget.meter import resident_set
+from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.decode.params import SamplingParams
 from tightfit.decode.sample import Sampler
@@ -30,6 +31,7 @@ from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import Plan
 from tightfit.plan.search import Request, Search
+from tightfit.weights.placement.read import check
 from tightfit.weights.placement.resident import Resident
 
 FIRST_GUESS = 48 << 20  # what running everything once adds to the resident set, at most
@@ -79,7 +81,8 @@ def build(
 ) -> tuple[Resident, Decoder, Cache]:
     """Weights, decoder and cache in their arenas; nothing is read or written."""
     placement = Resident(checkpoint, spec, shape.outer, formats, DTYPES[shape.gemm], weights)
-    cache = Cache(cache_layouts(spec, shape.context, shape.chunk), shape.sequences, DTYPES[shape.kv], kv)
+    layouts = cache_layouts(spec, shape.context, shape.chunk)
+    cache = Cache(layouts, shape.sequences, DTYPES[shape.kv], kv, gemm_dtype=DTYPES[shape.gemm])
     return placement, Decoder(spec, placement), cache
 
 
@@ -157,6 +160,7 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, request: Request, elsewhere:
 
     ``elsewhere`` is by how many bytes the process that will run the plan is larger than this one.
     """
+    check(checkpoint, spec)
     drop_code_pages()  # torch was just imported: its peak should not be added to what planning takes
     search = Search(checkpoint, spec, request, lambda plan: workspace_bytes(checkpoint, spec, plan))
     runtime = resident_set().current + FIRST_GUESS
@@ -175,6 +179,25 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, request: Request, elsewhere:
             return Settled(search, plan.model_copy(update={"accounts": accounts}), None)
         runtime = measured
     return Settled(search, None, search.refusal(runtime))
+
+
+def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
+    """``plan`` with the bytes that its choices take here. Raises BudgetError if they exceed the budget it names."""
+    check(checkpoint, spec)
+    drop_code_pages()
+    numerics = plan.numerics
+    request = Request(plan.budget, plan.context, plan.sequences, plan.threads, numerics.gemm, numerics.kv)
+    search = Search(checkpoint, spec, request, lambda other: workspace_bytes(checkpoint, spec, other))
+    anew = search.plan(plan.outer.format, [layer.format for layer in plan.layers], plan.chunk, runtime=0)
+    anew = anew.model_copy(update={"accounts": anew.accounts | {"runtime": _measured(search, anew)}})
+    if anew.total > anew.budget:
+        raise BudgetError(
+            f"the plan needs {format_bytes(anew.total, ceil=True)} here, and names a budget of "
+            f"{format_bytes(anew.budget)}",
+            "Edit its 'budget', or make a new plan with `tightfit plan MODEL --memory SIZE --out FILE`.",
+            smallest_bytes=anew.total,
+        )
+    return anew
 
 
 def _buckets(length: int) -> list[Batch]:

@@ -76,9 +76,10 @@ def gemm(
         for start, stop in ranges:
             padded.append(ws.empty(bucket(stop - start), weight.cols, dtype=dtype))
             _pad(x[start:stop], padded[-1])
-        room = min(reference.block_rows(weight.cols, dtype.itemsize), weight.rows)
-        products = ws.empty(max(map(len, padded)) * room, dtype=dtype)
-        for first, last, block in reference.blocks(weight, dtype, ws, decode_block):
+        most = max(map(len, padded))
+        step = reference.product_rows(weight, dtype, most)
+        products = ws.empty(most * step, dtype=dtype)
+        for first, last, block in reference.blocks(weight, dtype, ws, decode_block, step):
             for (start, stop), rows in zip(ranges, padded, strict=True):
                 product = products[: len(rows) * (last - first)].view(len(rows), last - first)
                 _multiply(rows, block, product, out[start:stop, first:last])

@@ -15,24 +15,36 @@ from tightfit.budget.ledger import Workspace
 from tightfit.kernels.ops import op
 from tightfit.kernels.weight import TILE_ROWS, Weight
 
-BLOCK_BYTES = 4 << 20  # of decoded weights at a time: near a core's second-level cache, and little beside any budget
+# Of decoded weights at a time. Near a core's second-level cache, and little beside any budget; for many tokens more,
+# since libraries multiply by a few hundred rows at half the speed that they reach by a thousand.
+BLOCK_BYTES, LARGE_BLOCK_BYTES = 4 << 20, 8 << 20
+MANY_TOKENS = 256
 
 Decode: TypeAlias = Callable[[Weight, int, int, torch.Tensor, Workspace], None]
 
 
-def block_rows(cols: int, itemsize: int) -> int:
-    """How many decoded rows are held at a time: a multiple of 16, at least 16."""
-    return max(BLOCK_BYTES // (cols * itemsize) // TILE_ROWS, 1) * TILE_ROWS
+def block_rows(cols: int, itemsize: int, tokens: int = 1) -> int:
+    """How many decoded rows are held at a time, to be multiplied with ``tokens``: a multiple of 16, at least 16."""
+    room = LARGE_BLOCK_BYTES if tokens >= MANY_TOKENS else BLOCK_BYTES
+    return max(room // (cols * itemsize) // TILE_ROWS, 1) * TILE_ROWS
+
+
+def product_rows(weight: Weight, dtype: torch.dtype, tokens: int) -> int:
+    """How many rows of a matrix are multiplied with ``tokens`` at once: as many as are decoded at a time, or, of one
+    that is stored in ``dtype`` and not decoded, as many as have a product of that size."""
+    stored = weight.dense()
+    wide = tokens if stored is not None and stored.dtype == dtype else weight.cols
+    return min(block_rows(wide, dtype.itemsize, tokens), weight.rows)
 
 
 def blocks(
-    weight: Weight, dtype: torch.dtype, ws: Workspace, decode: Decode
+    weight: Weight, dtype: torch.dtype, ws: Workspace, decode: Decode, step: int | None = None
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """``(start, stop, W[start:stop] in dtype)`` for the whole matrix, from the top, one after the other in one scratch.
 
-    A matrix that is stored in ``dtype`` is given where it lies.
+    ``step`` is how many rows at a time. A matrix that is stored in ``dtype`` is given where it lies.
     """
-    step = block_rows(weight.cols, dtype.itemsize)
+    step = step or block_rows(weight.cols, dtype.itemsize)
     stored = weight.dense()
     if stored is not None and stored.dtype == dtype:
         for start in range(0, weight.rows, step):

@@ -42,9 +42,8 @@ class Decoder:
         """Runs the layers; gives the normalised hidden states (n, hidden) of the rows for which logits are wanted, in
         the order of ``batch.logit_rows``, in scratch memory of the enclosing frame."""
         spec = self.spec
-        selected = ws.empty(len(batch.logit_rows), spec.hidden_size)
+        x = ws.empty(batch.size, spec.hidden_size)
         with ws.frame():
-            x = ws.empty(batch.size, spec.hidden_size)
             self.weights.model["embed_tokens"].decode(batch.tokens, x, ws)
             if spec.embedding_multiplier != 1.0:
                 ops.scale_(x, spec.embedding_multiplier)
@@ -55,7 +54,9 @@ class Decoder:
             for index, layer in enumerate(spec.layers):
                 with self.weights.layer(index) as weights:
                     self._layer(index, layer, weights, x, batch, cache, ropes, ws)
-            ops.gather_rows(x, batch.logit_rows, selected)
+        # Taken after the layers' scratch was given back, so that wanting the logits of every row needs no more memory.
+        selected = ws.empty(len(batch.logit_rows), spec.hidden_size)
+        ops.gather_rows(x, batch.logit_rows, selected)
         ops.rms_norm(selected, self.weights.model["norm"], spec.rms_norm_eps, selected)
         return selected
 

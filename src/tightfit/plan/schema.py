@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
-VERSION = 1
+VERSION: Literal[1] = 1
+OWN = "own"  # as a format: the precision of the checkpoint, tensor by tensor
+Bytes = Annotated[int, Field(ge=0)]
+GemmType = Literal["bfloat16", "float32"]
+KvType = Literal["bfloat16", "float16", "float32"]
 
 
 class Strict(BaseModel):
@@ -24,16 +30,16 @@ class LayerPlan(Strict):
     """How the matrices of one layer are stored (a spec string such as ``int4(group=32)``) and where they lie."""
 
     format: str
-    placement: str = "resident"
-    nbytes: int
+    placement: Literal["resident"] = "resident"
+    nbytes: Bytes
 
 
 class Numerics(Strict):
     """What fixes the bits of a result, beside the formats."""
 
-    gemm: str = Field(description="type that prefill multiplies in: bfloat16 or float32")
-    activations: str = "float32"
-    kv: str = Field(description="type of the cached keys and values")
+    gemm: GemmType = Field(description="type that prefill multiplies in")
+    activations: Literal["float32"] = "float32"
+    kv: KvType = Field(description="type of the cached keys and values")
 
 
 class Plan(Strict):
@@ -43,18 +49,18 @@ class Plan(Strict):
     ``accounts`` is what each account may take; their sum is at most ``budget``.
     """
 
-    version: int = VERSION
+    version: Literal[1] = VERSION
     model: ModelRef
-    budget: int
-    context: int = Field(description="tokens kept of each sequence")
-    sequences: int = Field(description="sequences that run at once")
-    accounts: dict[str, int]
+    budget: Bytes
+    context: int = Field(ge=2, description="tokens kept of each sequence")
+    sequences: int = Field(ge=1, description="sequences that run at once")
+    accounts: dict[str, Bytes]
     outer: LayerPlan = Field(description="embeddings, head and final norm")
     layers: tuple[LayerPlan, ...]
-    cache: str = "exact"
-    prefill: str = "chunked"
-    chunk: int = Field(description="prompt tokens computed at once")
-    threads: int
+    cache: Literal["exact"] = "exact"
+    prefill: Literal["chunked"] = "chunked"
+    chunk: int = Field(ge=1, description="prompt tokens computed at once")
+    threads: int = Field(ge=1)
     numerics: Numerics
 
     @property

@@ -17,13 +17,13 @@ from tightfit.errors import BudgetError
 from tightfit.kv.cache import Cache
 from tightfit.model.decoder import cache_layouts
 from tightfit.model.spec import ModelSpec, Param
-from tightfit.plan.schema import LayerPlan, ModelRef, Numerics, Plan
-from tightfit.weights.placement.resident import OWN, param_nbytes
+from tightfit.plan.schema import OWN, GemmType, KvType, LayerPlan, ModelRef, Numerics, Plan
+from tightfit.weights.placement.resident import param_nbytes
 
 INT8, INT4 = "int8", "int4"
 LEVELS = (OWN, INT8, INT4, "int4(group=64)", "int4(group=128)")  # from the most precise to the smallest
 CHUNKS = (512, 256, 128, 64, 32, 16)
-LOAD_SCRATCH = 8 << 20  # what converting a block while loading takes beside the weights, measured
+LOAD_SCRATCH = 12 << 20  # what converting a block while loading takes beside the weights, measured
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -35,8 +35,8 @@ class Request:
     context: int
     sequences: int
     threads: int
-    gemm: str
-    kv: str
+    gemm: GemmType
+    kv: KvType
     weights: str | None = None
     chunk: int | None = None
 
@@ -114,7 +114,7 @@ class Search:
 
     def uniform(self, level: str, chunk: int, runtime: int) -> Plan:
         """The plan with every matrix in ``level``, whether it fits or not."""
-        return self._plan(level, [level] * len(self.spec.layers), chunk, runtime)
+        return self.plan(level, [level] * len(self.spec.layers), chunk, runtime)
 
     def _upgrade(self, plan: Plan) -> Plan:
         """Spends what is left on 8 bits instead of 4: the embeddings and the head first, then layers from both ends
@@ -128,13 +128,15 @@ class Search:
                 outer = INT8
             else:
                 formats[index] = INT8
-            bigger = self._plan(outer, formats, plan.chunk, plan.accounts["runtime"])
+            bigger = self.plan(outer, formats, plan.chunk, plan.accounts["runtime"])
             if bigger.total > plan.budget:
                 break
             best = bigger
         return best
 
-    def _plan(self, outer: str, formats: list[str], chunk: int, runtime: int) -> Plan:
+    def plan(self, outer: str, formats: list[str], chunk: int, runtime: int) -> Plan:
+        """The plan with embeddings and head in ``outer`` and each layer in its own of ``formats``, whether it fits or
+        not."""
         spec, request = self.spec, self.request
         layouts = cache_layouts(spec, request.context, chunk)
         kv = Cache.nbytes(layouts, request.sequences, ITEMSIZE[request.kv])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.tiny_mixtures import CONFIGS, config_of
 
 from tightfit.checkpoints.config import Config
 from tightfit.errors import CheckpointError
 from tightfit.model.families import model_spec
 from tightfit.model.spec import LatentAttentionSpec, MlpSpec, MoeSpec
-from tiny_mixtures import CONFIGS, config_of
 
 
 def moe_of(family: str, **changes: Any) -> MoeSpec:

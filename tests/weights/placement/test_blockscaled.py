@@ -163,6 +163,9 @@ def test_codes_that_the_config_does_not_declare_are_refused(write: Any) -> None:
     checkpoint = write(tensors)
     with pytest.raises(CheckpointError, match="type F8_E4M3"):
         read.tensor_of(checkpoint, Param("a", (64, 48), Source("a.weight")))
+    vector = write({"v": fp8_numbers(64)}, weight_block_size=[32, 32], **FP8)
+    with pytest.raises(CheckpointError, match="type F8_E4M3"):
+        read.tensor_of(vector, Param("v", (64,), Source("v")))
     with pytest.raises(CheckpointError, match="type U8"):
         read.tensor_of(checkpoint, Param("b", (8, 32), Source("b_blocks", stacked=True), experts=2))
 

@@ -24,7 +24,7 @@ POWERS = torch.tensor([*(2.0 ** (byte - 127) for byte in range(255)), math.nan])
 def is_coded(checkpoint: Checkpoint, info: TensorInfo) -> bool:
     """Whether a tensor holds codes that mean something only together with their scales."""
     if isinstance(checkpoint.quantization, Fp8Blocks):
-        return info.dtype == "F8_E4M3"
+        return info.dtype == "F8_E4M3" and len(info.shape) > 1
     return isinstance(checkpoint.quantization, Mxfp4) and info.dtype == "U8" and info.name.endswith("_blocks")
 
 

@@ -6,6 +6,7 @@ after the other take up to 1 MiB, decoding codes up to 2 MiB, and tensors that a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -22,6 +23,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What a tensor is kept in that stays in its own precision. bfloat16 holds every number of MXFP4 exactly, and is what
 # fp8 checkpoints were rounded from.
 FORMAT_OF = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "bf16", "U8": "bf16"}
+LAYER = re.compile(r"(.*?\blayers\.)([0-9]{1,9})\.")
 TILE = 16  # rows: blocks that are encoded start at multiples of it
 
 
@@ -53,7 +55,8 @@ def tensor_of(checkpoint: Checkpoint, param: Param, expert: int = 0) -> TensorIn
 
 
 def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
-    """Raises CheckpointError unless the checkpoint has every tensor of ``spec`` in its shape, no row of it unused."""
+    """Raises CheckpointError unless the checkpoint has every tensor of ``spec`` in its shape, no row of it unused, and
+    no more layers than ``spec``."""
     ends: dict[str, int] = {}
     rows: dict[str, int] = {}
     for _, param in spec.all_params():
@@ -67,6 +70,19 @@ def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
         if end < rows[name]:
             raise CheckpointError(
                 f"tensor {name!r} of {checkpoint.name} has {rows[name]} rows, but config.json describes {end}",
+                "Compare config.json with the weights: they may belong to different models.",
+            )
+
+
+    # Other towers have layers too; and those that predict further tokens (DeepSeek-V3) stand behind the model's.
+    stacks = {match[1] for name in ends if (match := LAYER.match(name))}
+    further = checkpoint.config.get("num_nextn_predict_layers")
+    known = len(spec.layers) + (further if isinstance(further, int) else 0)
+    for name in checkpoint.tensors:
+        match = LAYER.match(name)
+        if match and match[1] in stacks and int(match[2]) >= known:
+            raise CheckpointError(
+                f"{checkpoint.name} has tensor {name!r}, but config.json describes {len(spec.layers)} layers",
                 "Compare config.json with the weights: they may belong to different models.",
             )
 

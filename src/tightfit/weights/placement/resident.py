@@ -12,11 +12,10 @@ from tightfit.budget.ledger import Arena, align
 from tightfit.catalog import parse
 from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.model.spec import ModelSpec, Param
+from tightfit.plan.schema import OWN
 from tightfit.weights.formats.base import Format, Matrix
 from tightfit.weights.placement.base import Placement
 from tightfit.weights.placement.read import FORMAT_OF, blocks, is_plain, read_plain, tensor_of
-
-OWN = "own"  # the precision of the checkpoint, tensor by tensor
 
 Progress = Callable[[int], None]
 

@@ -1,0 +1,50 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a name of the hub (org/model), or an embedded model."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        "-m",
+        metavar="SIZE",
+        help="Budget for the whole process: 600MiB, 4GB, 50%. Default: what is available, less a margin.",
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        "-c",
+        metavar="TOKENS",
+        help="Room for each sequence, prompt and answer. Default: the model's, at most 4096.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FORMAT",
+        help="How weights are stored: bf16, int8, int4(group=64), ... Default: the most precise that fits.",
+    ),
+]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        "--chunk", metavar="TOKENS", help="Prompt tokens computed at once. Default: up to 512, as many as fit."
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", "-t", metavar="N", help="Cores to use. Default: all that this process may use."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON with stable keys instead of text.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
