@@ -1,7 +1,7 @@
 """Models of the Hugging Face hub, by name: fetched by a child process.
 
 huggingface_hub, its HTTP client and its transfer buffers take memory that would count in the budget of this process
-and never come back, so they live and end in a child (``python -m tightfit.checkpoints.download``).
+and never come back, so they live and end in a child (:mod:`tightfit.checkpoints.download`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tightfit.errors import CheckpointError
+
+# Ctrl-C on a terminal reaches the child too, which has nothing to add to what its parent says.
+DOWNLOAD = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+from tightfit.checkpoints.download import main
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ def fetch(name: str, revision: str | None, headers_only: bool) -> Snapshot:
     if not sys.stderr.isatty():
         environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     child = subprocess.run(
-        [sys.executable, "-m", "tightfit.checkpoints.download", request],
+        [sys.executable, "-c", DOWNLOAD, request],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env=environment,

@@ -32,7 +32,8 @@ def run_doctor(
 ) -> None:
     """Say what this machine has, and how fast it is.
 
-    Also which kernels run on it. Memory and disk are measured the first time, which takes about ten seconds, and remembered.
+    Also which kernels run on it. Memory and disk are measured the first time, which takes about ten seconds; that is
+    remembered.
     """
     report = doctor.collect(measure)
     if not measure and (not report["bandwidth"] or report["runtime"] is None):

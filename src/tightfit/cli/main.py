@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 
 
@@ -14,11 +15,13 @@ def main() -> None:
         from tightfit.cli.app import app
         from tightfit.cli.frame import guarded
 
-        status = guarded(app, sys.argv[1:])
-    except KeyboardInterrupt:  # before or after the frame around the command
+        # The frame around the command has its own handler; after it, an interrupt ends the process without more ado.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = 130
-    sys.exit(status)
+        sys.exit(130)
+    sys.exit(guarded(app, sys.argv[1:]))
 
 
 def _prepare() -> None:

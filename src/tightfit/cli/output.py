@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tightfit.errors import TightfitError
 
@@ -49,12 +50,12 @@ def print_json(value: Any) -> None:
 
 def show(*renderables: RenderableType, markup: bool = False) -> None:
     """Tables and lines for people on standard output. Plain strings are taken as they are, unless ``markup``."""
-    write(_rendered(renderables, sys.stdout.isatty(), markup), end="")
+    write(_rendered(renderables, sys.stdout, markup), end="")
 
 
 def show_aside(*renderables: RenderableType) -> None:
     """The same on standard error."""
-    say(_rendered(renderables, sys.stderr.isatty(), False), end="")
+    say(_rendered(renderables, sys.stderr, False), end="")
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -63,14 +64,15 @@ def say(text: str, end: str = "\n") -> None:
         print(text, end=end, file=sys.stderr, flush=True)
 
 
-def _rendered(renderables: tuple[RenderableType, ...], terminal: bool, markup: bool) -> str:
+def _rendered(renderables: tuple[RenderableType, ...], stream: TextIO, markup: bool) -> str:
+    """What rich would print on ``stream``; it is printed by us, so that there is one way for errors."""
     from rich.console import Console
 
-    console = Console(
-        markup=markup, emoji=False, highlight=False, force_terminal=terminal, width=None if terminal else WIDE
-    )
-    with console.capture() as capture:
-        for renderable in renderables:
-            console.print(renderable, soft_wrap=isinstance(renderable, str))
-    lines = capture.get().splitlines()  # tables are padded to their width
-    return "".join(f"{line.rstrip()}\n" for line in lines)
+    terminal, encoding = stream.isatty(), stream.encoding or "utf-8"  # rich draws lines that the encoding has
+    width = None if terminal else WIDE
+    file = io.TextIOWrapper(io.BytesIO(), encoding, errors="replace", newline="\n", write_through=True)
+    console = Console(file=file, width=width, force_terminal=terminal, markup=markup, emoji=False, highlight=False)
+    for renderable in renderables:
+        console.print(renderable, soft_wrap=isinstance(renderable, str))
+    file.seek(0)
+    return "".join(f"{line.rstrip()}\n" for line in file.read().splitlines())  # tables are padded to their width

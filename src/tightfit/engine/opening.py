@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ DEFAULT_CONTEXT = 4096
 # Planning needs torch, and importing torch alone takes more than this. Below it a child process finds the smallest
 # budget that would work, so that a refusal does not itself go over the budget.
 CHILD_BELOW = 220 << 20
+CHILD_IMPORTS = ("tightfit", "jinja2", "pydantic", "rich", "tokenizers", "typer")
 MOST_SEQUENCES = 1024  # at once: beyond what one machine has any use for
 
 
@@ -196,7 +198,10 @@ def _request(wish: Wish, opened: Opened) -> Request:
 
 
 def _plan_in_child(wish: Wish) -> Plan:
-    command = [sys.executable, "-m", "tightfit.engine.opening", json.dumps(asdict(wish)), str(resident_set().current)]
+    # The child becomes as large as this process is, and then plans in its place.
+    modules = [name for name in sys.modules if name.partition(".")[0] in CHILD_IMPORTS]
+    asked = {"wish": asdict(wish), "modules": modules, "resident_bytes": resident_set().current}
+    command = [sys.executable, "-m", "tightfit.engine.opening", json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         answer = json.loads(done.stdout)
@@ -210,12 +215,17 @@ def _plan_in_child(wish: Wish) -> Plan:
     return Plan.model_validate(answer["plan"])
 
 
-def _child(text: str, asking: int) -> dict[str, object]:
-    """Answers a wish in a process of its own, for one of ``asking`` bytes."""
-    wish = Wish(**json.loads(text))
+def _child(asked: dict[str, Any]) -> dict[str, object]:
+    """Answers a wish in a process of its own, for one that holds ``resident_bytes`` and has imported ``modules``."""
+    wish = Wish(**asked["wish"])
     try:
         opened = open_model(wish)
-        return {"plan": plan_here(wish, opened, asking - resident_set().current).model_dump()}
+        for name in asked["modules"]:
+            importlib.import_module(name)
+        if "tokenizers" in asked["modules"]:
+            opened.checkpoint.tokenizer()
+        elsewhere = asked["resident_bytes"] - resident_set().current
+        return {"plan": plan_here(wish, opened, elsewhere).model_dump()}
     except TightfitError as error:
         smallest = getattr(error, "smallest_bytes", None)
         kind = type(error).__name__
@@ -223,4 +233,4 @@ def _child(text: str, asking: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_child(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(_child(json.loads(sys.argv[1]))))
