@@ -109,7 +109,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.model or random_model.write(Path(temporary) / "1b", "1b")
         prompt = Path(temporary) / "prompt.txt"
-        prompt.write_text("#" + "7" * (arguments.prompt - 1))  # the embedded tokenizer makes each a token
+        prompt.write_text("#" + "7" * (arguments.prompt - 2))  # a token each, after <|bos|>
         context = arguments.prompt + arguments.new
         new, threads = arguments.new, arguments.threads
         systems: dict[str, Callable[[], dict[str, float]]] = {

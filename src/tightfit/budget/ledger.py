@@ -45,7 +45,13 @@ class Arena:
     def __init__(self, capacity: int) -> None:
         self.capacity = align(max(capacity, 1), PAGE)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        self._map = mmap.mmap(-1, self.capacity, flags=flags)
+        try:
+            self._map = mmap.mmap(-1, self.capacity, flags=flags)
+        except OSError as error:  # of address space: nothing is taken yet
+            raise BudgetError(
+                f"the system does not give {format_bytes(self.capacity)} of address space: {error.strerror}",
+                "Lift the limit on it (ulimit -v unlimited), or let memory be overcommitted (vm.overcommit_memory).",
+            ) from error
         self.used = 0
 
     def take(self, nbytes: int) -> torch.Tensor:

@@ -122,13 +122,7 @@ def main(run: Callable[[dict[str, Any]], dict[str, Any]] = answer) -> None:
     request = json.loads(sys.argv[1])
     try:
         result = run(request)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as error:
         message, hint = explain(error, request["name"], request["revision"])
         result = {"error": message, "hint": hint}
     json.dump(result, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

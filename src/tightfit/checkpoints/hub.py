@@ -8,21 +8,13 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tightfit import child
 from tightfit.errors import CheckpointError
-
-# Ctrl-C on a terminal reaches the child too, which has nothing to add to what its parent says.
-DOWNLOAD = """
-import signal
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-from tightfit.checkpoints.download import main
-main()
-"""
 
 
 @dataclass(frozen=True)
@@ -51,22 +43,20 @@ def fetch(name: str, revision: str | None, headers_only: bool) -> Snapshot:
     Raises CheckpointError where the model does not exist, needs permission, or cannot be reached and is not cached.
     """
     request = json.dumps({"name": name, "revision": revision, "headers_only": headers_only})
-    environment = dict(os.environ)
-    package_folder = str(Path(__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_folder, environment.get("PYTHONPATH")]))
+    environment = child.environment()
     if not sys.stderr.isatty():
         environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    child = subprocess.run(
-        [sys.executable, "-c", DOWNLOAD, request],
+    done = subprocess.run(
+        child.command("from tightfit.checkpoints.download import main; main()", request),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env=environment,
     )
-    if child.returncode != 0:
+    if done.returncode != 0:
         raise CheckpointError(
-            f"the download of {name} ended with exit status {child.returncode}", "Its last messages are above."
+            f"the download of {name} ended with exit status {done.returncode}", "Its last messages are above."
         )
-    answer = json.loads(child.stdout)
+    answer = json.loads(done.stdout)
     if "error" in answer:
         raise CheckpointError(answer["error"], answer["hint"])
     headers = {

@@ -12,6 +12,7 @@ from tightfit.decode.text import TextStream
 from tightfit.engine.engine import Engine
 from tightfit.engine.request import Request
 from tightfit.engine.sequence import Sequence
+from tightfit.errors import UsageError
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.timing = Timing()
         self._kept: Kept | None = None
+        self._busy = False
 
     def run(
         self, requests: list[Request], completions: list[Completion], conversation: bool = False
@@ -65,8 +67,9 @@ class Generator:
 
         With ``conversation`` the only request's keys and values are kept at the end, and what the next such request has
         in common with it from the start is not computed again. Closing the iterator early ends the requests and gives
-        their places back.
+        their places back. Raises UsageError while an earlier iterator is neither exhausted nor closed.
         """
+        self._check_idle()
         started = time.perf_counter()
         kept = self._take_kept()
         if kept is not None and not conversation:
@@ -82,6 +85,7 @@ class Generator:
             self.timing.prompt_tokens += item.sequence.prompt_length
             self.engine.scheduler.add(item.sequence)
         running = {id(item.sequence): item for item in active}
+        self._busy = True
         try:
             while running:
                 for sequence, token in self._step():
@@ -102,15 +106,24 @@ class Generator:
                     if text:
                         yield item.index, text
         finally:
+            self._busy = False
             for item in running.values():
                 self.engine.scheduler.finish(item.sequence)
 
     def score(self, tokens: list[int]) -> list[float]:
         """See :meth:`Engine.score`; a conversation that was kept is forgotten."""
+        self._check_idle()
         kept = self._take_kept()
         if kept is not None:
             self.engine.scheduler.release(kept.slot)
         return self.engine.score(tokens)
+
+    def _check_idle(self) -> None:
+        if self._busy:
+            raise UsageError(
+                "this model is still generating an earlier text",
+                "Take all pieces of that stream, or close it. Several prompts are generated at once by giving a list.",
+            )
 
     def _step(self) -> list[tuple[Sequence, int]]:
         started = time.perf_counter()

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tightfit import zoo
+from tightfit import child, zoo
 from tightfit.budget import malloc
 from tightfit.budget.machine import usable_cores
 from tightfit.budget.meter import machine_memory, resident_set
@@ -70,14 +70,8 @@ class Opened:
     def check_chat(self, system: str | None = None) -> None:
         """Raises UsageError if the model has no chat template or that refuses a ``system`` message, CheckpointError if
         it cannot be used."""
-        tokenizer = self.checkpoint.tokenizer()
-        if not tokenizer.has_chat_template:
-            raise UsageError(
-                f"{self.checkpoint.name} has no chat template: it was not trained for conversations",
-                "Let it continue a text instead (`tightfit run MODEL -p TEXT`), or take a model made for chats.",
-            )
         first = [{"role": "system", "content": system}] if system else []
-        tokenizer.render_chat([*first, {"role": "user", "content": "Hello"}])
+        self.checkpoint.tokenizer().render_chat([*first, {"role": "user", "content": "Hello"}])
 
 
 def open_model(wish: Wish, headers_only: bool = False) -> Opened:
@@ -201,8 +195,8 @@ def _plan_in_child(wish: Wish) -> Plan:
     # The child becomes as large as this process is, and then plans in its place.
     modules = [name for name in sys.modules if name.partition(".")[0] in CHILD_IMPORTS]
     asked = {"wish": asdict(wish), "modules": modules, "resident_bytes": resident_set().current}
-    command = [sys.executable, "-m", "tightfit.engine.opening", json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = child.command("from tightfit.engine.opening import main; main()", json.dumps(asked))
+    done = subprocess.run(command, env=child.environment(), capture_output=True, text=True, check=False)
     try:
         answer = json.loads(done.stdout)
     except json.JSONDecodeError:
@@ -232,5 +226,6 @@ def _child(asked: dict[str, Any]) -> dict[str, object]:
         return {"error": error.message, "hint": error.hint, "kind": kind, "smallest_bytes": smallest}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The child process: a question as its argument, the answer as its output."""
     print(json.dumps(_child(json.loads(sys.argv[1]))))

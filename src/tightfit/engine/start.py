@@ -223,6 +223,7 @@ def start(
     placement, decoder, cache = build(checkpoint, spec, dict(enumerate(shape.formats)), shape, weights, kv)
     drop_code_pages()
     before = resident_set().peak
+    torch.set_num_threads(1)  # blocks are small: waiting for other threads after each operation gains nothing
     placement.load(progress)
     malloc.trim()
     seen = resident_set()

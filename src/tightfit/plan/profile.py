@@ -11,7 +11,6 @@ import json
 import mmap
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tightfit import child
 from tightfit.budget.meter import ResidentSet, available_memory
 from tightfit.budget.mounts import mounts
 from tightfit.budget.units import KiB, MiB
@@ -203,13 +203,9 @@ for name in {tuple(imports)!r}:
 from tightfit.budget.meter import resident_set
 print(json.dumps(dataclasses.asdict(resident_set())))
 """
-    package = Path(__file__).parents[2]
-    path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
-    child = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
-    if child.returncode != 0:
+    done = subprocess.run(child.command(code), env=child.environment(), capture_output=True, text=True)
+    if done.returncode != 0:
         raise TightfitError(
-            f"A child process to measure the runtime failed with status {child.returncode}.", child.stderr.strip()
+            f"A child process to measure the runtime failed with status {done.returncode}.", done.stderr.strip()
         )
-    return ResidentSet(**json.loads(child.stdout))
+    return ResidentSet(**json.loads(done.stdout))
