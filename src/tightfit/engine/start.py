@@ -142,6 +142,13 @@ class Settled:
     refusal: BudgetError | None
 
 
+def search_for(checkpoint: Checkpoint, spec: ModelSpec, request: Request) -> Search:
+    """The search for a request. Raises CheckpointError if the checkpoint is not what ``spec`` describes."""
+    check(checkpoint, spec)
+    drop_code_pages()  # torch was just imported: its peak should not be added to what planning takes
+    return Search(checkpoint, spec, request, lambda plan: workspace_bytes(checkpoint, spec, plan))
+
+
 def smallest_runtime(search: Search) -> int:
     """The ``runtime`` account of the smallest plan, in bytes: what a stated smallest budget has to count with."""
     plan = search.smallest(0)
@@ -160,9 +167,7 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, request: Request, elsewhere:
 
     ``elsewhere`` is by how many bytes the process that will run the plan is larger than this one.
     """
-    check(checkpoint, spec)
-    drop_code_pages()  # torch was just imported: its peak should not be added to what planning takes
-    search = Search(checkpoint, spec, request, lambda plan: workspace_bytes(checkpoint, spec, plan))
+    search = search_for(checkpoint, spec, request)
     runtime = resident_set().current + FIRST_GUESS
     for _ in range(ROUNDS):
         try:
@@ -183,11 +188,9 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, request: Request, elsewhere:
 
 def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     """``plan`` with the bytes that its choices take here. Raises BudgetError if they exceed the budget it names."""
-    check(checkpoint, spec)
-    drop_code_pages()
     numerics = plan.numerics
     request = Request(plan.budget, plan.context, plan.sequences, plan.threads, numerics.gemm, numerics.kv)
-    search = Search(checkpoint, spec, request, lambda other: workspace_bytes(checkpoint, spec, other))
+    search = search_for(checkpoint, spec, request)
     anew = search.plan(plan.outer.format, [layer.format for layer in plan.layers], plan.chunk, runtime=0)
     anew = anew.model_copy(update={"accounts": anew.accounts | {"runtime": _measured(search, anew)}})
     if anew.total > anew.budget:
