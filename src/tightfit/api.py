@@ -123,7 +123,7 @@ class Model:
         """The messages that fit beside an answer, and how many of the oldest were left out."""
         kept = list(messages)
         if not kept or not all(isinstance(message, Mapping) for message in kept):
-            raise UsageError("a conversation is a list of messages", 'Give e.g. [{"role": "user", "content": "Hello"}].')
+            raise UsageError("a conversation is a list of messages", 'Give [{"role": "user", "content": "Hello"}].')
         room = min(options.get("max_new_tokens") or DEFAULT_NEW_TOKENS, self.plan.context // 4)
         first = 1 if kept[0].get("role") == "system" else 0
         dropped = 0

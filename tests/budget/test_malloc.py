@@ -76,7 +76,7 @@ print(tuned, trim(), before - resident_set().current)
 def test_the_environment_of_the_libraries_is_set_and_what_a_user_set_stays() -> None:
     names = " ".join(ENVIRONMENT)
     code = f"import os; print(*(os.environ[name] for name in {names!r}.split()))"
-    empty = {name: "" for name in ENVIRONMENT}
+    empty = dict.fromkeys(ENVIRONMENT, "")
     assert run(f"import os, subprocess\n{code}", **{**ENVIRONMENT, "OMP_WAIT_POLICY": "active"}) == [
         "active" if name == "OMP_WAIT_POLICY" else value for name, value in ENVIRONMENT.items()
     ]

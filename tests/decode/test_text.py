@@ -16,7 +16,7 @@ WORDS = ["hello", " ", "world", "ab", "é", "你", "好", "\u0301", BROKEN]
 
 def byte_level() -> Tokenizer:
     """GPT-2's kind: every token is a run of bytes; some tokens end or begin inside a character."""
-    letters = {byte: letter for byte, letter in zip(_bytes_in_gpt2_order(), _gpt2_letters(), strict=True)}
+    letters = dict(zip(_bytes_in_gpt2_order(), _gpt2_letters(), strict=True))
     runs = [bytes([byte]) for byte in range(256)]
     runs += [
         b" hello",

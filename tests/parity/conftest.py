@@ -1,12 +1,5 @@
-"""Lets the tests beside it import ``harness``."""
-
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # pytest imports tests by their path, and leaves sys.path alone
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Ours, make, save, tokens_of
+from tests.parity.harness import Ours, make, save, tokens_of
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3Config
 
 from tightfit.model.batch import Segment

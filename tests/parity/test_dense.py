@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import (
+from safetensors.torch import load_file, save_file
+from tests.parity.harness import (
     TOLERANCE,
     Edit,
     Ours,
@@ -27,7 +28,6 @@ from harness import (
     tokens_of,
     without,
 )
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     Gemma2Config,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import (
+from tests.parity.harness import (
     TOLERANCE,
     Ours,
     check_all_paths,

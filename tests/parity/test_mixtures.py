@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import (
+from safetensors.torch import load_file, save_file
+from tests.parity.harness import (
     MISSED,
     TOLERANCE,
     Ours,
@@ -27,7 +28,6 @@ from harness import (
     tokens_of,
     without,
 )
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,

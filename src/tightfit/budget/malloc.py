@@ -44,7 +44,7 @@ def tune_malloc() -> bool:
     if libc is None:
         return False
     settings = (_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, MMAP_THRESHOLD), (_M_TRIM_THRESHOLD, TRIM_THRESHOLD)
-    return all([libc.mallopt(parameter, value) == 1 for parameter, value in settings])
+    return all(libc.mallopt(parameter, value) == 1 for parameter, value in settings)
 
 
 def trim() -> bool:

@@ -15,8 +15,8 @@ from tightfit.model.batch import Batch, Segment
 
 
 class Scheduler:
-    """Holds ``slots`` sequences at once and computes at most ``chunk`` prompt tokens in a step, padding included; others
-    wait."""
+    """Holds ``slots`` sequences at once and computes at most ``chunk`` prompt tokens in a step, padding included;
+    others wait."""
 
     def __init__(self, slots: int, chunk: int) -> None:
         self.chunk = chunk

@@ -73,7 +73,6 @@ def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
                 "Compare config.json with the weights: they may belong to different models.",
             )
 
-
     # Other towers have layers too; and those that predict further tokens (DeepSeek-V3) stand behind the model's.
     stacks = {match[1] for name in ends if (match := LAYER.match(name))}
     further = checkpoint.config.get("num_nextn_predict_layers")
