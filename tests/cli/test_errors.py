@@ -275,6 +275,13 @@ def test_a_model_that_is_not_there_is_told_with_what_there_is(model: str) -> Non
     check(tightfit("run", model, *PROMPT), CHECKPOINT, "there is no model", "nano", "A prompt is given with -p")
 
 
+def test_a_model_of_the_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = tightfit("run", "org/model", *PROMPT)
+    check(done, CHECKPOINT, "org/model is not in the cache", "HF_HUB_OFFLINE forbids", "give a folder")
+
+
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_a_file_is_not_a_model(command: str, tiny: Path) -> None:
     options = PROMPT if command == "run" else ()

@@ -9,7 +9,7 @@ import typer
 from tightfit import __version__
 from tightfit.cli import doctor, plan, run, techniques
 from tightfit.cli.options import Debug, Json
-from tightfit.cli.output import print_json, say, show, write
+from tightfit.cli.output import print_json, say, write
 from tightfit.errors import UsageError
 
 app = typer.Typer(
@@ -41,6 +41,8 @@ def run_doctor(
     if json:
         print_json(report)
     else:
+        from tightfit.cli.screen import show
+
         show(doctor.render(report), markup=True)
 
 

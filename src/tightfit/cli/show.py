@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from tightfit.budget.units import format_bytes
-from tightfit.cli.output import show, show_aside
+from tightfit.cli.screen import show, show_aside, table
 from tightfit.plan.schema import OWN
 
 
@@ -17,7 +14,7 @@ def show_receipt(receipt: dict[str, Any]) -> None:
     """The receipt of a run, on standard error."""
     budget, peak = receipt["budget_bytes"], receipt["peak_rss_bytes"]
     kept = "inside" if peak <= budget else "OVER"
-    accounts = _table("account", "planned", "used")
+    accounts = table("account", "planned", "used")
     for name, account in receipt["accounts"].items():
         accounts.add_row(name, format_bytes(account["reserved_bytes"]), format_bytes(account["peak_bytes"]))
     parts = [
@@ -45,7 +42,7 @@ def show_plan(answer: dict[str, Any]) -> None:
     if plan is None:
         show(f"does not fit into {budget}", answer["hint"])
     else:
-        accounts = _table("account", "bytes")
+        accounts = table("account", "bytes")
         for name, nbytes in plan["accounts"].items():
             accounts.add_row(name, format_bytes(nbytes))
         accounts.add_row("sum", format_bytes(sum(plan["accounts"].values())))
@@ -54,7 +51,7 @@ def show_plan(answer: dict[str, Any]) -> None:
             f"chunks of {plan['chunk']}",
             accounts,
         )
-    needs = _table("weights", "needs", "of which weights", "kv")
+    needs = table("weights", "needs", "of which weights", "kv")
     for level in answer["precisions"]:
         needs.add_row(
             "own precision" if level["format"] == OWN else level["format"],
@@ -63,14 +60,6 @@ def show_plan(answer: dict[str, Any]) -> None:
             format_bytes(level["accounts"]["kv"]),
         )
     show("The smallest budget for each precision:", needs)
-
-
-def _table(*columns: str) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    made = Table(box=box.SIMPLE, pad_edge=False)
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right")
-    return made
 
 
 def _speed(rate: float | None) -> str:

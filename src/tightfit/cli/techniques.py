@@ -9,7 +9,7 @@ import typer
 
 from tightfit.catalog import Technique, all_techniques
 from tightfit.cli.options import Debug, Json
-from tightfit.cli.output import print_json, show
+from tightfit.cli.output import print_json
 from tightfit.errors import UsageError
 
 
@@ -32,15 +32,12 @@ def techniques(
     if json:
         print_json({"techniques": [as_json(entry) for entry in chosen]})
         return
-    from rich import box
-    from rich.table import Table
+    from tightfit.cli.screen import show, table
 
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for column in ("seam", "name", "", "what it does", "paper"):
-        table.add_column(column, overflow="fold")
+    listed = table("seam", "name", "", "what it does", "paper", numbers=False)
     for entry in chosen:
-        table.add_row(entry.seam, entry.name, "exact" if entry.exact else "lossy", entry.summary, entry.paper)
-    show(table)
+        listed.add_row(entry.seam, entry.name, "exact" if entry.exact else "lossy", entry.summary, entry.paper)
+    show(listed)
 
 
 def as_json(entry: Technique) -> dict[str, object]:

@@ -154,14 +154,14 @@ def _settle(wish: Wish, opened: Opened, elsewhere: int = 0) -> Settled:
 def survey(wish: Wish, opened: Opened) -> dict[str, Any]:
     """What ``tightfit plan`` answers, JSON-ready: ``model``, ``budget_bytes``, ``plan`` (None if nothing fits, then
     with ``hint`` and ``smallest_bytes``), and ``precisions``: what each format of the weights needs at least."""
-    from tightfit.engine.start import search_for, settle, smallest_runtime
+    from tightfit.engine.start import NOISE, search_for, settle, smallest_runtime
     from tightfit.plan.search import precisions
 
     opened.checkpoint.tokenizer()
     request = _request(wish, opened)
     # The smallest comes first: what is rehearsed after it leaves its peak behind.
     search = search_for(opened.checkpoint, opened.spec, request)
-    runtime = smallest_runtime(search)
+    runtime = smallest_runtime(search) + NOISE
     settled = settle(opened.checkpoint, opened.spec, request)
     if settled.refusal is not None and settled.refusal.smallest_bytes is not None:
         runtime = settled.refusal.smallest_bytes - search.smallest(0).total

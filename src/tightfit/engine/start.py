@@ -36,7 +36,8 @@ from tightfit.weights.placement.resident import Resident
 
 FIRST_GUESS = 48 << 20  # what running everything once adds to the resident set, at most
 MARGIN = 8 << 20  # small temporaries, text and token lists that a long run adds after the rehearsal
-NOISE = 2 << 20  # by how much the resident set of equal processes differs
+NOISE = 3 << 20  # by how much the resident set of equal processes differs: a stated budget must work in the next one
+PEAK_MARGIN = 1 << 20  # what importing may still add to a peak that it has already reached
 ROUNDS = 4
 VIRTUAL = 1 << 36  # address space of an arena that is never written
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -150,16 +151,15 @@ def search_for(checkpoint: Checkpoint, spec: ModelSpec, request: Request) -> Sea
 
 
 def smallest_runtime(search: Search) -> int:
-    """The ``runtime`` account of the smallest plan, in bytes: what a stated smallest budget has to count with."""
-    plan = search.smallest(0)
-    return _measured(search, plan) + NOISE
+    """The ``runtime`` account of the smallest plan as measured here, in bytes."""
+    return _measured(search, search.smallest(0))
 
 
 def _measured(search: Search, plan: Plan) -> int:
     """The ``runtime`` account of ``plan`` as a rehearsal measures it in this process."""
     measured = rehearse(search.checkpoint, search.spec, plan) + MARGIN
     # Importing took its peak before anything could be given back.
-    return max(measured, resident_set().peak + NOISE - (plan.total - plan.accounts["runtime"]))
+    return max(measured, resident_set().peak + PEAK_MARGIN - (plan.total - plan.accounts["runtime"]))
 
 
 def settle(checkpoint: Checkpoint, spec: ModelSpec, request: Request, elsewhere: int = 0) -> Settled:
@@ -175,7 +175,7 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, request: Request, elsewhere:
         except BudgetError:
             smallest = smallest_runtime(search) + elsewhere
             if search.smallest(smallest).total > request.budget:
-                return Settled(search, None, search.refusal(smallest))
+                return Settled(search, None, search.refusal(smallest + NOISE))
             runtime = smallest
             continue
         measured = _measured(search, plan) + elsewhere
@@ -183,7 +183,7 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, request: Request, elsewhere:
             accounts = plan.accounts | {"runtime": measured}
             return Settled(search, plan.model_copy(update={"accounts": accounts}), None)
         runtime = measured
-    return Settled(search, None, search.refusal(runtime))
+    return Settled(search, None, search.refusal(runtime + NOISE))
 
 
 def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
