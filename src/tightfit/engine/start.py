@@ -36,6 +36,7 @@ from tightfit.weights.placement.resident import Resident
 
 FIRST_GUESS = 48 << 20  # what running everything once adds to the resident set, at most
 MARGIN = 8 << 20  # small temporaries, text and token lists that a long run adds after the rehearsal
+ENCODING = 256  # bytes that encoding a prompt takes for each token, for a moment
 NOISE = 3 << 20  # by how much the resident set of equal processes differs: a stated budget must work in the next one
 PEAK_MARGIN = 1 << 20  # what importing may still add to a peak that it has already reached
 ROUNDS = 4
@@ -157,7 +158,8 @@ def smallest_runtime(search: Search) -> int:
 
 def _measured(search: Search, plan: Plan) -> int:
     """The ``runtime`` account of ``plan`` as a rehearsal measures it in this process."""
-    measured = rehearse(search.checkpoint, search.spec, plan) + MARGIN
+    margin = max(MARGIN, ENCODING * plan.context)
+    measured = rehearse(search.checkpoint, search.spec, plan) + margin
     # Importing took its peak before anything could be given back.
     return max(measured, resident_set().peak + PEAK_MARGIN - (plan.total - plan.accounts["runtime"]))
 
