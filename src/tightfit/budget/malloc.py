@@ -26,6 +26,7 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = 8 * MiB, 8 * MiB
 
 # Read by the libraries when torch is imported. A value that the user has set stays.
 ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "10000",  # about 100 microseconds between operations: prefill is a third faster than without
     "LRU_CACHE_CAPACITY": "16",  # ideep's cache of oneDNN primitives: layers of a decoder share a few shapes
     "MKL_DISABLE_FAST_MM": "1",
     "OMP_WAIT_POLICY": "passive",  # costs no memory; spinning workers would take the cores from our own kernels

@@ -125,7 +125,8 @@ def rehearse(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     length = min(shape.chunk, shape.context)
     sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=0))
     one = Batch((Segment(0, min(length, shape.context - 1), [0], decode=True),))
-    for batch in (largest_step(shape), *_buckets(length), one):
+    # The largest last: libraries keep the code of the latest shapes, and whole chunks come first in a run.
+    for batch in (*_buckets(length), largest_step(shape), one):
         use_threads(batch, plan.threads)
         with ws.frame():
             logits = decoder.logits(decoder.hidden(batch, cache, ws), ws)
