@@ -124,6 +124,7 @@ def main() -> None:
             for name, run in systems.items():
                 rows[name].append(run())
                 print(f"{turn + 1}/{arguments.repeat} {name}", file=sys.stderr)
+        from tightfit.budget.machine import processor
         from tightfit.plan.profile import measure_bandwidth
 
         bandwidth = measure_bandwidth(threads).bytes_per_s
@@ -147,15 +148,19 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     text = "\n".join(
         [
-            f"{arguments.prompt} prompt tokens, {arguments.new} new ones, batch 1, {threads} threads, "
+            "# `tightfit run` beside transformers",
+            "",
+            f"Model: {folder.name}. {arguments.prompt} prompt tokens, {arguments.new} new ones, batch 1, {threads} threads, "
             f"median of {arguments.repeat}",
             "",
             *lines,
             "",
             f"Limits measured in the same call: memory {bandwidth / 1e9:.1f} GB/s with {threads} threads, "
             f"torch's bfloat16 products {products / 1e9:.0f} GFLOP/s.",
-            f"Machine: {platform.machine()}, {threads} threads, {platform.system()} {platform.release()}; "
+            f"Machine: {processor()[0]}, {threads} threads, {platform.system()} {platform.release()}; "
             f"Python {platform.python_version()}, {versions}.",
+            "",
+            "Command: `" + " ".join(["python", "benchmarks/generate.py", *sys.argv[1:]]) + "`",
             "",
         ]
     )
