@@ -150,8 +150,8 @@ def main() -> None:
         [
             "# `tightfit run` beside transformers",
             "",
-            f"Model: {folder.name}. {arguments.prompt} prompt tokens, {arguments.new} new ones, batch 1, {threads} threads, "
-            f"median of {arguments.repeat}",
+            f"Model: {folder.name}. {arguments.prompt} prompt tokens, {arguments.new} new ones, batch 1, "
+            f"{threads} threads, median of {arguments.repeat}",
             "",
             *lines,
             "",
