@@ -15,11 +15,11 @@ from tightfit.engine.start import workspace_bytes
 from tightfit.errors import BudgetError
 from tightfit.model.families import model_spec
 from tightfit.plan.schema import Plan
-from tightfit.plan.search import Request, Search
+from tightfit.plan.search import Constraints, Search
 
 MIB = 1 << 20
 RUNTIME = 200 * MIB
-REQUEST = Request(budget=0, context=1024, sequences=1, threads=2, gemm="bfloat16", kv="bfloat16")
+CONSTRAINTS = Constraints(budget=0, context=1024, sequences=1, threads=2, gemm="bfloat16", kv="bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def nano() -> Checkpoint:
 
 def search(checkpoint: Checkpoint, **changes: object) -> Search:
     spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
-    request = dataclasses.replace(REQUEST, **changes)  # type: ignore[arg-type]
-    return Search(checkpoint, spec, request, lambda plan: workspace_bytes(checkpoint, spec, plan))
+    constraints = dataclasses.replace(CONSTRAINTS, **changes)  # type: ignore[arg-type]
+    return Search(checkpoint, spec, constraints, lambda plan: workspace_bytes(checkpoint, spec, plan))
 
 
 def formats(plan: Plan) -> list[str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ACCOUNTS = ("runtime", "weights", "experts", "kv", "adapters", "draft", "workspace")
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 PAGE = mmap.PAGESIZE
+ASKED_AT_ONCE = 1 << 30  # bytes whose residency is asked for in one call: the answer takes a byte for each page
 # Address space that is mapped and not written must not count against the system's commit limit. Python has the name
 # since 3.13; the number is Linux'.
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -80,13 +81,16 @@ class Arena:
         out."""
         if sys.platform != "linux":
             return self.used
-        pages = self.capacity // PAGE
-        states = (ctypes.c_ubyte * pages)()
+        states = ctypes.create_string_buffer(ASKED_AT_ONCE // PAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(self.capacity), states):
-            raise OSError(ctypes.get_errno(), "mincore failed")
-        return sum(state & 1 for state in memoryview(states).cast("B")) * PAGE
+        pages = 0
+        for start in range(0, self.capacity, ASKED_AT_ONCE):
+            length = min(ASKED_AT_ONCE, self.capacity - start)
+            if libc.mincore(ctypes.c_void_p(address + start), ctypes.c_size_t(length), states):
+                raise OSError(ctypes.get_errno(), "mincore failed")
+            pages += states.raw[: length // PAGE].count(1)  # a byte for each page, 1 where it is in memory
+        return pages * PAGE
 
     def release(self) -> None:
         """Give the pages back to the operating system; the mapping and its views stay valid and read as zeros."""

@@ -10,8 +10,6 @@ from typing import Any
 from tightfit.checkpoints.config import Config
 from tightfit.checkpoints.files import read_json
 
-MAX_TOKEN_ID = 2**31 - 1
-
 
 @dataclass(frozen=True)
 class GenerationDefaults:

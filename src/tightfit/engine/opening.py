@@ -26,7 +26,7 @@ from tightfit.plan.schema import Plan
 
 if TYPE_CHECKING:
     from tightfit.engine.start import Settled
-    from tightfit.plan.search import Request
+    from tightfit.plan.search import Constraints
 
 DEFAULT_CONTEXT = 4096
 # Planning needs torch, and importing torch alone takes more than this. Below it a child process finds the smallest
@@ -148,7 +148,7 @@ def _settle(wish: Wish, opened: Opened, elsewhere: int = 0) -> Settled:
 
     # What a conversation or a run needs beside the engine is loaded now, so that it is measured.
     opened.checkpoint.tokenizer()
-    return settle(opened.checkpoint, opened.spec, _request(wish, opened), elsewhere)
+    return settle(opened.checkpoint, opened.spec, _constraints(wish, opened), elsewhere)
 
 
 def survey(wish: Wish, opened: Opened) -> dict[str, Any]:
@@ -158,11 +158,11 @@ def survey(wish: Wish, opened: Opened) -> dict[str, Any]:
     from tightfit.plan.search import precisions
 
     opened.checkpoint.tokenizer()
-    request = _request(wish, opened)
+    constraints = _constraints(wish, opened)
     # The smallest comes first: what is rehearsed after it leaves its peak behind.
-    search = search_for(opened.checkpoint, opened.spec, request)
+    search = search_for(opened.checkpoint, opened.spec, constraints)
     runtime = smallest_runtime(search) + NOISE
-    settled = settle(opened.checkpoint, opened.spec, request)
+    settled = settle(opened.checkpoint, opened.spec, constraints)
     if settled.refusal is not None and settled.refusal.smallest_bytes is not None:
         runtime = settled.refusal.smallest_bytes - search.smallest(0).total
     answer: dict[str, Any] = {
@@ -181,12 +181,12 @@ def survey(wish: Wish, opened: Opened) -> dict[str, Any]:
     return answer
 
 
-def _request(wish: Wish, opened: Opened) -> Request:
+def _constraints(wish: Wish, opened: Opened) -> Constraints:
     from tightfit.engine.numerics import gemm_dtype, kv_dtype
-    from tightfit.plan.search import Request
+    from tightfit.plan.search import Constraints
 
     types = {info.dtype for info in opened.checkpoint.tensors.values()}
-    return Request(
+    return Constraints(
         budget=opened.budget,
         context=opened.context,
         sequences=wish.sequences,

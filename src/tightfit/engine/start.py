@@ -30,7 +30,7 @@ from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import Plan
-from tightfit.plan.search import Request, Search
+from tightfit.plan.search import Constraints, Search
 from tightfit.weights.placement.read import check
 from tightfit.weights.placement.resident import Resident
 
@@ -145,11 +145,11 @@ class Settled:
     refusal: BudgetError | None
 
 
-def search_for(checkpoint: Checkpoint, spec: ModelSpec, request: Request) -> Search:
-    """The search for a request. Raises CheckpointError if the checkpoint is not what ``spec`` describes."""
+def search_for(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints) -> Search:
+    """The search within constraints. Raises CheckpointError if the checkpoint is not what ``spec`` describes."""
     check(checkpoint, spec)
     drop_code_pages()  # torch was just imported: its peak should not be added to what planning takes
-    return Search(checkpoint, spec, request, lambda plan: workspace_bytes(checkpoint, spec, plan))
+    return Search(checkpoint, spec, constraints, lambda plan: workspace_bytes(checkpoint, spec, plan))
 
 
 def smallest_runtime(search: Search) -> int:
@@ -165,24 +165,24 @@ def _measured(search: Search, plan: Plan) -> int:
     return max(measured, resident_set().peak + PEAK_MARGIN - (plan.total - plan.accounts["runtime"]))
 
 
-def settle(checkpoint: Checkpoint, spec: ModelSpec, request: Request, elsewhere: int = 0) -> Settled:
+def settle(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, elsewhere: int = 0) -> Settled:
     """Plans with the ``runtime`` account as a rehearsal of the plan measures it in this process.
 
     ``elsewhere`` is by how many bytes the process that will run the plan is larger than this one.
     """
-    search = search_for(checkpoint, spec, request)
+    search = search_for(checkpoint, spec, constraints)
     runtime = resident_set().current + FIRST_GUESS
     for _ in range(ROUNDS):
         try:
             plan = search.best(runtime)
         except BudgetError:
             smallest = smallest_runtime(search) + elsewhere
-            if search.smallest(smallest).total > request.budget:
+            if search.smallest(smallest).total > constraints.budget:
                 return Settled(search, None, search.refusal(smallest + NOISE))
             runtime = smallest
             continue
         measured = _measured(search, plan) + elsewhere
-        if plan.total - runtime + measured <= request.budget and measured > runtime - FIRST_GUESS:
+        if plan.total - runtime + measured <= constraints.budget and measured > runtime - FIRST_GUESS:
             accounts = plan.accounts | {"runtime": measured}
             return Settled(search, plan.model_copy(update={"accounts": accounts}), None)
         runtime = measured
@@ -192,8 +192,8 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, request: Request, elsewhere:
 def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     """``plan`` with the bytes that its choices take here. Raises BudgetError if they exceed the budget it names."""
     numerics = plan.numerics
-    request = Request(plan.budget, plan.context, plan.sequences, plan.threads, numerics.gemm, numerics.kv)
-    search = search_for(checkpoint, spec, request)
+    constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, numerics.gemm, numerics.kv)
+    search = search_for(checkpoint, spec, constraints)
     anew = search.plan(plan.outer.format, [layer.format for layer in plan.layers], plan.chunk, runtime=0)
     anew = anew.model_copy(update={"accounts": anew.accounts | {"runtime": _measured(search, anew)}})
     if anew.total > anew.budget:

@@ -20,12 +20,8 @@ Weights = Mapping[str, Any]  # a layer's parameters by name: Matrix, list of Mat
 
 def project(weights: Weights, name: str, x: torch.Tensor, ws: Workspace, split: Split) -> torch.Tensor:
     """``x @ W.T + bias`` (tokens, rows) in scratch memory of the enclosing frame."""
-    matrix = weights[name]
-    out = ws.empty(x.shape[0], matrix.rows)
-    matrix.matmul(x, out, ws, split)
-    bias = weights.get(f"{name}.bias")
-    if bias is not None:
-        ops.add_(out, bias)
+    out = ws.empty(x.shape[0], weights[name].rows)
+    project_into(weights, name, x, out, ws, split)
     return out
 
 

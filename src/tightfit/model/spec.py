@@ -6,7 +6,7 @@ anything heavy is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -200,14 +200,6 @@ class ModelSpec:
     def tied(self) -> bool:
         return all(param.name != "lm_head" for param in self.params)
 
-    @property
-    def layer_kinds(self) -> list[int]:
-        """Index of the first layer of each kind."""
-        first: dict[tuple[object, ...], int] = {}
-        for index, layer in enumerate(self.layers):
-            first.setdefault(layer.kind, index)
-        return sorted(first.values())
-
     def all_params(self) -> Iterator[tuple[int | None, Param]]:
         """Every parameter with the index of its layer (None outside of the layers), in the order of use."""
         for param in self.params:
@@ -223,9 +215,6 @@ class ModelSpec:
     @property
     def parameter_count(self) -> int:
         return sum(param.count for _, param in self.all_params())
-
-
-Family = Callable[..., ModelSpec]
 
 
 @dataclass

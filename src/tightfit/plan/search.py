@@ -6,6 +6,7 @@ there is room for. Of two plans with equal weights the one with larger chunks is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Request:
+class Constraints:
     """What the user asked for. ``weights`` and ``chunk`` are chosen if they are None; ``budget`` is bytes."""
 
     budget: int
@@ -45,15 +46,17 @@ WorkspaceBytes = Callable[[Plan], int]
 
 
 class Search:
-    """Finds plans for one checkpoint and one request.
+    """Finds plans for one checkpoint within constraints.
 
     ``workspace`` gives the scratch of a plan's largest step in bytes (the engine's dry run).
     """
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, request: Request, workspace: WorkspaceBytes) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, workspace: WorkspaceBytes
+    ) -> None:
         self.checkpoint = checkpoint
         self.spec = spec
-        self.request = request
+        self.constraints = constraints
         self._workspace = workspace
         self._sizes: dict[tuple[Param, str], int] = {}
 
@@ -66,7 +69,7 @@ class Search:
             for chunk in self.chunks():
                 plan = self.uniform(level, chunk, runtime)
                 if plan.total <= plan.budget:
-                    return self._upgrade(plan) if level == INT4 and self.request.weights is None else plan
+                    return self._upgrade(plan) if level == INT4 and self.constraints.weights is None else plan
         raise self.refusal(runtime)
 
     def smallest(self, runtime: int) -> Plan:
@@ -77,39 +80,40 @@ class Search:
 
     def refusal(self, runtime: int) -> BudgetError:
         """Why nothing fits, what would, and what else would help."""
-        request, plan = self.request, self.smallest(runtime)
+        constraints, plan = self.constraints, self.smallest(runtime)
         parts = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in plan.accounts.items())
         advice = [f"The smallest budget that works is {format_bytes(plan.total, ceil=True)} ({parts})."]
         advice.append(f"Type --memory {format_bytes(plan.total, ceil=True).replace(' ', '')}")
-        if request.weights is not None:
+        if constraints.weights is not None:
             advice.append("or leave out --weights, so that fewer bits can be chosen")
-        if request.sequences > 1:
+        if constraints.sequences > 1:
             advice.append("or run fewer sequences at once (--batch)")
         if plan.accounts["kv"] > plan.total // 5:
-            advice.append(f"or a shorter context (--context): {request.context} tokens take a large part")
+            advice.append(f"or a shorter context (--context): {constraints.context} tokens take a large part")
         return BudgetError(
-            f"{self.checkpoint.name} does not fit into {format_bytes(request.budget)}",
+            f"{self.checkpoint.name} does not fit into {format_bytes(constraints.budget)}",
             " ".join([advice[0], ", ".join(advice[1:]) + "."]),
             smallest_bytes=plan.total,
         )
 
     def levels(self) -> list[str]:
         """Formats from the most precise to the smallest; those that save nothing are left out."""
-        if self.request.weights is not None:
-            return [self.request.weights]
-        levels = [OWN]
-        for level in LEVELS[1:]:
-            if self._weights_bytes(level, [level] * len(self.spec.layers)) < self._weights_bytes(
-                levels[-1], [levels[-1]] * len(self.spec.layers)
-            ):
+        if self.constraints.weights is not None:
+            return [self.constraints.weights]
+        levels: list[str] = []
+        smallest = math.inf
+        for level in LEVELS:
+            nbytes = sum(self._size(param, level) for _, param in self.spec.all_params())
+            if nbytes < smallest:
                 levels.append(level)
+                smallest = nbytes
         return levels
 
     def chunks(self) -> list[int]:
         """Chunk sizes from large to small; one that holds the whole context is enough."""
-        if self.request.chunk is not None:
-            return [self.request.chunk]
-        useful = [chunk for chunk in CHUNKS if chunk < 2 * self.request.context]
+        if self.constraints.chunk is not None:
+            return [self.constraints.chunk]
+        useful = [chunk for chunk in CHUNKS if chunk < 2 * self.constraints.context]
         return useful or [CHUNKS[-1]]
 
     def uniform(self, level: str, chunk: int, runtime: int) -> Plan:
@@ -137,9 +141,9 @@ class Search:
     def plan(self, outer: str, formats: list[str], chunk: int, runtime: int) -> Plan:
         """The plan with embeddings and head in ``outer`` and each layer in its own of ``formats``, whether it fits or
         not."""
-        spec, request = self.spec, self.request
-        layouts = cache_layouts(spec, request.context, chunk)
-        kv = Cache.nbytes(layouts, request.sequences, ITEMSIZE[request.kv])
+        spec, constraints = self.spec, self.constraints
+        layouts = cache_layouts(spec, constraints.context, chunk)
+        kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.kv])
         outer_bytes = sum(self._size(param, outer) for param in spec.params)
         layer_bytes = [
             sum(self._size(param, fmt) for param in layer.params)
@@ -152,9 +156,9 @@ class Search:
                 family=spec.family,
                 parameters=spec.parameter_count,
             ),
-            budget=request.budget,
-            context=request.context,
-            sequences=request.sequences,
+            budget=constraints.budget,
+            context=constraints.context,
+            sequences=constraints.sequences,
             accounts={
                 "runtime": runtime,
                 "weights": align(outer_bytes + sum(layer_bytes), PAGE),
@@ -166,17 +170,12 @@ class Search:
                 LayerPlan(format=fmt, nbytes=nbytes) for fmt, nbytes in zip(formats, layer_bytes, strict=True)
             ),
             chunk=chunk,
-            threads=request.threads,
-            numerics=Numerics(gemm=request.gemm, kv=request.kv),
+            threads=constraints.threads,
+            numerics=Numerics(gemm=constraints.gemm, kv=constraints.kv),
         )
         # While loading, cache and scratch are not in use yet: they leave room for what converting takes.
         workspace = max(self._workspace(plan), LOAD_SCRATCH - plan.accounts["kv"])
         return plan.model_copy(update={"accounts": plan.accounts | {"workspace": workspace}})
-
-    def _weights_bytes(self, outer: str, formats: list[str]) -> int:
-        layers = zip(self.spec.layers, formats, strict=True)
-        total = sum(self._size(param, fmt) for layer, fmt in layers for param in layer.params)
-        return total + sum(self._size(param, outer) for param in self.spec.params)
 
     def _size(self, param: Param, fmt: str) -> int:
         key = (param, fmt)
