@@ -19,7 +19,7 @@ from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder
 from tightfit.model.spec import MoeSpec
-from tightfit.plan.search import Request, Search
+from tightfit.plan.search import Constraints, Search
 from tightfit.weights.placement.resident import Experts
 
 CONTEXT, CHUNK = 64, 32
@@ -41,7 +41,7 @@ class Running:
 
     def __init__(self, folder: Path, family: str, weights: str = "own", **changes: Any) -> None:
         self.checkpoint, self.spec = write(folder, config_of(family, **changes))
-        request = Request(1 << 30, CONTEXT, 4, 1, "float32", "float32", weights=weights, chunk=CHUNK)
+        request = Constraints(1 << 30, CONTEXT, 4, 1, "float32", "float32", weights=weights, chunk=CHUNK)
         self.plan = Search(self.checkpoint, self.spec, request, self._workspace).uniform(weights, CHUNK, 0)
         self.shape = start.Shape.of(self.plan)
         self.decoder: Decoder
