@@ -43,7 +43,7 @@ struct Matrix {
 };
 
 Matrix random_matrix(Kind kind, size_t group, size_t rows, size_t cols) {
-    Weight w{kind, group, nullptr, rows, cols, 0};
+    Weight w{kind, group, false, nullptr, rows, cols, 0, nullptr};
     const size_t size = w.tiled() ? (rows + 15) / 16 * w.tile_row_bytes() : rows * cols * w.itemsize();
     std::unique_ptr<uint8_t[]> data(new uint8_t[size]);
     std::normal_distribution<float> normal;

@@ -101,7 +101,14 @@ def test_nothing_is_read_beyond_the_inputs(ws, isa, fmt):
 
 def test_the_fastest_kernels_of_the_processor_are_chosen():
     flags = subprocess.run(["cat", "/proc/cpuinfo"], capture_output=True, text=True).stdout.split()
-    has = [isa for isa, flag in (("avx512", "avx512bw"), ("avx2", "avx2")) if flag in flags]
+    levels = (
+        ("amx", "amx_bf16"),
+        ("avx512vnni", "avx512_vnni"),
+        ("avx512", "avx512bw"),
+        ("avxvnni", "avx_vnni"),
+        ("avx2", "avx2"),
+    )
+    has = [isa for isa, flag in levels if flag in flags]
     assert cpu.supported() == [*has, "portable", "reference"]
     assert fresh("print(cpu.features()['chosen'])", without="TIGHTFIT_CPU") == cpu.supported()[0]
 

@@ -1,13 +1,9 @@
 #include "dispatch.h"
 
-#ifdef TIGHTFIT_X86
-#include <cpuid.h>
-#endif
-
 #include <algorithm>
-#include <atomic>
 
-#include "isa.h"
+#include "kernels.h"
+#include "levels.h"
 #include "pool.h"
 
 namespace tightfit {
@@ -17,29 +13,18 @@ constexpr size_t TASK_BYTES = 64 << 10;  // of weights: some microseconds, well 
 constexpr size_t TASKS_PER_THREAD = 8;   // so that a thread that is held up does not hold up the others
 constexpr size_t UNIT = 16;              // rows: a tile, and whole blocks of the dense kernels
 
+const Kernels* kernels() {
+    switch (level()) {
 #ifdef TIGHTFIT_X86
-// Older compilers do not know "f16c" in __builtin_cpu_supports.
-bool has_f16c() {
-    unsigned a, b, c = 0, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
-}
+        case Level::amx:
+        case Level::avx512vnni:
+        case Level::avx512: return &avx512_kernels;
+        case Level::avxvnni:
+        case Level::avx2: return &avx2_kernels;
 #endif
-
-std::vector<const Kernels*> supported_kernels() {
-    std::vector<const Kernels*> kernels;
-#ifdef TIGHTFIT_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        kernels.push_back(&avx512_kernels);
-    if (avx2) kernels.push_back(&avx2_kernels);
-#endif
-    kernels.push_back(&portable_kernels);
-    return kernels;
+        default: return &portable_kernels;
+    }
 }
-
-std::atomic<const Kernels*> current{supported_kernels().front()};
 
 // Calls work(first, last) for runs of rows that together are [start, stop), which end where tiles do.
 template <class Work>
@@ -66,26 +51,9 @@ void decode_run(const Kernels* k, const Weight& w, size_t first, size_t last, Ro
 
 }  // namespace
 
-std::vector<std::string> supported() {
-    std::vector<std::string> names;
-    for (const Kernels* kernels : supported_kernels()) names.push_back(kernels->name);
-    return names;
-}
-
-const char* chosen() { return current.load()->name; }
-
-bool choose(const std::string& name) {
-    for (const Kernels* kernels : supported_kernels())
-        if (name == kernels->name) {
-            current = kernels;
-            return true;
-        }
-    return false;
-}
-
 void matmul(const Weight& w, Rows<const float> x, size_t tokens, Rows<float> out, size_t threads) {
     if (tokens == 0 || w.rows == 0) return;
-    const Kernels* k = current;
+    const Kernels* k = kernels();
     for_rows(w, 0, w.rows, w.rows * row_bytes(w) * tokens, threads,
              [&](size_t first, size_t last) { k->matmul(w, first, last, x, tokens, out); });
 }
@@ -93,7 +61,7 @@ void matmul(const Weight& w, Rows<const float> x, size_t tokens, Rows<float> out
 template <class T>
 void decode_block(const Weight& w, size_t start, size_t stop, Rows<T> out, size_t threads) {
     if (start >= stop) return;
-    const Kernels* k = current;
+    const Kernels* k = kernels();
     for_rows(w, start, stop, (stop - start) * w.cols * sizeof(T), threads, [&](size_t first, size_t last) {
         decode_run(k, w, first, last, Rows<T>{out[first - start], out.stride});
     });
@@ -103,7 +71,7 @@ template void decode_block(const Weight&, size_t, size_t, Rows<float>, size_t);
 template void decode_block(const Weight&, size_t, size_t, Rows<BF16>, size_t);
 
 void decode_rows(const Weight& w, const int64_t* indices, size_t count, Rows<float> out, size_t threads) {
-    const Kernels* k = current;
+    const Kernels* k = kernels();
     const size_t tasks = std::max<size_t>(std::min(count, count * w.cols * sizeof(float) / TASK_BYTES), 1);
     parallel_for(tasks, threads, [&](size_t task) {
         for (size_t i = count * task / tasks; i < count * (task + 1) / tasks; i++) {

@@ -1,19 +1,9 @@
 // The operations on stored matrices, shared among threads and run by the chosen instruction set's kernels.
 #pragma once
 
-#include <string>
-#include <vector>
-
 #include "weight.h"
 
 namespace tightfit {
-
-// The names of the kernels that this processor can run, fastest first.
-std::vector<std::string> supported();
-
-// The name of the kernels in use, and their choice by name; false if this processor cannot run them.
-const char* chosen();
-bool choose(const std::string& name);
 
 // out[t] = W x[t] for every token t; bits depend neither on `tokens` nor on `threads`.
 void matmul(const Weight& w, Rows<const float> x, size_t tokens, Rows<float> out, size_t threads);

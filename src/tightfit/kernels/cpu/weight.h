@@ -7,28 +7,48 @@
 namespace tightfit {
 
 constexpr size_t TILE_ROWS = 16;
-constexpr size_t LARGEST_GROUP = 128;
+constexpr size_t LINE = 64;  // bytes that hold the codes of 4 inputs of 16 rows where a code takes a byte
 
-enum class Kind { f32, f16, bf16, int8, int4 };
+enum class Kind { f32, f16, bf16, int8, int6, int5, int4, int3, int2, nf4, fp4, fp8, ternary };
 
 struct F16 { uint16_t bits; };
 struct BF16 { uint16_t bits; };
 
 // `rows` by `cols` numbers at `data`: row-major for the floating kinds, else tiles of 16 rows by `group` inputs,
-// [codes][16 scales in bfloat16], in order of their rows, then of their group (weights/formats/tiles.py has the layout).
-// `row_offset` is the first row's place in the first tile.
+// [codes][16 scales in bfloat16][16 offsets in bfloat16, if asymmetric], in order of their rows, then of their group
+// (weights/formats/tiles.py has the layout). `row_offset` is the first row's place in the first tile. `settings` is what
+// a kind must know of the whole matrix: for fp8 the number of exponent bits (0 is read as 4); null for the others.
 struct Weight {
     Kind kind;
     size_t group;
+    bool asymmetric;
     const uint8_t* data;
     size_t rows, cols, row_offset;
+    const uint8_t* settings;
 
-    bool tiled() const { return kind == Kind::int8 || kind == Kind::int4; }
+    bool tiled() const { return kind > Kind::bf16; }
     size_t itemsize() const { return kind == Kind::f32 ? 4 : 2; }  // of the floating kinds
     size_t groups() const { return (cols + group - 1) / group; }
-    size_t code_bytes() const { return TILE_ROWS * group * (kind == Kind::int8 ? 8 : 4) / 8; }
-    size_t tile_bytes() const { return code_bytes() + TILE_ROWS * sizeof(BF16); }
+    size_t code_bytes() const { return code_bytes_of(kind, group); }
+    size_t tile_bytes() const { return code_bytes() + TILE_ROWS * sizeof(BF16) * (asymmetric ? 2 : 1); }
     size_t tile_row_bytes() const { return groups() * tile_bytes(); }
+
+    // Bytes of the codes of 16 rows by `inputs`.
+    static size_t code_bytes_of(Kind kind, size_t inputs) {
+        switch (kind) {
+            case Kind::int8:
+            case Kind::fp8: return 16 * inputs;
+            case Kind::int6: return 12 * inputs;
+            case Kind::int5: return 10 * inputs;
+            case Kind::int4:
+            case Kind::nf4:
+            case Kind::fp4: return 8 * inputs;
+            case Kind::int3: return 6 * inputs;
+            case Kind::int2: return 4 * inputs;
+            case Kind::ternary: return inputs / 24 * 80;
+            default: return 0;
+        }
+    }
 };
 
 // Rows of float32 activations or results, `stride` numbers apart.

@@ -1,8 +1,11 @@
 // Plain C++ over four lanes, for any processor (GCC's vector extensions: SSE2, NEON or whatever there is).
-#include "isa.h"
-#include "kernels.h"
+#pragma once
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "matrices are stored in little-endian order");
+
+#include <cstring>
+
+#include "weight.h"
 
 namespace tightfit {
 namespace {
@@ -104,7 +107,4 @@ private:
 };
 
 }  // namespace
-
-const Kernels portable_kernels = kernels_of<Portable>("portable");
-
 }  // namespace tightfit

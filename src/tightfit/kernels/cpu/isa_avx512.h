@@ -1,8 +1,12 @@
 // AVX-512 F, BW, VL, DQ: Intel servers since Skylake, AMD since Zen 4.
-#include "avx2.h"
+#pragma once
 
-#include "isa.h"
-#include "kernels.h"
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "isa_avx2.h"
+#include "weight.h"
 
 namespace tightfit {
 namespace {
@@ -69,7 +73,4 @@ private:
 };
 
 }  // namespace
-
-const Kernels avx512_kernels = kernels_of<Avx512>("avx512");
-
 }  // namespace tightfit
