@@ -14,7 +14,7 @@ from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.model.spec import ModelSpec, Param
 from tightfit.plan.schema import OWN
 from tightfit.weights.formats.base import Format, Matrix
-from tightfit.weights.placement.base import Placement
+from tightfit.weights.placement.base import Parameters, Placement
 from tightfit.weights.placement.read import FORMAT_OF, blocks, is_plain, read_plain, tensor_of
 
 Progress = Callable[[int], None]
@@ -74,14 +74,16 @@ class Resident(Placement):
         self._checkpoint = checkpoint
         self._gemm_dtype = gemm_dtype
         self._places: list[tuple[Param, torch.Tensor, Format | None]] = []  # the bytes: (experts or 1, bytes of one)
-        self.model = {param.name: self._make(param, outer, arena) for param in spec.params}
+        self.model = Parameters({param.name: self._make(param, outer, arena) for param in spec.params})
         self._layers = {
-            index: {param.name: self._make(param, format_spec, arena) for param in spec.layers[index].params}
+            index: Parameters(
+                {param.name: self._make(param, format_spec, arena) for param in spec.layers[index].params}
+            )
             for index, format_spec in formats.items()
         }
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[Mapping[str, Any]]:
+    def layer(self, index: int) -> Iterator[Parameters]:
         yield self._layers[index]
 
     @property
