@@ -71,7 +71,14 @@ class Format(ABC):
         values that the format cannot hold.
         """
 
-    def matrix(self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype | None = None) -> Matrix:
+    def matrix(
+        self,
+        data: torch.Tensor,
+        rows: int,
+        cols: int,
+        gemm_dtype: torch.dtype | None = None,
+        activations: str = "float32",
+    ) -> Matrix:
         """The matrix that lies in ``data`` (uint8, contiguous, ``nbytes(rows, cols)`` long), without a copy.
 
         ``gemm_dtype`` is what gemm ranges are computed in: torch.bfloat16 or torch.float32 (the default).
