@@ -29,7 +29,7 @@ from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
-from tightfit.plan.schema import Plan
+from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.search import Constraints, Search
 from tightfit.weights.placement.read import check
 from tightfit.weights.placement.resident import Resident
@@ -53,14 +53,12 @@ class Shape:
     context: int
     sequences: int
     chunk: int
-    gemm: str
-    kv: str
+    numerics: Numerics
 
     @staticmethod
     def of(plan: Plan) -> Shape:
         formats = tuple(layer.format for layer in plan.layers)
-        numerics = plan.numerics
-        return Shape(plan.outer.format, formats, plan.context, plan.sequences, plan.chunk, numerics.gemm, numerics.kv)
+        return Shape(plan.outer.format, formats, plan.context, plan.sequences, plan.chunk, plan.numerics)
 
 
 def reduced(spec: ModelSpec, formats: tuple[str, ...]) -> tuple[ModelSpec, dict[int, str]]:
@@ -82,9 +80,10 @@ def build(
     kv: Arena,
 ) -> tuple[Resident, Decoder, Cache]:
     """Weights, decoder and cache in their arenas; nothing is read or written."""
-    placement = Resident(checkpoint, spec, shape.outer, formats, DTYPES[shape.gemm], weights)
+    gemm, kv_type = DTYPES[shape.numerics.gemm], DTYPES[shape.numerics.kv]
+    placement = Resident(checkpoint, spec, shape.outer, formats, gemm, weights, shape.numerics.activations)
     layouts = cache_layouts(spec, shape.context, shape.chunk)
-    cache = Cache(layouts, shape.sequences, DTYPES[shape.kv], kv, gemm_dtype=DTYPES[shape.gemm])
+    cache = Cache(layouts, shape.sequences, kv_type, kv, gemm_dtype=gemm)
     return placement, Decoder(spec, placement), cache
 
 
@@ -191,8 +190,7 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, el
 
 def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     """``plan`` with the bytes that its choices take here. Raises BudgetError if they exceed the budget it names."""
-    numerics = plan.numerics
-    constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, numerics.gemm, numerics.kv)
+    constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, plan.numerics)
     search = search_for(checkpoint, spec, constraints)
     anew = search.plan(plan.outer.format, [layer.format for layer in plan.layers], plan.chunk, runtime=0)
     anew = anew.model_copy(update={"accounts": anew.accounts | {"runtime": _measured(search, anew)}})

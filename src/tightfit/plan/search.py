@@ -18,7 +18,7 @@ from tightfit.errors import BudgetError
 from tightfit.kv.cache import Cache
 from tightfit.model.decoder import cache_layouts
 from tightfit.model.spec import ModelSpec, Param
-from tightfit.plan.schema import OWN, GemmType, KvType, LayerPlan, ModelRef, Numerics, Plan
+from tightfit.plan.schema import OWN, LayerPlan, ModelRef, Numerics, Plan
 from tightfit.weights.placement.resident import param_nbytes
 
 INT8, INT4 = "int8", "int4"
@@ -36,8 +36,7 @@ class Constraints:
     context: int
     sequences: int
     threads: int
-    gemm: GemmType
-    kv: KvType
+    numerics: Numerics
     weights: str | None = None
     chunk: int | None = None
 
@@ -143,7 +142,7 @@ class Search:
         not."""
         spec, constraints = self.spec, self.constraints
         layouts = cache_layouts(spec, constraints.context, chunk)
-        kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.kv])
+        kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.numerics.kv])
         outer_bytes = sum(self._size(param, outer) for param in spec.params)
         layer_bytes = [
             sum(self._size(param, fmt) for param in layer.params)
@@ -171,7 +170,7 @@ class Search:
             ),
             chunk=chunk,
             threads=constraints.threads,
-            numerics=Numerics(gemm=constraints.gemm, kv=constraints.kv),
+            numerics=constraints.numerics,
         )
         # While loading, cache and scratch are not in use yet: they leave room for what converting takes.
         workspace = max(self._workspace(plan), LOAD_SCRATCH - plan.accounts["kv"])

@@ -12,9 +12,9 @@ from tightfit.budget.ledger import Arena, align
 from tightfit.catalog import parse
 from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.model.spec import ModelSpec, Param
-from tightfit.plan.schema import OWN
+from tightfit.plan.schema import OWN, ActivationType
 from tightfit.weights.formats.base import Format, Matrix
-from tightfit.weights.placement.base import Placement
+from tightfit.weights.placement.base import Parameters, Placement
 from tightfit.weights.placement.read import FORMAT_OF, blocks, is_plain, read_plain, tensor_of
 
 Progress = Callable[[int], None]
@@ -44,15 +44,22 @@ class Experts:
     one takes a few microseconds.
     """
 
-    def __init__(self, data: torch.Tensor, shape: tuple[int, ...], fmt: Format, gemm_dtype: torch.dtype) -> None:
-        self._data, self._format, self._gemm_dtype = data, fmt, gemm_dtype
+    def __init__(
+        self,
+        data: torch.Tensor,
+        shape: tuple[int, ...],
+        fmt: Format,
+        gemm_dtype: torch.dtype,
+        activations: ActivationType,
+    ) -> None:
+        self._data, self._format, self._gemm_dtype, self._activations = data, fmt, gemm_dtype, activations
         self._rows, self._cols = shape
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, expert: int) -> Matrix:
-        return self._format.matrix(self._data[expert], self._rows, self._cols, gemm_dtype=self._gemm_dtype)
+        return self._format.matrix(self._data[expert], self._rows, self._cols, self._gemm_dtype, self._activations)
 
 
 class Resident(Placement):
@@ -70,18 +77,21 @@ class Resident(Placement):
         formats: Mapping[int, str],
         gemm_dtype: torch.dtype,
         arena: Arena,
+        activations: ActivationType = "float32",
     ) -> None:
         self._checkpoint = checkpoint
-        self._gemm_dtype = gemm_dtype
+        self._gemm_dtype, self._activations = gemm_dtype, activations
         self._places: list[tuple[Param, torch.Tensor, Format | None]] = []  # the bytes: (experts or 1, bytes of one)
-        self.model = {param.name: self._make(param, outer, arena) for param in spec.params}
+        self.model = Parameters({param.name: self._make(param, outer, arena) for param in spec.params})
         self._layers = {
-            index: {param.name: self._make(param, format_spec, arena) for param in spec.layers[index].params}
+            index: Parameters(
+                {param.name: self._make(param, format_spec, arena) for param in spec.layers[index].params}
+            )
             for index, format_spec in formats.items()
         }
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[Mapping[str, Any]]:
+    def layer(self, index: int) -> Iterator[Parameters]:
         yield self._layers[index]
 
     @property
@@ -109,7 +119,7 @@ class Resident(Placement):
         nbytes = fmt.nbytes(*param.shape)
         data = arena.take(copies * align(nbytes)).view(copies, -1)[:, :nbytes]
         self._places.append((param, data, fmt))
-        experts = Experts(data, param.shape, fmt, self._gemm_dtype)
+        experts = Experts(data, param.shape, fmt, self._gemm_dtype, self._activations)
         return experts if param.experts else experts[0]
 
     def _load_vector(self, param: Param, expert: int, out: torch.Tensor) -> None:
