@@ -67,9 +67,13 @@ def set_threads(count: int) -> None:
     _threads = count
 
 
-def handle(kind: str, group: int, address: int, rows: int, cols: int, row_offset: int) -> Any:
+def handle(
+    kind: str, group: int, asymmetric: bool, address: int, rows: int, cols: int, row_offset: int, settings: int
+) -> Any:
     """The compiled kernels' view of the matrix at ``address`` (see ``kernels/weight.py``); None if there are none."""
-    return None if _cpu is None else _cpu.Weight(kind, group, address, rows, cols, row_offset)
+    if _cpu is None:
+        return None
+    return _cpu.Weight(kind, group, asymmetric, address, rows, cols, row_offset, settings)
 
 
 if "TIGHTFIT_CPU" in os.environ:
