@@ -10,7 +10,6 @@ import torch
 from tightfit.kernels import cpu
 
 DENSE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-TILE_ROWS = 16
 
 
 @dataclass(eq=False)
@@ -18,7 +17,7 @@ class Weight:
     """``rows`` by ``cols`` numbers stored in ``data`` (uint8, one contiguous run).
 
     ``kind`` is a key of DENSE (row-major, ``group`` 0), or the kind of canonical tiles of 16 rows by ``group`` inputs
-    (see ``weights/formats/tiles.py``), with an offset beside each scale if ``asymmetric``. ``row_offset`` is the first
+    (see ``kernels/layout.py``), with an offset beside each scale if ``asymmetric``. ``row_offset`` is the first
     row's place in the first tile. ``settings`` is the header of an fp8 matrix (uint8; byte 0 is the number of exponent
     bits), None for the others. ``handle`` is the compiled kernels' view of the same bytes; None if there are none.
     """
@@ -36,8 +35,20 @@ class Weight:
     def __post_init__(self) -> None:
         settings = 0 if self.settings is None else self.settings.data_ptr()
         self.handle = cpu.handle(
-            self.kind, self.group, self.asymmetric, self.data.data_ptr(), self.rows, self.cols, self.row_offset, settings
+            self.kind,
+            self.group,
+            self.asymmetric,
+            self.data.data_ptr(),
+            self.rows,
+            self.cols,
+            self.row_offset,
+            settings,
         )
+
+    @property
+    def exponent(self) -> int:
+        """The number of exponent bits of an fp8 matrix; what nothing was written to yet is read as 4."""
+        return 0 if self.settings is None else int(self.settings[0]) or 4
 
     def dense(self) -> torch.Tensor | None:
         """The matrix as a (rows, cols) tensor over ``data`` if it is stored row-major, else None."""
