@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tightfit.kernels.encode_reference import encode
+from tightfit.kernels.encode_reference import encode, not_finite
 
-__all__ = ["encode"]
+__all__ = ["encode", "not_finite"]

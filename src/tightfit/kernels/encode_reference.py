@@ -54,8 +54,8 @@ from dataclasses import dataclass
 import torch
 
 from tightfit.errors import CheckpointError
-from tightfit.kernels import layout
-from tightfit.kernels.layout import NUMBERS_BYTES, RUN, TILE_ROWS, float_bits, limits
+from tightfit.kernels import codes
+from tightfit.kernels.layout import NUMBERS_BYTES, RUN, TILE_ROWS, code_nbytes, float_bits, limits, tile_nbytes
 
 CHUNK_BYTES = 1 << 20  # of float32 numbers that are encoded at once; scratch is at most eight times that
 
@@ -88,7 +88,7 @@ def encode(block: torch.Tensor, kind: str, group: int, asymmetric: bool, exponen
     rows, cols = block.shape
     whole, groups = cols // group, -(-cols // group)
     search = Search(kind, asymmetric, exponent)
-    stored = out.view(-1, groups, layout.tile_nbytes(kind, group, asymmetric))
+    stored = out.view(-1, groups, tile_nbytes(kind, group, asymmetric))
     step = max(CHUNK_BYTES // (4 * cols) // TILE_ROWS, 1) * TILE_ROWS
     error = 0.0
     for row in range(0, rows, step):
@@ -98,6 +98,12 @@ def encode(block: torch.Tensor, kind: str, group: int, asymmetric: bool, exponen
         if whole < groups:
             error += _encode(part[:, whole * group :], search, group, tiles[:, whole:])
     return error
+
+
+def not_finite() -> CheckpointError:
+    return CheckpointError(
+        "a weight is not a finite number", "The checkpoint is damaged; --weights bf16 keeps its values as they are."
+    )
 
 
 def _encode(block: torch.Tensor, search: Search, group: int, stored: torch.Tensor) -> float:
@@ -110,19 +116,16 @@ def _encode(block: torch.Tensor, search: Search, group: int, stored: torch.Tenso
 
     amax = w.amax(0).maximum(w.amin(0).neg_())
     if not amax.isfinite().all():
-        raise CheckpointError(
-            "a weight is not a finite number",
-            "The checkpoint is damaged; --weights bf16 keeps its values as they are.",
-        )
+        raise not_finite()
     exponent = _exponent(amax).clamp_(-126, 126)
     w.mul_(_power(-exponent))
     best = search.best(w)
 
     unit = _power(exponent)
     scale, offset = _flushed(best.scale * unit), _flushed(best.offset * unit)
-    codes = torch.zeros(group, *amax.shape)
-    codes[: len(w)] = w.sub_(best.offset).mul_(_inverse(best.scale.where(scale != 0, 0.0)))
-    layout.pack(search.codes(codes), search.kind, stored[..., : layout.code_nbytes(search.kind, group)])
+    t = torch.zeros(group, *amax.shape)
+    t[: len(w)] = w.sub_(best.offset).mul_(_inverse(best.scale.where(scale != 0, 0.0)))
+    codes.pack(search.codes(t), search.kind, stored[..., : code_nbytes(search.kind, group)])
     numbers = (scale, offset) if search.asymmetric else (scale,)
     stored[..., -NUMBERS_BYTES * len(numbers) :].view(torch.bfloat16).copy_(torch.cat(numbers, dim=-1))
     return float((best.error.double() * unit.double().square_()).sum())
@@ -207,7 +210,7 @@ class Search:
     def levels(self, t: torch.Tensor) -> torch.Tensor:
         """The level nearest to each number; ``t`` is used as scratch."""
         if self.kind == "nf4":
-            return layout.levels("nf4", 0)[self._below(t)]
+            return codes.levels("nf4", 0)[self._below(t)]
         if self.kind in ("fp4", "fp8"):
             steps, exponent = self._steps(t)
             return steps.mul_(_power(exponent - self._mantissa)).copysign_(t)
@@ -234,7 +237,7 @@ class Search:
     def largest(self) -> float:
         """The largest level of nf4, fp4 and fp8, whose codes for NaN and infinity in float8_e4m3fn and float8_e5m2 are
         not used."""
-        table = layout.levels(self.kind, self.exponent)
+        table = codes.levels(self.kind, self.exponent)
         unused = {("fp8", 4): 1, ("fp8", 5): 4}.get((self.kind, self.exponent), 0)
         return float(table[-1] if self.kind == "nf4" else table[len(table) // 2 - 1 - unused])
 
@@ -248,7 +251,7 @@ class Search:
 
     def _below(self, t: torch.Tensor) -> torch.Tensor:
         """How many midpoints between the levels of nf4 lie below each number."""
-        table = layout.levels("nf4", 0)
+        table = codes.levels("nf4", 0)
         return torch.bucketize(t, (table[:-1] + table[1:]) / 2, out_int32=True)
 
     def _steps(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,8 @@ from typing import TypeAlias
 import torch
 
 from tightfit.budget.ledger import Workspace
-from tightfit.kernels.layout import TILE_ROWS, code_count, code_nbytes, levels, tile_nbytes, unpack
+from tightfit.kernels.codes import levels, unpack
+from tightfit.kernels.layout import TILE_ROWS, code_count, code_nbytes, tile_nbytes
 from tightfit.kernels.ops import op
 from tightfit.kernels.weight import Weight
 
