@@ -83,11 +83,15 @@ def test_a_workspace_gives_the_same_tensor_for_the_same_place_again() -> None:
         first, (whole, a, b) = ws.empty(3, 5), ws.columns(2, (4,), (2, 3))
     with ws.frame():
         again, (same, _, _) = ws.empty(3, 5), ws.columns(2, (4,), (2, 3))
-        assert again is first and same is whole
+        assert again is first
+        assert same is whole
         assert ws.empty(3, 5) is not first
-    assert whole.shape == (2, 10) and a.shape == (2, 4) and b.shape == (2, 2, 3)
+    assert whole.shape == (2, 10)
+    assert a.shape == (2, 4)
+    assert b.shape == (2, 2, 3)
     whole.copy_(torch.arange(20.0).view(2, 10))
-    assert a[1].tolist() == [10, 11, 12, 13] and b[0, 1].tolist() == [7, 8, 9]
+    assert a[1].tolist() == [10, 11, 12, 13]
+    assert b[0, 1].tolist() == [7, 8, 9]
 
 
 def test_a_tensor_of_inference_mode_is_not_given_outside_of_it() -> None:
@@ -96,7 +100,8 @@ def test_a_tensor_of_inference_mode_is_not_given_outside_of_it() -> None:
         inside = ws.empty(4)
     with ws.frame():
         outside = ws.empty(4)
-    assert inside.is_inference() and not outside.is_inference()
+    assert inside.is_inference()
+    assert not outside.is_inference()
 
 
 def test_a_workspace_keeps_a_bounded_number_of_tensors() -> None:
