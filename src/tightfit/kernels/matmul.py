@@ -82,8 +82,11 @@ def gemm(
     ranges: Sequence[tuple[int, int]],
     dtype: torch.dtype,
     ws: Workspace,
+    *,
+    accumulate: float = 0.0,
 ) -> None:
-    """``out[a:b] = x[a:b] @ W.T`` for each (a, b) of ``ranges``, computed in ``dtype`` (bfloat16 or float32).
+    """``out[a:b] = x[a:b] @ W.T`` for each (a, b) of ``ranges``, computed in ``dtype`` (bfloat16 or float32); with
+    ``accumulate`` not zero, that many times as much is added to ``out``.
 
     Each range is padded to its bucket. The matrix is decoded once for all of them, a block of rows at a time; one that
     is stored in ``dtype`` is used where it lies.
@@ -99,7 +102,7 @@ def gemm(
         for first, last, block in reference.blocks(weight, dtype, ws, decode_block, step):
             for (start, stop), rows in zip(ranges, padded, strict=True):
                 product = products[: len(rows) * (last - first)].view(len(rows), last - first)
-                _multiply(rows, block, product, out[start:stop, first:last])
+                _multiply(rows, block, product, out[start:stop, first:last], accumulate)
 
 
 def matmul_t(g: torch.Tensor, weight: Weight, out: torch.Tensor, ws: Workspace) -> None:
@@ -162,9 +165,14 @@ def _pad(x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 @op
-def _multiply(x: torch.Tensor, block: torch.Tensor, product: torch.Tensor, out: torch.Tensor) -> None:
+def _multiply(
+    x: torch.Tensor, block: torch.Tensor, product: torch.Tensor, out: torch.Tensor, accumulate: float
+) -> None:
     torch.mm(x, block.T, out=product)
-    out.copy_(product[: len(out)])
+    if accumulate:
+        out.add_(product[: len(out)], alpha=accumulate)
+    else:
+        out.copy_(product[: len(out)])
 
 
 @op

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from tightfit.budget.ledger import Workspace
     from tightfit.kernels.weight import Weight
+    from tightfit.plan.schema import ActivationType
 
 # Goes through all rows of a matrix: (first row, block), a block (n, cols) of any floating type.
 Blocks: TypeAlias = "Callable[[], Iterator[tuple[int, torch.Tensor]]]"
@@ -93,7 +94,7 @@ class Format(Scheme):
         rows: int,
         cols: int,
         gemm_dtype: torch.dtype | None = None,
-        activations: str = "float32",
+        activations: ActivationType = "float32",
     ) -> Matrix:
         """The matrix that lies in ``data`` (uint8, contiguous, ``nbytes(rows, cols)`` long), without a copy.
 
@@ -110,7 +111,9 @@ class Format(Scheme):
         return self._matrix(data, rows, cols, gemm_dtype or torch.float32, activations)
 
     @abstractmethod
-    def _matrix(self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: str) -> Matrix:
+    def _matrix(
+        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: ActivationType
+    ) -> Matrix:
         """:meth:`matrix` for bytes of the right size."""
 
 
@@ -121,7 +124,9 @@ class Matrix(ABC):
     :meth:`Format.matrix`.
     """
 
-    def __init__(self, rows: int, cols: int, format: Format, gemm_dtype: torch.dtype, activations: str) -> None:
+    def __init__(
+        self, rows: int, cols: int, format: Format, gemm_dtype: torch.dtype, activations: ActivationType
+    ) -> None:
         self.rows, self.cols, self.format = rows, cols, format
         self.gemm_dtype, self.activations = gemm_dtype, activations
 
@@ -157,7 +162,7 @@ class Matrix(ABC):
 class PlainMatrix(Matrix):
     """A matrix that the kernels read as it is."""
 
-    def __init__(self, weight: Weight, format: Format, gemm_dtype: torch.dtype, activations: str) -> None:
+    def __init__(self, weight: Weight, format: Format, gemm_dtype: torch.dtype, activations: ActivationType) -> None:
         from tightfit.kernels import matmul
 
         super().__init__(weight.rows, weight.cols, format, gemm_dtype, activations)
@@ -167,21 +172,16 @@ class PlainMatrix(Matrix):
     def matmul(
         self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split | None = None, accumulate: float = 0.0
     ) -> None:
-        if accumulate:
-            from tightfit.kernels import ops
-
-            with ws.frame():
-                product = ws.empty(*out.shape)
-                self.matmul(x, product, ws, split)
-                ops.add_(out, product, accumulate)
-            return
-        if split is None or split.vector == x.shape[0]:
-            self._kernels.vector_matmul(x, self.weight, out, ws)
+        if split is None or split.vector == len(x):
+            self._vector_matmul(x, out, ws, accumulate)
             return
         if split.vector:
-            self._kernels.vector_matmul(x[: split.vector], self.weight, out[: split.vector], ws)
+            self._vector_matmul(x[: split.vector], out[: split.vector], ws, accumulate)
         if split.gemm:
-            self._kernels.gemm(x, self.weight, out, split.gemm, self.gemm_dtype, ws)
+            self._kernels.gemm(x, self.weight, out, split.gemm, self.gemm_dtype, ws, accumulate=accumulate)
+
+    def _vector_matmul(self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, accumulate: float) -> None:
+        self._kernels.vector_matmul(x, self.weight, out, ws, activations=self.activations, accumulate=accumulate)
 
     def matmul_t(self, g: torch.Tensor, out: torch.Tensor, ws: Workspace) -> None:
         self._kernels.matmul_t(g, self.weight, out, ws)
@@ -194,17 +194,33 @@ class PlainMatrix(Matrix):
 
 
 class Joined:
-    """Matrices of the same ``cols``, multiplied with the same input; their products stand one after the other."""
+    """Matrices of the same ``cols`` and settings, multiplied with the same input: a product has theirs side by side."""
 
     def __init__(self, matrices: Sequence[Matrix]) -> None:
+        from tightfit.kernels import matmul
+        from tightfit.kernels.weight import Joined as JoinedWeights
+
         self.matrices = tuple(matrices)
         self.rows = sum(matrix.rows for matrix in matrices)
+        weights = [matrix.weight for matrix in matrices if isinstance(matrix, PlainMatrix)]
+        self._weights = JoinedWeights(weights) if len(weights) == len(matrices) else None
+        self._kernels = matmul
 
     def matmul(
         self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split | None = None, accumulate: float = 0.0
     ) -> None:
         """As :meth:`Matrix.matmul`, for ``out`` (tokens, the rows of all matrices)."""
-        row = 0
-        for matrix in self.matrices:
-            matrix.matmul(x, out[:, row : row + matrix.rows], ws, split, accumulate)
-            row += matrix.rows
+        split = split or Split.rows(len(x))
+        if self._weights is not None and split.vector:
+            every = split.vector == len(x)
+            inputs, results = (x, out) if every else (x[: split.vector], out[: split.vector])
+            activations = self.matrices[0].activations
+            self._kernels.vector_matmul(
+                inputs, self._weights, results, ws, activations=activations, accumulate=accumulate
+            )
+            split = Split(0, split.gemm)
+        if split.vector or split.gemm:
+            row = 0
+            for matrix in self.matrices:
+                matrix.matmul(x, out[:, row : row + matrix.rows], ws, split, accumulate)
+                row += matrix.rows
