@@ -68,7 +68,7 @@ def bfloat16(numbers):
 
 def outliers(rows, cols, seed=0):
     """Normal, but for one number in a hundred that is up to fifty times larger."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
     large = torch.rand(rows, cols, generator=generator) < 0.01
     return normal(rows, cols, seed) * torch.where(large, 50 * torch.rand(rows, cols, generator=generator), 1.0)
 
