@@ -90,7 +90,7 @@ class Format(ABC):
                 f"a {rows} x {cols} matrix in {self.name} takes {self.nbytes(rows, cols)} contiguous bytes, "
                 f"not {tuple(data.shape)} of {data.dtype}"
             )
-        return Matrix(data, rows, cols, self, gemm_dtype or torch.float32)
+        return Matrix(data, rows, cols, self, gemm_dtype or torch.float32, 0, activations)
 
 
 class Matrix:
@@ -101,8 +101,16 @@ class Matrix:
     """
 
     def __init__(
-        self, data: torch.Tensor, rows: int, cols: int, format: Format, gemm_dtype: torch.dtype, row_offset: int = 0
+        self,
+        data: torch.Tensor,
+        rows: int,
+        cols: int,
+        format: Format,
+        gemm_dtype: torch.dtype,
+        row_offset: int = 0,
+        activations="float32",
     ) -> None:
+        self.activations = activations
         from tightfit.kernels import matmul
         from tightfit.kernels.weight import Weight
 
@@ -122,21 +130,22 @@ class Matrix:
         ``split`` says which tokens go through the vector kernel and which through gemm; None is the vector kernel for
         all.
         """
-        if accumulate:
-            from tightfit.kernels import ops
-
-            with ws.frame():
-                product = ws.empty(*out.shape)
-                self.matmul(x, product, ws, split)
-                ops.add_(out, product, accumulate)
+        vector = x.shape[0] if split is None else split.vector
+        if vector == x.shape[0]:
+            self._kernels.vector_matmul(x, self._weight, out, ws, activations=self.activations, accumulate=accumulate)
             return
-        if split is None or split.vector == x.shape[0]:
-            self._kernels.vector_matmul(x, self._weight, out, ws)
-            return
-        if split.vector:
-            self._kernels.vector_matmul(x[: split.vector], self._weight, out[: split.vector], ws)
+        if vector:
+            self._kernels.vector_matmul(
+                x[:vector], self._weight, out[:vector], ws, activations=self.activations, accumulate=accumulate
+            )
         if split.gemm:
-            self._kernels.gemm(x, self._weight, out, split.gemm, self.gemm_dtype, ws)
+            with ws.frame():
+                product = ws.empty(*out.shape) if accumulate else out
+                self._kernels.gemm(x, self._weight, product, split.gemm, self.gemm_dtype, ws)
+                if accumulate:
+                    from tightfit.kernels import ops
+
+                    ops.add_(out[vector:], product[vector:], accumulate)
 
     def matmul_t(self, g: torch.Tensor, out: torch.Tensor, ws: Workspace) -> None:
         """``out = g @ W`` in float32: g (tokens, rows), out (tokens, cols)."""
@@ -157,18 +166,38 @@ class Matrix:
         offset = first % TILE_ROWS if self.format.group else 0
         begin = self.format.nbytes(first - offset, self.cols)
         data = self.data[begin : begin + self.format.nbytes(offset + stop - start, self.cols)]
-        return Matrix(data, stop - start, self.cols, self.format, self.gemm_dtype, offset)
+        return Matrix(data, stop - start, self.cols, self.format, self.gemm_dtype, offset, self.activations)
 
 
 class Joined:
     def __init__(self, matrices: Sequence[Matrix]) -> None:
         self.matrices = tuple(matrices)
         self.rows = sum(matrix.rows for matrix in matrices)
+        from tightfit.kernels.weight import Joined as J
+
+        self._joined = J([m._weight for m in matrices])
 
     def matmul(
         self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split | None = None, accumulate: float = 0.0
     ) -> None:
+        vector = x.shape[0] if split is None else split.vector
+        m = self.matrices[0]
+        if vector:
+            if vector == x.shape[0]:
+                m._kernels.vector_matmul(x, self._joined, out, ws, activations=m.activations, accumulate=accumulate)
+                return
+            m._kernels.vector_matmul(
+                x[:vector], self._joined, out[:vector], ws, activations=m.activations, accumulate=accumulate
+            )
         row = 0
+        from dataclasses import replace
+
         for matrix in self.matrices:
-            matrix.matmul(x, out[:, row : row + matrix.rows], ws, split, accumulate)
+            matrix.matmul(
+                x[vector:],
+                out[vector:, row : row + matrix.rows],
+                ws,
+                Split(0, tuple((a - vector, b - vector) for a, b in split.gemm)),
+                accumulate,
+            )
             row += matrix.rows
