@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from tightfit.budget.ledger import Workspace
+    from tightfit.kernels.matmul_reference import Activations
     from tightfit.kernels.weight import Weight
 
 # Goes through all rows of a matrix: (first row, block), a block (n, cols) of any floating type.
@@ -93,7 +94,7 @@ class Format(Scheme):
         rows: int,
         cols: int,
         gemm_dtype: torch.dtype | None = None,
-        activations: str = "float32",
+        activations: Activations = "float32",
     ) -> Matrix:
         """The matrix that lies in ``data`` (uint8, contiguous, ``nbytes(rows, cols)`` long), without a copy.
 
@@ -110,7 +111,9 @@ class Format(Scheme):
         return self._matrix(data, rows, cols, gemm_dtype or torch.float32, activations)
 
     @abstractmethod
-    def _matrix(self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: str) -> Matrix:
+    def _matrix(
+        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: Activations
+    ) -> Matrix:
         """:meth:`matrix` for bytes of the right size."""
 
 
@@ -121,7 +124,7 @@ class Matrix(ABC):
     :meth:`Format.matrix`.
     """
 
-    def __init__(self, rows: int, cols: int, format: Format, gemm_dtype: torch.dtype, activations: str) -> None:
+    def __init__(self, rows: int, cols: int, format: Format, gemm_dtype: torch.dtype, activations: Activations) -> None:
         self.rows, self.cols, self.format = rows, cols, format
         self.gemm_dtype, self.activations = gemm_dtype, activations
 
@@ -157,7 +160,7 @@ class Matrix(ABC):
 class PlainMatrix(Matrix):
     """A matrix that the kernels read as it is."""
 
-    def __init__(self, weight: Weight, format: Format, gemm_dtype: torch.dtype, activations: str) -> None:
+    def __init__(self, weight: Weight, format: Format, gemm_dtype: torch.dtype, activations: Activations) -> None:
         from tightfit.kernels import matmul
 
         super().__init__(weight.rows, weight.cols, format, gemm_dtype, activations)

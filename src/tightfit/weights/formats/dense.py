@@ -12,6 +12,8 @@ from tightfit.weights.formats.base import Format, Matrix, PlainMatrix
 if TYPE_CHECKING:
     import torch
 
+    from tightfit.kernels.matmul_reference import Activations
+
 F16_MAX = 65504.0
 
 
@@ -32,7 +34,9 @@ class Dense(Format):
         stored = data[start : start + self.nbytes(rows, cols)]
         stored.view(DENSE[self.kind]).view(rows, cols).copy_(block)
 
-    def _matrix(self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: str) -> Matrix:
+    def _matrix(
+        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: Activations
+    ) -> Matrix:
         from tightfit.kernels.weight import Weight
 
         return PlainMatrix(Weight(data, self.kind, 0, rows, cols), self, gemm_dtype, activations)

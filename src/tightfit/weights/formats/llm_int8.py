@@ -16,6 +16,8 @@ from tightfit.weights.formats.int8 import Int8
 if TYPE_CHECKING:
     import torch
 
+    from tightfit.kernels.matmul_reference import Activations
+
 REST, OUTLIERS = Int8(group=0), BF16()
 COLUMN_NBYTES, ALIGNMENT = 8, 64
 
@@ -85,7 +87,9 @@ class LlmInt8(Format):
         REST.encode(rest, stored_rest, row)
         OUTLIERS.encode(outliers, stored_outliers, row)
 
-    def _matrix(self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: str) -> Matrix:
+    def _matrix(
+        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: Activations
+    ) -> Matrix:
         from tightfit.weights.formats.outliers import OutlierMatrix
 
         stored_rest, stored_outliers = self._parts(data, cols)

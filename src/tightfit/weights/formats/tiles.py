@@ -16,6 +16,8 @@ from tightfit.weights.formats.base import Format, Matrix, PlainMatrix
 if TYPE_CHECKING:
     import torch
 
+    from tightfit.kernels.matmul_reference import Activations
+
 LARGEST_GROUP = 128
 
 
@@ -36,7 +38,7 @@ class Tiled(Format):
         if not 0 <= self.group <= LARGEST_GROUP or self.group % self.multiple:
             raise UsageError(
                 f"{self.name} cannot have groups of {self.group}",
-                f"A group is a multiple of {self.multiple} inputs up to {LARGEST_GROUP}, or 0 for one scale for each row.",
+                f"A group is a multiple of {self.multiple} inputs up to {LARGEST_GROUP}, or 0 for a scale a row.",
             )
 
     def tile_group(self, cols: int) -> int:
@@ -61,7 +63,9 @@ class Tiled(Format):
         """The number of exponent bits, for floating-point codes."""
         return 0
 
-    def _matrix(self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: str) -> Matrix:
+    def _matrix(
+        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: Activations
+    ) -> Matrix:
         from tightfit.kernels.weight import Weight
 
         header, tiles = data[: self.header_nbytes], data[self.header_nbytes :]
