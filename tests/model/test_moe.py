@@ -121,7 +121,7 @@ def test_scratch_is_foreseen_for_experts_that_everyone_wants(family: str, tmp_pa
     for layer in range(len(model.spec.layers)):
         with model.placement.layer(layer) as weights:
             if "router" in weights:
-                weights["router"].data.zero_()
+                weights["router"].weight.data.zero_()
     wanted: list[int] = []
     route = ops.route
 
