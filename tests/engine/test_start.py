@@ -18,7 +18,7 @@ from tightfit.kernels import ops
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec
-from tightfit.plan.schema import Plan
+from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.search import Constraints, Search
 
 MIB = 1 << 20
@@ -33,7 +33,7 @@ def billion(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Model
 
 
 def plan_of(checkpoint: Checkpoint, spec: ModelSpec, level: str, chunk: int, sequences: int = 1) -> Plan:
-    constraints = Constraints(16 << 30, 2048, sequences, threads=2, gemm="bfloat16", kv="bfloat16")
+    constraints = Constraints(16 << 30, 2048, sequences, threads=2, numerics=Numerics(gemm="bfloat16", kv="bfloat16"))
     search = Search(checkpoint, spec, constraints, lambda plan: start.workspace_bytes(checkpoint, spec, plan))
     return search.uniform(level, chunk, runtime=0)
 
@@ -101,6 +101,6 @@ def test_a_missing_tensor_is_found_before_anything_is_loaded(tmp_path: Path) -> 
     (folder / "config.json").write_text(text)
     checkpoint = open_checkpoint(str(folder))
     spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
-    constraints = Constraints(16 << 30, 128, 1, threads=2, gemm="bfloat16", kv="bfloat16")
+    constraints = Constraints(16 << 30, 128, 1, threads=2, numerics=Numerics(gemm="bfloat16", kv="bfloat16"))
     with pytest.raises(CheckpointError, match=r"layers\.2"):
         start.settle(checkpoint, spec, constraints)

@@ -16,7 +16,7 @@ from tightfit.kernels.weight import Weight
 from tightfit.weights.formats import BF16, F16, F32, Int4, Int8
 
 COMPILED = cpu.supported()[:-1]
-FORMATS = [F32(), F16(), BF16(), Int8(), Int4(), Int8(group=16), Int4(group=128), Int8(group=56), Int4(group=56)]
+FORMATS = [F32(), F16(), BF16(), Int8(), Int4(), Int8(group=16), Int4(group=128), Int8(group=96), Int4(group=48)]
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="installed without the compiled kernels")

@@ -19,6 +19,7 @@ from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder
 from tightfit.model.spec import MoeSpec
+from tightfit.plan.schema import Numerics
 from tightfit.plan.search import Constraints, Search
 from tightfit.weights.placement.resident import Experts
 
@@ -41,7 +42,15 @@ class Running:
 
     def __init__(self, folder: Path, family: str, weights: str = "own", **changes: Any) -> None:
         self.checkpoint, self.spec = write(folder, config_of(family, **changes))
-        request = Constraints(1 << 30, CONTEXT, 4, 1, "float32", "float32", weights=weights, chunk=CHUNK)
+        request = Constraints(
+            1 << 30,
+            CONTEXT,
+            4,
+            1,
+            Numerics(gemm="float32", kv="float32", activations="float32"),
+            weights=weights,
+            chunk=CHUNK,
+        )
         self.plan = Search(self.checkpoint, self.spec, request, self._workspace).uniform(weights, CHUNK, 0)
         self.shape = start.Shape.of(self.plan)
         self.decoder: Decoder

@@ -14,12 +14,14 @@ from tightfit.checkpoints.config import Config
 from tightfit.engine.start import workspace_bytes
 from tightfit.errors import BudgetError
 from tightfit.model.families import model_spec
-from tightfit.plan.schema import Plan
+from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.search import Constraints, Search
 
 MIB = 1 << 20
 RUNTIME = 200 * MIB
-CONSTRAINTS = Constraints(budget=0, context=1024, sequences=1, threads=2, gemm="bfloat16", kv="bfloat16")
+CONSTRAINTS = Constraints(
+    budget=0, context=1024, sequences=1, threads=2, numerics=Numerics(gemm="bfloat16", kv="bfloat16")
+)
 
 
 @pytest.fixture(scope="module")

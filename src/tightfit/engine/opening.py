@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tightfit import child, zoo
 from tightfit.budget import malloc
@@ -22,7 +22,7 @@ from tightfit.engine.request import Requests
 from tightfit.errors import BudgetError, CheckpointError, TightfitError, UsageError
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec
-from tightfit.plan.schema import Plan
+from tightfit.plan.schema import ActivationType, Plan
 
 if TYPE_CHECKING:
     from tightfit.engine.start import Settled
@@ -47,6 +47,7 @@ class Wish:
     weights: str | None = None
     chunk: int | None = None
     threads: int | None = None
+    activations: str | None = None
 
     @property
     def sequences(self) -> int:
@@ -98,6 +99,9 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
         parse_one("weights", wish.weights)
     if wish.context is not None and wish.context < 2:
         raise UsageError(f"a context of {wish.context} tokens holds no prompt and answer", "Use --context 2 or more.")
+    if wish.activations is not None and wish.activations not in get_args(ActivationType):
+        known = " or ".join(get_args(ActivationType))
+        raise UsageError(f"there are no activations {wish.activations!r}", f"Use --activations {known}.")
     checkpoint = _open(wish.model, headers_only)
     try:
         spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
@@ -187,7 +191,7 @@ def survey(wish: Wish, opened: Opened) -> dict[str, Any]:
 
 
 def _constraints(wish: Wish, opened: Opened) -> Constraints:
-    from tightfit.engine.numerics import gemm_dtype, kv_dtype
+    from tightfit.engine.numerics import numerics
     from tightfit.plan.search import Constraints
 
     compressed = opened.checkpoint.compressed
@@ -197,8 +201,7 @@ def _constraints(wish: Wish, opened: Opened) -> Constraints:
         context=opened.context,
         sequences=wish.sequences,
         threads=wish.threads or usable_cores(),
-        gemm=gemm_dtype(types),
-        kv=kv_dtype(types),
+        numerics=numerics(types, cast(ActivationType, wish.activations or "int8")),
         weights=compressed.weights if compressed else wish.weights,
         chunk=wish.chunk,
     )

@@ -29,7 +29,7 @@ from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
-from tightfit.plan.schema import Plan
+from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.search import Constraints, Search
 from tightfit.weights.placement.places import check, group_of, layer_name
 from tightfit.weights.placement.resident import Resident
@@ -53,14 +53,12 @@ class Shape:
     context: int
     sequences: int
     chunk: int
-    gemm: str
-    kv: str
+    numerics: Numerics
 
     @staticmethod
     def of(plan: Plan) -> Shape:
         formats = tuple(layer.format for layer in plan.layers)
-        numerics = plan.numerics
-        return Shape(plan.outer.format, formats, plan.context, plan.sequences, plan.chunk, numerics.gemm, numerics.kv)
+        return Shape(plan.outer.format, formats, plan.context, plan.sequences, plan.chunk, plan.numerics)
 
 
 def different_layers(checkpoint: Checkpoint, spec: ModelSpec, formats: Sequence[str]) -> list[int]:
@@ -82,10 +80,11 @@ def build(
 ) -> tuple[Resident, Decoder, Cache]:
     """Weights, decoder and cache of the given layers in their arenas; nothing is read or written."""
     kept = {index: shape.formats[index] for index in layers}
-    placement = Resident(checkpoint, spec, shape.outer, kept, DTYPES[shape.gemm], weights)
+    gemm, kv_type = DTYPES[shape.numerics.gemm], DTYPES[shape.numerics.kv]
+    placement = Resident(checkpoint, spec, shape.outer, kept, gemm, weights, shape.numerics.activations)
     spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
     layouts = cache_layouts(spec, shape.context, shape.chunk)
-    cache = Cache(layouts, shape.sequences, DTYPES[shape.kv], kv, gemm_dtype=DTYPES[shape.gemm])
+    cache = Cache(layouts, shape.sequences, kv_type, kv, gemm_dtype=gemm)
     return placement, Decoder(spec, placement), cache
 
 
@@ -192,8 +191,7 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, el
 
 def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     """``plan`` with the bytes that its choices take here. Raises BudgetError if they exceed the budget it names."""
-    numerics = plan.numerics
-    constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, numerics.gemm, numerics.kv)
+    constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, plan.numerics)
     search = search_for(checkpoint, spec, constraints)
     anew = search.plan(plan.outer.format, [layer.format for layer in plan.layers], plan.chunk, runtime=0)
     anew = anew.model_copy(update={"accounts": anew.accounts | {"runtime": _measured(search, anew)}})

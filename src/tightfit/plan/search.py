@@ -18,7 +18,7 @@ from tightfit.errors import BudgetError
 from tightfit.kv.cache import Cache
 from tightfit.model.decoder import cache_layouts
 from tightfit.model.spec import ModelSpec
-from tightfit.plan.schema import OWN, GemmType, KvType, LayerPlan, ModelRef, Numerics, Plan
+from tightfit.plan.schema import OWN, LayerPlan, ModelRef, Numerics, Plan
 from tightfit.weights.placement.fill import scratch_bytes
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, group_of, layer_name, params_of
 
@@ -36,8 +36,7 @@ class Constraints:
     context: int
     sequences: int
     threads: int
-    gemm: GemmType
-    kv: KvType
+    numerics: Numerics
     weights: str | None = None
     chunk: int | None = None
 
@@ -147,7 +146,7 @@ class Search:
         not."""
         spec, constraints = self.spec, self.constraints
         layouts = cache_layouts(spec, constraints.context, chunk)
-        kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.kv])
+        kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.numerics.kv])
         outer_bytes = self._size(EMBEDDINGS, outer) + self._size(HEAD, outer)
         layer_bytes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
         plan = Plan(
@@ -172,7 +171,7 @@ class Search:
             ),
             chunk=chunk,
             threads=constraints.threads,
-            numerics=Numerics(gemm=constraints.gemm, kv=constraints.kv),
+            numerics=constraints.numerics,
         )
         # While loading, cache and scratch are not in use yet: they leave room for what converting takes.
         workspace = max(self._workspace(plan), self._loading - plan.accounts["kv"])

@@ -19,6 +19,7 @@ _cpu: Any = None
 with suppress(ModuleNotFoundError):  # installed without a compiler
     _cpu = importlib.import_module("tightfit.kernels.cpu._cpu")
 
+module: Any = _cpu  # the compiled kernels; None where they were not built
 _compiled = _cpu is not None
 _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -66,9 +67,13 @@ def set_threads(count: int) -> None:
     _threads = count
 
 
-def handle(kind: str, group: int, address: int, rows: int, cols: int, row_offset: int) -> Any:
+def handle(
+    kind: str, group: int, asymmetric: bool, address: int, rows: int, cols: int, row_offset: int, settings: int
+) -> Any:
     """The compiled kernels' view of the matrix at ``address`` (see ``kernels/weight.py``); None if there are none."""
-    return None if _cpu is None else _cpu.Weight(kind, group, address, rows, cols, row_offset)
+    if _cpu is None:
+        return None
+    return _cpu.Weight(kind, group, asymmetric, address, rows, cols, row_offset, settings)
 
 
 if "TIGHTFIT_CPU" in os.environ:

@@ -6,5 +6,6 @@
 namespace tightfit {
 
 void bind_matmul(nanobind::module_& m);
+void bind_rows(nanobind::module_& m);
 
 }  // namespace tightfit

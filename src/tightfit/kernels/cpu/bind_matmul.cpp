@@ -2,6 +2,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <iterator>
+
 #include "bind.h"
 #include "dispatch.h"
 
@@ -10,20 +12,22 @@ using namespace tightfit;
 
 namespace {
 
+constexpr const char* KINDS[] = {"f32",  "f16",  "bf16", "int8", "int6", "int5",   "int4",
+                                 "int3", "int2", "nf4",  "fp4",  "fp8",  "ternary"};
+
 Kind kind_of(const std::string& name) {
-    if (name == "f32") return Kind::f32;
-    if (name == "f16") return Kind::f16;
-    if (name == "bf16") return Kind::bf16;
-    if (name == "int8") return Kind::int8;
-    if (name == "int4") return Kind::int4;
+    for (size_t i = 0; i < std::size(KINDS); i++)
+        if (name == KINDS[i]) return static_cast<Kind>(i);
     throw nb::value_error(("no kernel for matrices of kind " + name).c_str());
 }
 
-Weight make_weight(const std::string& kind, size_t group, uintptr_t address, size_t rows, size_t cols,
-                   size_t row_offset) {
-    const Weight weight{kind_of(kind), group, false, reinterpret_cast<const uint8_t*>(address), rows, cols, row_offset, nullptr};
-    if (weight.tiled() && (group == 0 || group % 8 || group > 128 || row_offset >= TILE_ROWS))
-        throw nb::value_error("groups are multiples of 8 up to 128, and the row offset is below 16");
+Weight make_weight(const std::string& kind, size_t group, bool asymmetric, uintptr_t address, size_t rows, size_t cols,
+                   size_t row_offset, uintptr_t settings) {
+    const Weight weight{kind_of(kind), group,      asymmetric, reinterpret_cast<const uint8_t*>(address), rows, cols,
+                        row_offset,    reinterpret_cast<const uint8_t*>(settings)};
+    const size_t multiple = weight.kind == Kind::ternary ? 48 : 16;
+    if (weight.tiled() && (group == 0 || group % multiple || row_offset >= TILE_ROWS))
+        throw nb::value_error("groups are multiples of 16, of ternary codes of 48, and the row offset is below 16");
     return weight;
 }
 

@@ -18,4 +18,5 @@ NB_MODULE(_cpu, m) {
     m.def("chosen", [] { return std::string(name_of(level())); });
     m.def("choose", &choose);
     bind_matmul(m);
+    bind_rows(m);
 }

@@ -4,9 +4,10 @@
 // Everything is in an unnamed namespace: the same template compiled under other flags must not be merged with it.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
-#include "weight.h"
+#include "decode.h"
 
 namespace tightfit {
 namespace {
@@ -72,94 +73,84 @@ void dense_matmul(const Weight& w, size_t first, size_t last, Rows<const float> 
 
 // ---- tiles: a lane per row; within a group four partial sums (inputs modulo 4), then the scale ----
 
-constexpr size_t LARGEST_GROUP = 128;
 constexpr size_t PARTS = 4;
 
-struct Int8 {
-    static constexpr size_t INPUTS = 4;  // in a line
-    template <class Isa, size_t INPUT>
-    static auto codes(typename Isa::Line line) { return Isa::template int8_codes<INPUT>(line); }
-};
-
-struct Int4 {
-    static constexpr size_t INPUTS = 8;
-    template <class Isa, size_t INPUT>
-    static auto codes(typename Isa::Line line) { return Isa::template int4_codes<INPUT>(line); }
-};
-
-template <class Isa, class Code, size_t TOKENS, size_t INPUT = 0>
-inline void add_line(typename Isa::Line line, const float* const (&x)[TOKENS],
-                     typename Isa::Vector (&sums)[TOKENS][PARTS]) {
-    if constexpr (INPUT < Code::INPUTS) {
-        const auto codes = Code::template codes<Isa, INPUT>(line);
-        for (size_t t = 0; t < TOKENS; t++)
-            sums[t][INPUT % PARTS] = Isa::fma(codes, Isa::broadcast(x[t][INPUT]), sums[t][INPUT % PARTS]);
-        add_line<Isa, Code, TOKENS, INPUT + 1>(line, x, sums);
-    }
-}
-
-// out[t][r - skip] for the rows r in [skip, end) of one tile row.
-template <class Isa, class Code, size_t TOKENS>
-inline void tile_block(const Weight& w, const uint8_t* tile, Rows<const float> x, size_t skip, size_t end,
+// out[t][r - skip] for the rows r in [skip, end) of one row of tiles.
+template <class Isa, size_t TOKENS, class Code>
+inline void tile_block(const Weight& w, const Code& code, const uint8_t* tile, Rows<const float> x, size_t skip, size_t end,
                        Rows<float> out) {
-    constexpr size_t SPANS = TILE_ROWS / Isa::LANES;
-    const size_t groups = w.groups(), code_bytes = w.code_bytes(), tile_bytes = w.tile_bytes();
-    typename Isa::Vector results[SPANS][TOKENS];
+    constexpr size_t INPUTS = Code::INPUTS;
+    const size_t code_bytes = w.code_bytes(), tile_bytes = w.tile_bytes();
+    typename Isa::Vector results[SPANS<Isa>][TOKENS];
     for (auto& span : results)
         for (auto& result : span) result = Isa::zero();
 
-    for (size_t g = 0; g < groups; g++, tile += tile_bytes) {
-        const float* inputs[TOKENS];
-        float padded[TOKENS][LARGEST_GROUP];
-        for (size_t t = 0; t < TOKENS; t++) inputs[t] = x[t] + g * w.group;
-        if ((g + 1) * w.group > w.cols) {
-            const size_t rest = w.cols - g * w.group;
-            for (size_t t = 0; t < TOKENS; t++) {
-                std::memcpy(padded[t], inputs[t], rest * sizeof(float));
-                std::memset(padded[t] + rest, 0, (w.group - rest) * sizeof(float));
-                inputs[t] = padded[t];
-            }
-        }
-        for (size_t s = 0; s < SPANS; s++) {
-            typename Isa::Vector sums[TOKENS][PARTS];
+    for (size_t start = 0; start < w.cols; start += w.group, tile += tile_bytes) {
+        const size_t inputs = std::min(w.group, w.cols - start);
+        for (size_t span = 0; span < SPANS<Isa>; span++) {
+            typename Isa::Vector sums[TOKENS][PARTS], totals[TOKENS];
             for (auto& parts : sums)
                 for (auto& sum : parts) sum = Isa::zero();
-            const uint8_t* line = tile + s * LINE / SPANS;
-            for (size_t i = 0; i < w.group; i += Code::INPUTS, line += LINE) {
+            for (auto& total : totals) total = Isa::zero();
+            for (size_t i = 0; i < inputs; i += INPUTS) {
                 const float* next[TOKENS];
-                for (size_t t = 0; t < TOKENS; t++) next[t] = inputs[t] + i;
-                if (s == 0) prefetch(line);
-                add_line<Isa, Code, TOKENS>(Isa::load_line(line), next, sums);
+                float padded[TOKENS][INPUTS];
+                for (size_t t = 0; t < TOKENS; t++) {
+                    next[t] = x[t] + start + i;
+                    if (i + INPUTS > inputs) {
+                        std::memset(padded[t], 0, sizeof padded[t]);
+                        std::memcpy(padded[t], next[t], (inputs - i) * sizeof(float));
+                        next[t] = padded[t];
+                    }
+                }
+                typename Isa::Bytes steps[Code::STEPS];
+                code.unpack(tile, i / INPUTS, span, steps);
+                for (size_t step = 0; step < Code::STEPS; step++) {
+                    typename Isa::Vector weights[4];
+                    code.floats(steps[step], weights);
+                    for (size_t t = 0; t < TOKENS; t++)
+                        for (size_t k = 0; k < 4; k++)
+                            sums[t][k] = Isa::fma(weights[k], Isa::broadcast(next[t][4 * step + k]), sums[t][k]);
+                }
+                if (w.asymmetric)
+                    for (size_t t = 0; t < TOKENS; t++)
+                        for (size_t k = 0; k < INPUTS; k++) totals[t] = Isa::add(totals[t], Isa::broadcast(next[t][k]));
             }
-            const BF16* scales = reinterpret_cast<const BF16*>(tile + code_bytes) + s * Isa::LANES;
-            const auto scale = Isa::load(scales);
+            const uint8_t* scales = tile + code_bytes + span * Isa::LANES * sizeof(BF16);
+            const auto scale = Isa::multiply(Isa::load(reinterpret_cast<const BF16*>(scales)), Isa::broadcast(code.unit()));
             for (size_t t = 0; t < TOKENS; t++) {
                 const auto sum = Isa::add(Isa::add(sums[t][0], sums[t][1]), Isa::add(sums[t][2], sums[t][3]));
-                results[s][t] = Isa::fma(sum, scale, results[s][t]);
+                results[span][t] = Isa::fma(sum, scale, results[span][t]);
+            }
+            if (w.asymmetric) {
+                const auto offset = Isa::load(reinterpret_cast<const BF16*>(scales) + TILE_ROWS);
+                for (size_t t = 0; t < TOKENS; t++) results[span][t] = Isa::fma(totals[t], offset, results[span][t]);
             }
         }
     }
     for (size_t t = 0; t < TOKENS; t++) {
         float rows[TILE_ROWS];
-        for (size_t s = 0; s < SPANS; s++) Isa::store(rows + s * Isa::LANES, results[s][t]);
+        for (size_t s = 0; s < SPANS<Isa>; s++) Isa::store(rows + s * Isa::LANES, results[s][t]);
         std::memcpy(out[t], rows + skip, (end - skip) * sizeof(float));
     }
 }
 
-template <class Isa, class Code>
+template <class Isa>
 void tile_matmul(const Weight& w, size_t first, size_t last, Rows<const float> x, size_t tokens, Rows<float> out) {
-    for (size_t row = first; row < last;) {
-        const size_t place = w.row_offset + row, skip = place % TILE_ROWS;
-        const size_t count = last - row < TILE_ROWS - skip ? last - row : TILE_ROWS - skip;
-        const uint8_t* tile = w.data + place / TILE_ROWS * w.tile_row_bytes();
-        const Rows<float> rows{out.data + row, out.stride};
-        size_t t = 0;
-        for (; t + Isa::TOKENS <= tokens; t += Isa::TOKENS)
-            tile_block<Isa, Code, Isa::TOKENS>(w, tile, {x[t], x.stride}, skip, skip + count, {rows[t], rows.stride});
-        for (; t < tokens; t++)
-            tile_block<Isa, Code, 1>(w, tile, {x[t], x.stride}, skip, skip + count, {rows[t], rows.stride});
-        row += count;
-    }
+    with_code<Isa>(w, [&](const auto& code) {
+        for (size_t row = first; row < last;) {
+            const size_t place = w.row_offset + row, skip = place % TILE_ROWS;
+            const size_t count = std::min(last - row, TILE_ROWS - skip);
+            const uint8_t* tile = w.data + place / TILE_ROWS * w.tile_row_bytes();
+            const Rows<float> rows{out.data + row, out.stride};
+            size_t t = 0;
+            for (; t + Isa::TOKENS <= tokens; t += Isa::TOKENS)
+                tile_block<Isa, Isa::TOKENS>(w, code, tile, {x[t], x.stride}, skip, skip + count, {rows[t], rows.stride});
+            for (; t < tokens; t++)
+                tile_block<Isa, 1>(w, code, tile, {x[t], x.stride}, skip, skip + count, {rows[t], rows.stride});
+            row += count;
+        }
+    });
 }
 
 template <class Isa>
@@ -168,59 +159,7 @@ void matmul(const Weight& w, size_t first, size_t last, Rows<const float> x, siz
         case Kind::f32: return dense_matmul<Isa, float>(w, first, last, x, tokens, out);
         case Kind::f16: return dense_matmul<Isa, F16>(w, first, last, x, tokens, out);
         case Kind::bf16: return dense_matmul<Isa, BF16>(w, first, last, x, tokens, out);
-        case Kind::int8: return tile_matmul<Isa, Int8>(w, first, last, x, tokens, out);
-        case Kind::int4: return tile_matmul<Isa, Int4>(w, first, last, x, tokens, out);
-        default: return;
-    }
-}
-
-// ---- decoding of tiles: eight inputs of one row at a time ----
-
-inline uint32_t load_u32(const uint8_t* address) {
-    uint32_t value;
-    std::memcpy(&value, address, sizeof value);
-    return value;
-}
-
-inline float to_float(BF16 value) {
-    const uint32_t bits = uint32_t{value.bits} << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-template <class Isa, class T>
-inline void decode_group(const Weight& w, const uint8_t* tile, size_t row, T* out) {
-    BF16 scale;
-    std::memcpy(&scale, tile + w.code_bytes() + row * sizeof scale, sizeof scale);
-    const uint8_t* codes = tile + row * 4;
-    if (w.kind == Kind::int8)
-        for (size_t i = 0; i < w.group; i += 8, codes += 2 * LINE)
-            Isa::store8(out + i, Isa::int8_row(load_u32(codes), load_u32(codes + LINE)), to_float(scale));
-    else
-        for (size_t i = 0; i < w.group; i += 8, codes += LINE)
-            Isa::store8(out + i, Isa::int4_row(load_u32(codes)), to_float(scale));
-}
-
-template <class Isa, class T>
-void decode(const Weight& w, size_t first, size_t last, Rows<T> out) {
-    const size_t groups = w.groups(), whole = w.cols / w.group;
-    for (size_t row = first; row < last;) {
-        const size_t place = w.row_offset + row, skip = place % TILE_ROWS;
-        const size_t count = last - row < TILE_ROWS - skip ? last - row : TILE_ROWS - skip;
-        const uint8_t* tile = w.data + place / TILE_ROWS * w.tile_row_bytes();
-        for (size_t g = 0; g < groups; g++, tile += w.tile_bytes())
-            for (size_t r = 0; r < count; r++) {
-                T* target = out[row + r - first] + g * w.group;
-                if (g < whole) {
-                    decode_group<Isa>(w, tile, skip + r, target);
-                } else {
-                    T padded[LARGEST_GROUP];
-                    decode_group<Isa>(w, tile, skip + r, padded);
-                    std::memcpy(target, padded, (w.cols - g * w.group) * sizeof(T));
-                }
-            }
-        row += count;
+        default: return tile_matmul<Isa>(w, first, last, x, tokens, out);
     }
 }
 

@@ -32,6 +32,7 @@ struct Weight {
     size_t code_bytes() const { return code_bytes_of(kind, group); }
     size_t tile_bytes() const { return code_bytes() + TILE_ROWS * sizeof(BF16) * (asymmetric ? 2 : 1); }
     size_t tile_row_bytes() const { return groups() * tile_bytes(); }
+    int exponent_bits() const { return settings && *settings ? *settings : 4; }  // of fp8
 
     // Bytes of the codes of 16 rows by `inputs`.
     static size_t code_bytes_of(Kind kind, size_t inputs) {

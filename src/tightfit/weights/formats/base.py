@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
@@ -33,6 +35,7 @@ class Split:
         """Every one of ``count`` rows by the vector kernel."""
         return Split(count)
 
+    @cached_property
     def parts(self) -> list[tuple[int, int]]:
         """Ranges of rows that are computed together: each vector row alone, each gemm range."""
         return [(row, row + 1) for row in range(self.vector)] + list(self.gemm)
@@ -68,7 +71,14 @@ class Format(ABC):
         values that the format cannot hold.
         """
 
-    def matrix(self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype | None = None) -> Matrix:
+    def matrix(
+        self,
+        data: torch.Tensor,
+        rows: int,
+        cols: int,
+        gemm_dtype: torch.dtype | None = None,
+        activations: str = "float32",
+    ) -> Matrix:
         """The matrix that lies in ``data`` (uint8, contiguous, ``nbytes(rows, cols)`` long), without a copy.
 
         ``gemm_dtype`` is what gemm ranges are computed in: torch.bfloat16 or torch.float32 (the default).
@@ -104,12 +114,22 @@ class Matrix:
     def nbytes(self) -> int:
         return self.data.numel()
 
-    def matmul(self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split | None = None) -> None:
+    def matmul(
+        self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split | None = None, accumulate: float = 0.0
+    ) -> None:
         """``out = x @ W.T``: x (tokens, cols), out (tokens, rows), float32 with any row stride.
 
         ``split`` says which tokens go through the vector kernel and which through gemm; None is the vector kernel for
         all.
         """
+        if accumulate:
+            from tightfit.kernels import ops
+
+            with ws.frame():
+                product = ws.empty(*out.shape)
+                self.matmul(x, product, ws, split)
+                ops.add_(out, product, accumulate)
+            return
         if split is None or split.vector == x.shape[0]:
             self._kernels.vector_matmul(x, self._weight, out, ws)
             return
@@ -138,3 +158,17 @@ class Matrix:
         begin = self.format.nbytes(first - offset, self.cols)
         data = self.data[begin : begin + self.format.nbytes(offset + stop - start, self.cols)]
         return Matrix(data, stop - start, self.cols, self.format, self.gemm_dtype, offset)
+
+
+class Joined:
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        self.matrices = tuple(matrices)
+        self.rows = sum(matrix.rows for matrix in matrices)
+
+    def matmul(
+        self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split | None = None, accumulate: float = 0.0
+    ) -> None:
+        row = 0
+        for matrix in self.matrices:
+            matrix.matmul(x, out[:, row : row + matrix.rows], ws, split, accumulate)
+            row += matrix.rows

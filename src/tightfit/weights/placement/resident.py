@@ -12,10 +12,11 @@ from tightfit.budget.ledger import Arena
 from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.kernels import cpu
 from tightfit.model.spec import ModelSpec
+from tightfit.plan.schema import ActivationType
 from tightfit.weights.formats.base import Format, Matrix
-from tightfit.weights.placement.base import Placement
+from tightfit.weights.placement.base import Parameters, Placement
 from tightfit.weights.placement.fill import fill
-from tightfit.weights.placement.places import Place, groups, layer_name
+from tightfit.weights.placement.places import Group, Place, groups, layer_name
 
 Progress = Callable[[int], None]
 
@@ -27,15 +28,22 @@ class Experts:
     one takes a few microseconds.
     """
 
-    def __init__(self, data: torch.Tensor, shape: tuple[int, ...], fmt: Format, gemm_dtype: torch.dtype) -> None:
-        self._data, self._format, self._gemm_dtype = data, fmt, gemm_dtype
+    def __init__(
+        self,
+        data: torch.Tensor,
+        shape: tuple[int, ...],
+        fmt: Format,
+        gemm_dtype: torch.dtype,
+        activations: ActivationType,
+    ) -> None:
+        self._data, self._format, self._gemm_dtype, self._activations = data, fmt, gemm_dtype, activations
         self._rows, self._cols = shape
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, expert: int) -> Matrix:
-        return self._format.matrix(self._data[expert], self._rows, self._cols, gemm_dtype=self._gemm_dtype)
+        return self._format.matrix(self._data[expert], self._rows, self._cols, self._gemm_dtype, self._activations)
 
 
 class Resident(Placement):
@@ -54,18 +62,17 @@ class Resident(Placement):
         formats: Mapping[int, str],
         gemm_dtype: torch.dtype,
         arena: Arena,
+        activations: ActivationType = "float32",
     ) -> None:
         self._checkpoint = checkpoint
+        self._gemm_dtype, self._activations = gemm_dtype, activations
         self._parts = [(group, arena.take(group.nbytes)) for group in groups(checkpoint, spec, outer, formats)]
-        made = {
-            group.name: {place.param.name: parameter(place, data, gemm_dtype) for place in group.places}
-            for group, data in self._parts
-        }
-        self._layers = [made.pop(layer_name(index)) for index in formats]
-        self.model = {name: value for group in made.values() for name, value in group.items()}
+        made = {group.name: self._parameters(group, data) for group, data in self._parts}
+        self._layers = [Parameters(made.pop(layer_name(index))) for index in formats]
+        self.model = Parameters({name: value for group in made.values() for name, value in group.items()})
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[Mapping[str, Any]]:
+    def layer(self, index: int) -> Iterator[Parameters]:
         yield self._layers[index]
 
     @property
@@ -81,12 +88,13 @@ class Resident(Placement):
             left -= nbytes
         progress(left)  # of the padding between parameters, which nobody reads
 
+    def _parameters(self, group: Group, data: torch.Tensor) -> dict[str, Any]:
+        return {place.param.name: self._parameter(place, place.of(data)) for place in group.places}
 
-def parameter(place: Place, group: torch.Tensor, gemm_dtype: torch.dtype) -> Any:
-    """What the decoder sees of a parameter that lies in the bytes of its group."""
-    data = place.of(group)
-    if place.format is None:
-        vectors = data.view(torch.float32)
-        return vectors if place.param.experts else vectors[0]
-    experts = Experts(data, place.param.shape, place.format, gemm_dtype)
-    return experts if place.param.experts else experts[0]
+    def _parameter(self, place: Place, data: torch.Tensor) -> Any:
+        """``data`` is (copies, bytes)."""
+        if place.format is None:
+            vectors = data.view(torch.float32)
+            return vectors if place.param.experts else vectors[0]
+        experts = Experts(data, place.param.shape, place.format, self._gemm_dtype, self._activations)
+        return experts if place.param.experts else experts[0]
