@@ -1,0 +1,18 @@
+#include "encode_kernel.h"
+
+namespace tightfit {
+namespace {
+
+struct Vectors {
+    typedef float Floats __attribute__((vector_size(64)));
+    typedef int32_t Ints __attribute__((vector_size(64)));
+    typedef uint32_t Unsigned __attribute__((vector_size(64)));
+    typedef uint16_t Halves __attribute__((vector_size(32)));
+    typedef double Doubles __attribute__((vector_size(128)));
+};
+
+}  // namespace
+
+const EncodeKernels avx512_encode_kernels = encode_kernels_of<Vectors>();
+
+}  // namespace tightfit
