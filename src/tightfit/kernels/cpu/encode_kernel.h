@@ -1,6 +1,6 @@
 // The search for the scales of tiles, written once over the vectors of the compiler: a lane is a row of the tile, so
 // that nothing is summed across lanes, and a code goes where it belongs in its lane's four bytes. `V` says how wide the
-// vectors are: as many lanes as there are numbers in V::Floats.
+// vectors are, as many lanes as there are numbers in V::Floats, and looks up tables.
 //
 // Nothing is fused and every sum has the order of kernels/encode_reference.py, so all widths write the same bytes.
 //
@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "encode.h"
 
@@ -105,16 +106,13 @@ struct Nf4Levels {
 
     explicit Nf4Levels(const Tiles&) {}
 
-    F level(F t) const {
-        F level = F{} + LEVELS[0];
-        for (int i = 0; i < 15; i++) level = t > midpoint(i) ? F{} + LEVELS[i + 1] : level;
-        return level;
-    }
+    F level(F t) const { return V::look_up(LEVELS, code(t)); }
 
+    // How many midpoints between levels are below t: a binary search.
     I code(F t) const {
-        I code = {};
-        for (int i = 0; i < 15; i++) code -= t > midpoint(i);
-        return code;
+        I found = {};
+        for (int step = 8; step > 0; step /= 2) found |= (t > V::look_up(MIDPOINTS, found + (step - 1))) & step;
+        return found;
     }
 
 private:
@@ -124,7 +122,11 @@ private:
         0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
         0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f,
     };
-    static F midpoint(int i) { return F{} + (LEVELS[i] + LEVELS[i + 1]) / 2; }
+    static constexpr float middle(int i) { return (LEVELS[i] + LEVELS[i + 1]) / 2; }
+    static constexpr float MIDPOINTS[16] = {
+        middle(0), middle(1), middle(2),  middle(3),  middle(4),  middle(5),  middle(6), middle(7),
+        middle(8), middle(9), middle(10), middle(11), middle(12), middle(13), middle(14),
+    };
 };
 
 // fp4 and fp8: floating-point numbers of a few bits.
@@ -176,11 +178,9 @@ inline void sum(size_t width, F (&out)[N], Body body) {
     F parts[N][8] = {};
     size_t i = 0;
     for (; i + 8 <= width; i += 8)
-#pragma GCC unroll 8
         for (size_t j = 0; j < 8; j++) {
             F terms[N];
             body(i + j, terms);
-#pragma GCC unroll 4
             for (size_t n = 0; n < N; n++) parts[n][j] += terms[n];
         }
     for (size_t j = 0; i + j < width; j++) {
@@ -195,6 +195,25 @@ inline void sum(size_t width, F (&out)[N], Body body) {
 }
 
 // ---- the search ----
+
+// What the search tries in 64ths of a base, in this order, until a 0.
+struct Factors { int16_t values[11]; };
+
+constexpr Factors factors_of(Kind kind) {
+    switch (kind) {
+        case Kind::int8: return {{64, 65, 66, 67, 69, 70}};
+        case Kind::int6:
+        case Kind::int5: return {{64, 54, 68, 63, 66, 62, 73, 47, 60, 70}};
+        case Kind::int4:
+        case Kind::int3: return {{64, 43, 58, 27, 52, 61, 71, 16, 36, 55}};
+        case Kind::int2: return {{64, 39, 23, 51, -50, 31, 16, 57, 45, -34}};
+        case Kind::nf4:
+        case Kind::fp4: return {{64, 96, 58, 43, 61, 67, 54, 90, 36, 63}};
+        case Kind::fp8: return {{64, 90, 66, 76, 74, 65, 99, 71, 86}};
+        case Kind::ternary: return {{64, 107, 134, 95, 160, 119}};
+        default: return {};
+    }
+}
 
 // A scale and offset for each row, and the sum of the squared errors with them.
 template <class F>
@@ -235,22 +254,19 @@ struct Group {
     }
 
     Fit<F> best(Kind kind) const {
-        Fit<F> found;
-        const Factors factors = factors_of(kind);
         F low = at(0), high = at(0);
         for (size_t i = 1; i < width; i++) low = smaller(at(i), low), high = larger(at(i), high);
-        const F base = ASYMMETRIC ? F{} : base_of(kind, low, high);
-        bool first = true;
-        for (const int factor : factors.values) {
-            if (factor == 0) break;
-            if (ASYMMETRIC && factor < 0) continue;
+        F base;
+        if constexpr (!ASYMMETRIC) base = base_of(kind, low, high);
+        const auto candidate = [&](int factor) {
             const float share = static_cast<float>(factor) / 64;
-            const Fit<F> other = ASYMMETRIC ? covering(kind, low, high, share)
-                                            : fit(Bits<V>::rounded(base * share), F{});
-            if (first) found = other;
-            else found.keep_better(other);
-            first = false;
-        }
+            if constexpr (ASYMMETRIC) return covering(kind, low, high, share);
+            else return fit(Bits<V>::rounded(base * share), F{});
+        };
+        const Factors factors = factors_of(kind);
+        Fit<F> found = candidate(factors.values[0]);
+        for (const int16_t* factor = factors.values + 1; *factor; factor++)
+            if (!ASYMMETRIC || *factor > 0) found.keep_better(candidate(*factor));
         for (int again = 0; again < 2; again++) found.keep_better(refit(found));
         return found;
     }
@@ -273,18 +289,14 @@ private:
         }
     }
 
-    // The range from `low` to `high`, shrunk or widened to a share.
+    // The range from `low` to `high`, or a share of it. Covers it although the offset is rounded.
     Fit<F> covering(Kind kind, F low, F high, float share) const {
-        if constexpr (ASYMMETRIC) {
-            const float lowest = levels.lowest, highest = levels.highest;
-            const F low_half = low / 2.0f, high_half = high / 2.0f, middle = low_half + high_half;
-            const F half = (high_half - low_half) * share;
-            const F offset = Bits<V>::rounded(kind == Kind::int8 ? middle : middle + half / (highest - lowest));
-            const F above = middle + half - offset, below = middle - half - offset;
-            return fit(Bits<V>::rounded(larger(above / highest, below / lowest)), offset);
-        } else {
-            return fit(low, high);
-        }
+        const float lowest = levels.lowest, highest = levels.highest;
+        const F low_half = low / 2.0f, high_half = high / 2.0f, middle = low_half + high_half;
+        const F half = (high_half - low_half) * share;
+        const F offset = Bits<V>::rounded(kind == Kind::int8 ? middle : middle + half / (highest - lowest));
+        const F above = middle + half - offset, below = middle - half - offset;
+        return fit(Bits<V>::rounded(larger(above / highest, below / lowest)), offset);
     }
 
     // The scale, and the offset if there is one, that fit the levels of `found` best.
@@ -415,36 +427,42 @@ inline typename V::Floats widened_part(const T* x, size_t count) {
     return widened<V>(padded);
 }
 
-// A square of vectors, so that lane i of vector j becomes lane j of vector i: every round interleaves the first half of
-// the vectors with the second.
-template <class V>
+// The lanes of a and b in turn: of their lower halves, or from lane FROM = LANES / 2 on of their upper ones.
+template <class V, size_t FROM, size_t... I>
+inline typename V::Floats interleaved(typename V::Floats a, typename V::Floats b, std::index_sequence<I...>) {
+    return __builtin_shufflevector(a, b, (FROM + I / 2 + I % 2 * LANES<V>)...);
+}
+
+// A square of vectors, so that lane i of vector j becomes lane j of vector i.
+template <class V, size_t ROUNDS = LANES<V>>
 inline void transpose(typename V::Floats (&square)[LANES<V>]) {
     constexpr size_t N = LANES<V>;
-    typename V::Ints low = {}, high = {};
-    for (size_t i = 0; i < N; i++) {
-        low[i] = static_cast<int>(i / 2 + i % 2 * N);
-        high[i] = static_cast<int>(low[i] + N / 2);
-    }
-#pragma GCC unroll 4
-    for (size_t round = 1; round < N; round *= 2) {
+    if constexpr (ROUNDS > 1) {
         typename V::Floats next[N];
-#pragma GCC unroll 16
         for (size_t i = 0; i < N / 2; i++) {
-            next[2 * i] = __builtin_shuffle(square[i], square[i + N / 2], low);
-            next[2 * i + 1] = __builtin_shuffle(square[i], square[i + N / 2], high);
+            next[2 * i] = interleaved<V, 0>(square[i], square[i + N / 2], std::make_index_sequence<N>());
+            next[2 * i + 1] = interleaved<V, N / 2>(square[i], square[i + N / 2], std::make_index_sequence<N>());
         }
-#pragma GCC unroll 16
+        transpose<V, ROUNDS / 2>(next);
         for (size_t i = 0; i < N; i++) square[i] = next[i];
     }
 }
 
-// out[input * LANES + lane] = the numbers of `rows` rows by `width` inputs at x; of further lanes 0.
+// Rows of numbers of whatever type: load() fills out[input * LANES + lane] with the inputs [col, col + width) of LANES
+// rows from `row` on; what is beyond `rows` is 0.
+struct Source {
+    const void* x;
+    size_t stride, rows;
+    void (*load)(const Source&, size_t row, size_t col, size_t width, float* out);
+};
+
 template <class V, class T>
-inline void load_group(Rows<const T> x, size_t rows, size_t width, float* out) {
-    using F = typename V::Floats;
+void load_group(const Source& source, size_t row, size_t col, size_t width, float* out) {
     constexpr size_t N = LANES<V>;
+    const size_t left = row < source.rows ? source.rows - row : 0, rows = left < N ? left : N;
+    const Rows<const T> x{static_cast<const T*>(source.x) + row * source.stride + col, source.stride};
     for (size_t i = 0; i < width; i += N) {
-        F square[N] = {};
+        typename V::Floats square[N] = {};
         const size_t count = width - i < N ? width - i : N;
         if (count == N)
             for (size_t r = 0; r < rows; r++) square[r] = widened<V>(x[r] + i);
@@ -468,15 +486,14 @@ struct Met {
     }
 };
 
-// One group of LANES rows at x, of which `rows` exist, into span `span` of `tile`.
-template <class V, class Levels, bool ASYMMETRIC, class T>
-inline void encode_span(const Tiles& tiles, const Levels& levels, Rows<const T> x, size_t rows, size_t width,
-                        size_t span, uint8_t* tile, float* w, Met<V>& met) {
+// One group of LANES rows, of which w holds the numbers, becomes span `span` of `tile`.
+template <class V, class Levels, bool ASYMMETRIC>
+inline void encode_span(const Tiles& tiles, const Levels& levels, float* w, size_t width, size_t span, uint8_t* tile,
+                        Met<V>& met) {
     using F = typename V::Floats;
     using I = typename V::Ints;
     using B = Bits<V>;
     constexpr size_t N = LANES<V>;
-    load_group<V>(x, rows, width, w);
     I largest = {};
     for (size_t i = 0; i < width; i++) largest = larger(B::of(load<F>(w + i * N)) & 0x7fffffff, largest);
     met.largest = larger(largest, met.largest);
@@ -502,40 +519,38 @@ inline void encode_span(const Tiles& tiles, const Levels& levels, Rows<const T> 
     met.error += __builtin_convertvector(found.error, typename V::Doubles) * unit * unit;
 }
 
-template <class V, class Levels, bool ASYMMETRIC, class T>
-double encode_tiles(const Tiles& tiles, Rows<const T> x, float* scratch) {
-    constexpr size_t N = LANES<V>;
+template <class V, class Levels, bool ASYMMETRIC>
+double encode_tiles(const Tiles& tiles, const Source& source, float* w) {
     const Levels levels(tiles);
     const size_t tile_bytes = Weight::code_bytes_of(tiles.kind, tiles.group) + TILE_ROWS * 2 * (ASYMMETRIC ? 2 : 1);
     uint8_t* tile = tiles.data;
     Met<V> met;
     for (size_t row = 0; row < tiles.rows; row += TILE_ROWS)
         for (size_t col = 0; col < tiles.cols; col += tiles.group, tile += tile_bytes)
-            for (size_t span = 0; span < TILE_ROWS / N; span++) {
-                const size_t first = row + span * N, left = first < tiles.rows ? tiles.rows - first : 0;
+            for (size_t span = 0; span < TILE_ROWS / LANES<V>; span++) {
                 const size_t width = tiles.cols - col < tiles.group ? tiles.cols - col : tiles.group;
-                const Rows<const T> corner{x.data + first * x.stride + col, x.stride};
-                encode_span<V, Levels, ASYMMETRIC>(tiles, levels, corner, left < N ? left : N, width, span, tile, scratch,
-                                                   met);
+                source.load(source, row + span * LANES<V>, col, width, w);
+                encode_span<V, Levels, ASYMMETRIC>(tiles, levels, w, width, span, tile, met);
             }
     return met.total();
 }
 
 template <class V, class T>
-double encode_with(const Tiles& tiles, Rows<const T> x, float* scratch) {
+double encode_from(const Tiles& tiles, Rows<const T> x, float* scratch) {
+    const Source source{x.data, x.stride, tiles.rows, load_group<V, T>};
     switch (tiles.kind) {
-        case Kind::nf4: return encode_tiles<V, Nf4Levels<V>, false>(tiles, x, scratch);
+        case Kind::nf4: return encode_tiles<V, Nf4Levels<V>, false>(tiles, source, scratch);
         case Kind::fp4:
-        case Kind::fp8: return encode_tiles<V, FloatLevels<V>, false>(tiles, x, scratch);
+        case Kind::fp8: return encode_tiles<V, FloatLevels<V>, false>(tiles, source, scratch);
         default:
-            return tiles.asymmetric ? encode_tiles<V, WholeLevels<V>, true>(tiles, x, scratch)
-                                    : encode_tiles<V, WholeLevels<V>, false>(tiles, x, scratch);
+            return tiles.asymmetric ? encode_tiles<V, WholeLevels<V>, true>(tiles, source, scratch)
+                                    : encode_tiles<V, WholeLevels<V>, false>(tiles, source, scratch);
     }
 }
 
 template <class V>
 constexpr EncodeKernels encode_kernels_of() {
-    return {encode_with<V, float>, encode_with<V, F16>, encode_with<V, BF16>};
+    return {encode_from<V, float>, encode_from<V, F16>, encode_from<V, BF16>};
 }
 
 }  // namespace
