@@ -33,7 +33,7 @@ struct Portable {
     // To the nearest whole number, for |a| < 2^22; and two to the power of a whole number from -126 to 127.
     static Vector round(Vector a) { return a + 0x1.8p23f - 0x1.8p23f; }
     static Vector power_of_two(Vector n) {
-        return as<Vector>(as<Unsigned>(__builtin_convertvector(n, Sums) + 127) << 23);
+        return as<Vector>((__builtin_convertvector(n, Sums) + 127) << 23);
     }
     static void store(float* address, Vector value) { std::memcpy(address, &value, sizeof value); }
     static void store_part(float* address, Vector value, size_t count) {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
 from tightfit.errors import CheckpointError
-from tightfit.weights.formats.base import Format
+from tightfit.weights.formats.base import Format, Matrix, PlainMatrix
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +18,8 @@ F16_MAX = 65504.0
 class Dense(Format):
     """Numbers of ``itemsize`` bytes, row-major, without padding."""
 
+    kind: ClassVar[str]
     itemsize: ClassVar[int]
-    group = 0
 
     def nbytes(self, rows: int, cols: int) -> int:
         return rows * cols * self.itemsize
@@ -31,6 +31,11 @@ class Dense(Format):
         start = self.nbytes(row, cols)
         stored = data[start : start + self.nbytes(rows, cols)]
         stored.view(DENSE[self.kind]).view(rows, cols).copy_(block)
+
+    def _matrix(self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: str) -> Matrix:
+        from tightfit.kernels.weight import Weight
+
+        return PlainMatrix(Weight(data, self.kind, 0, rows, cols), self, gemm_dtype, activations)
 
 
 @technique(seam="weights", name="f32", paper="", exact=True, summary="float32, 4 bytes per weight")
