@@ -105,6 +105,11 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
     checkpoint = _open(wish.model, headers_only)
     try:
         spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
+        if checkpoint.compressed is not None and wish.weights not in (None, checkpoint.compressed.weights):
+            raise UsageError(
+                f"{checkpoint.name} is compressed with {checkpoint.compressed.weights}, {wish.weights} was asked for",
+                f"Leave --weights out, or take the model that it was made from: {checkpoint.compressed.source}.",
+            )
         context = wish.context if wish.context is not None else min(spec.context, DEFAULT_CONTEXT)
         if context > spec.context:
             raise UsageError(
@@ -189,14 +194,15 @@ def _constraints(wish: Wish, opened: Opened) -> Constraints:
     from tightfit.engine.numerics import numerics
     from tightfit.plan.search import Constraints
 
-    types = {info.dtype for info in opened.checkpoint.tensors.values()}
+    compressed = opened.checkpoint.compressed
+    types = set(compressed.types if compressed else (info.dtype for info in opened.checkpoint.tensors.values()))
     return Constraints(
         budget=opened.budget,
         context=opened.context,
         sequences=wish.sequences,
         threads=wish.threads or usable_cores(),
         numerics=numerics(types, cast(ActivationType, wish.activations or "int8")),
-        weights=wish.weights,
+        weights=compressed.weights if compressed else wish.weights,
         chunk=wish.chunk,
     )
 

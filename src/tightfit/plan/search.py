@@ -17,14 +17,14 @@ from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.errors import BudgetError
 from tightfit.kv.cache import Cache
 from tightfit.model.decoder import cache_layouts
-from tightfit.model.spec import ModelSpec, Param
+from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import OWN, LayerPlan, ModelRef, Numerics, Plan
-from tightfit.weights.placement.resident import param_nbytes
+from tightfit.weights.placement.fill import scratch_bytes
+from tightfit.weights.placement.places import EMBEDDINGS, HEAD, group_of, layer_name, params_of
 
 INT8, INT4 = "int8", "int4"
 LEVELS = (OWN, INT8, INT4, "int4(group=64)", "int4(group=128)")  # from the most precise to the smallest
 CHUNKS = (512, 256, 128, 64, 32, 16)
-LOAD_SCRATCH = 12 << 20  # what converting a block while loading takes beside the weights, measured
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -57,7 +57,9 @@ class Search:
         self.spec = spec
         self.constraints = constraints
         self._workspace = workspace
-        self._sizes: dict[tuple[Param, str], int] = {}
+        self._params = params_of(spec)
+        self._loading = scratch_bytes(checkpoint, spec, constraints.threads)
+        self._sizes: dict[tuple[str, str], int] = {}
 
     def best(self, runtime: int) -> Plan:
         """The plan to run where the interpreter and its libraries take ``runtime`` bytes.
@@ -83,7 +85,9 @@ class Search:
         parts = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in plan.accounts.items())
         advice = [f"The smallest budget that works is {format_bytes(plan.total, ceil=True)} ({parts})."]
         advice.append(f"Type --memory {format_bytes(plan.total, ceil=True).replace(' ', '')}")
-        if constraints.weights is not None:
+        if self.checkpoint.compressed is not None:
+            advice.append("or compress the model in fewer bits (`tightfit compress`)")
+        elif constraints.weights is not None:
             advice.append("or leave out --weights, so that fewer bits can be chosen")
         if constraints.sequences > 1:
             advice.append("or run fewer sequences at once (--batch)")
@@ -102,7 +106,7 @@ class Search:
         levels: list[str] = []
         smallest = math.inf
         for level in LEVELS:
-            nbytes = sum(self._size(param, level) for _, param in self.spec.all_params())
+            nbytes = sum(self._size(group, level) for group in self._params)
             if nbytes < smallest:
                 levels.append(level)
                 smallest = nbytes
@@ -143,11 +147,8 @@ class Search:
         spec, constraints = self.spec, self.constraints
         layouts = cache_layouts(spec, constraints.context, chunk)
         kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.numerics.kv])
-        outer_bytes = sum(self._size(param, outer) for param in spec.params)
-        layer_bytes = [
-            sum(self._size(param, fmt) for param in layer.params)
-            for layer, fmt in zip(spec.layers, formats, strict=True)
-        ]
+        outer_bytes = self._size(EMBEDDINGS, outer) + self._size(HEAD, outer)
+        layer_bytes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
         plan = Plan(
             model=ModelRef(
                 name=self.checkpoint.name,
@@ -173,13 +174,13 @@ class Search:
             numerics=constraints.numerics,
         )
         # While loading, cache and scratch are not in use yet: they leave room for what converting takes.
-        workspace = max(self._workspace(plan), LOAD_SCRATCH - plan.accounts["kv"])
+        workspace = max(self._workspace(plan), self._loading - plan.accounts["kv"])
         return plan.model_copy(update={"accounts": plan.accounts | {"workspace": workspace}})
 
-    def _size(self, param: Param, fmt: str) -> int:
-        key = (param, fmt)
+    def _size(self, group: str, fmt: str) -> int:
+        key = (group, fmt)
         if key not in self._sizes:
-            self._sizes[key] = param_nbytes(self.checkpoint, param, fmt)
+            self._sizes[key] = group_of(self.checkpoint, group, self._params[group], fmt).nbytes
         return self._sizes[key]
 
 
