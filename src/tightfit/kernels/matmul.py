@@ -55,8 +55,8 @@ def matmul(
         return
     if vector:
         vector_matmul(x[:vector], weights, out[:vector], ws, activations=activations, accumulate=accumulate)
-    assert split is not None
-    gemm(x, weights, out, split.gemm, dtype, ws, accumulate)
+    if split is not None and split.gemm:
+        gemm(x, weights, out, split.gemm, dtype, ws, accumulate)
 
 
 def vector_matmul(
