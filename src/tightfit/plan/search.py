@@ -1,7 +1,7 @@
 """Chooses a plan: the most precise weights that fit, then the largest chunk.
 
-Weights stay in their own precision if they fit, or are rounded to 8 bits, or to 4 bits with as many layers in 8 bits as
-there is room for. Of two plans with equal weights the one with larger chunks is faster.
+Weights stay in their own precision if they fit, or are rounded to 8, 6, 5 or 4 bits, with as many layers in the next
+more precise format as there is room for. Of two plans with equal weights the one with larger chunks is faster.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from tightfit.plan.schema import OWN, LayerPlan, ModelRef, Numerics, Plan
 from tightfit.weights.placement.fill import scratch_bytes
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, group_of, layer_name, params_of
 
-INT8, INT4 = "int8", "int4"
-LEVELS = (OWN, INT8, INT4, "int4(group=64)", "int4(group=128)")  # from the most precise to the smallest
+# From the most precise to the smallest. Fewer than 4 bits lose so much that they must be asked for.
+LEVELS = (OWN, "int8", "int6", "int5", "int4", "int4(group=64)", "int4(group=128)")
+# What is left of a budget is spent on the next more precise level for some of the layers.
+BETTER = {"int6": "int8", "int5": "int6", "int4": "int5"}
 CHUNKS = (512, 256, 128, 64, 32, 16)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -70,7 +72,7 @@ class Search:
             for chunk in self.chunks():
                 plan = self.uniform(level, chunk, runtime)
                 if plan.total <= plan.budget:
-                    return self._upgrade(plan) if level == INT4 and self.constraints.weights is None else plan
+                    return plan if self.constraints.weights is not None else self._upgrade(plan)
         raise self.refusal(runtime)
 
     def smallest(self, runtime: int) -> Plan:
@@ -124,17 +126,20 @@ class Search:
         return self.plan(level, [level] * len(self.spec.layers), chunk, runtime)
 
     def _upgrade(self, plan: Plan) -> Plan:
-        """Spends what is left on 8 bits instead of 4: the embeddings and the head first, then layers from both ends
-        (the first and last layers lose most when they are rounded)."""
+        """Spends what is left on more bits: for the embeddings and the head first, then for layers from both ends (the
+        first and last layers lose most when they are rounded)."""
+        better = BETTER.get(plan.outer.format)
+        if better is None:
+            return plan
         count = len(self.spec.layers)
         order = sorted(range(count), key=lambda index: min(index, count - 1 - index))
         outer, formats = plan.outer.format, [layer.format for layer in plan.layers]
         best = plan
         for index in (None, *order):
             if index is None:
-                outer = INT8
+                outer = better
             else:
-                formats[index] = INT8
+                formats[index] = better
             bigger = self.plan(outer, formats, plan.chunk, plan.accounts["runtime"])
             if bigger.total > plan.budget:
                 break

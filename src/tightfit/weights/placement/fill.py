@@ -17,7 +17,15 @@ import torch
 from tightfit.checkpoints.checkpoint import Checkpoint, TensorInfo
 from tightfit.model.spec import ModelSpec
 from tightfit.weights.placement.places import Group, Place
-from tightfit.weights.placement.read import FORMAT_OF, block_rows, block_scratch, is_plain, read_plain, read_rows, tensor_of
+from tightfit.weights.placement.read import (
+    FORMAT_OF,
+    block_rows,
+    block_scratch,
+    is_plain,
+    read_plain,
+    read_rows,
+    tensor_of,
+)
 
 PIECE = 8 << 20  # bytes of a compressed folder that a thread reads before it takes the next
 FIXED = 4 << 20  # bytes: stacks of threads, and what the allocator does not give back at once
