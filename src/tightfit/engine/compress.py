@@ -87,10 +87,11 @@ def needed_bytes(wish: Wish, opened: Opened, elsewhere: int = 0) -> int:
     assert wish.weights is not None
     checkpoint, spec = opened.checkpoint, opened.spec
     check(checkpoint, spec)
-    largest = max(group.nbytes for group in store.layout(checkpoint, spec, wish.weights))
+    layout = store.layout(checkpoint, spec, wish.weights)
     drop_code_pages()
     seen = resident_set()
-    converting = largest + scratch_bytes(checkpoint, spec, _threads(wish))
+    converting = max(group.nbytes for group in layout)
+    converting += max(scratch_bytes(checkpoint, group, _threads(wish)) for group in layout)
     return max(seen.current + converting + MARGIN, seen.peak + PEAK_MARGIN) + elsewhere
 
 

@@ -101,7 +101,7 @@ def test_codes_are_kept_in_bfloat16_where_the_plan_says_own(write: Any) -> None:
         **FP8,
     )
     param = Param("a", (64, 48), Source("a.weight"))
-    [place] = group_of(checkpoint, "head", [param], "own").places
+    [place] = group_of(checkpoint, ModelSpec("x", 1, 1, (), (param,), 1, 1e-6), "head", "own").places
     assert place.format is not None
     assert place.format.name == "bf16"
     assert place.nbytes == 2 * 64 * 48
