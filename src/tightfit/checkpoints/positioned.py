@@ -13,7 +13,7 @@ import threading
 
 ALIGNMENT = 4096  # bytes: what direct I/O asks of places in files and memory
 SMALL = 128 << 10  # bytes: less than this is read through the page cache
-REQUEST = 2 << 20  # bytes that one request asks for, enough for a disk to be busy where several threads read
+REQUEST = 1 << 20  # bytes that one request asks for: a disk is busy where several threads read
 DIRECT, NO_WAIT = getattr(os, "O_DIRECT", 0), getattr(os, "RWF_NOWAIT", 0)  # Linux has them
 
 
@@ -27,7 +27,7 @@ class PositionedFile:
         self._own = threading.local()
 
     def read_some(self, position: int, view: memoryview, again: bool) -> int:
-        """Fills the beginning of ``view`` with the bytes from ``position`` on; gives how many, 0 at the end of the file.
+        """Fills the beginning of ``view`` with the bytes from ``position`` on; gives how many, 0 at the file's end.
 
         ``again`` says that the same bytes will be asked for once more: they then stay in the page cache.
         """

@@ -119,4 +119,3 @@ class TensorFiles:
     def _take(self, file: str, header: Header) -> dict[str, TensorInfo]:
         self.metadata[file] = header.metadata
         return header.tensors
-

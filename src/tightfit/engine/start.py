@@ -221,6 +221,7 @@ def start(
     ledger = Ledger(plan.budget)
     ledger.reserve("runtime", plan.accounts["runtime"])
     weights = ledger.arena("weights", plan.accounts["weights"])
+    weights.use_large_pages()
     kv = ledger.arena("kv", plan.accounts["kv"])
     scratch = ledger.arena("workspace", plan.accounts["workspace"])
     cpu.set_threads(plan.threads)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
 
 from tightfit.checkpoints.checkpoint import Checkpoint, TensorInfo
+from tightfit.checkpoints.positioned import REQUEST
 from tightfit.errors import CheckpointError
 from tightfit.kernels.encode import scratch_bytes as encode_scratch
 from tightfit.weights.formats.base import Format
@@ -65,11 +65,12 @@ def scratch_bytes(checkpoint: Checkpoint, group: Group, threads: int) -> int:
     """What :func:`fill` takes for a moment beside the memory that it fills, at most."""
     if checkpoint.compressed is not None:
         return FIXED
-    return FIXED + workers(threads) * max((_scratch(checkpoint, place) for place in group.places), default=0)
+    each = max((_scratch(checkpoint, place) for place in group.places), default=0)
+    return FIXED + workers(threads) * (REQUEST + each)
 
 
 def _scratch(checkpoint: Checkpoint, place: Place) -> int:
-    """The block that a thread holds, and what converting it takes."""
+    """The block that a thread holds, and what reading and converting it takes."""
     param, fmt = place.param, place.format
     block = block_scratch(checkpoint, param)
     if fmt is None or isinstance(fmt, Dense):
@@ -78,17 +79,18 @@ def _scratch(checkpoint: Checkpoint, place: Place) -> int:
     return block + encode_scratch(param.shape[1]) + (16 * numbers if _has_header(fmt) else 0)
 
 
-def _has_header(fmt: Format | None) -> bool:
+def _has_header(fmt: Format) -> bool:
     """Whether a matrix has a header, which is found by going through all of it before the first row is encoded."""
-    return fmt is not None and type(fmt).begin is not Format.begin
+    return type(fmt).begin is not Format.begin
 
 
 def _rows(checkpoint: Checkpoint, parts: Iterable[tuple[Group, torch.Tensor]]) -> Iterator[Rows]:
     for group, memory in parts:
         for place in group.places:
             rows = place.param.shape[0]
+            together = place.format is not None and _has_header(place.format)
             for expert, data in enumerate(place.of(memory)):
-                at_once = rows if _has_header(place.format) else block_rows(checkpoint, place.param, expert)
+                at_once = rows if together else block_rows(checkpoint, place.param, expert)
                 for start in range(0, rows, at_once):
                     yield Rows(place, expert, start, min(start + at_once, rows), data)
 
@@ -114,17 +116,35 @@ def _place(checkpoint: Checkpoint, rows: Rows) -> int:
         begin, end = (fmt.nbytes(row, param.shape[1]) for row in (rows.start, rows.stop))
         read_plain(checkpoint, param, rows.expert, rows.start, rows.data[begin:end])
     else:
-        read = partial(blocks, checkpoint, param, rows.expert, rows.start, rows.stop)
-        if _has_header(fmt):
-            fmt.begin(rows.data, (param.shape[0], param.shape[1]), read)
-        for row, block in read():
-            try:
+        source = Source(checkpoint, rows)
+        try:
+            if fmt is not None and _has_header(fmt):
+                fmt.begin(rows.data, (param.shape[0], param.shape[1]), source.blocks)
+            for row, block in source.blocks():
                 _convert(place, block, rows.data, row)
-            except CheckpointError as error:
-                where = f"rows {row} to {row + len(block) - 1} of {info.name!r} of {checkpoint.name}"
-                raise CheckpointError(f"{where}: {error.message}", error.hint) from error
+        except CheckpointError as error:
+            if source.at is None:
+                raise
+            where = f"rows {source.at[0]} to {source.at[1] - 1} of {info.name!r} of {checkpoint.name}"
+            raise CheckpointError(f"{where}: {error.message}", error.hint) from error
     begin, end = (place.nbytes * row // param.shape[0] for row in (rows.start, rows.stop))
     return end - begin
+
+
+@dataclass
+class Source:
+    """The blocks of some rows; ``at`` is where the one that was given stands, None while the next is read."""
+
+    checkpoint: Checkpoint
+    rows: Rows
+    at: tuple[int, int] | None = None
+
+    def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        rows = self.rows
+        for row, block in blocks(self.checkpoint, rows.place.param, rows.expert, rows.start, rows.stop):
+            self.at = row, row + len(block)
+            yield row, block
+            self.at = None
 
 
 def _convert(place: Place, block: torch.Tensor, data: torch.Tensor, row: int) -> None:

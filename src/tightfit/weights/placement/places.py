@@ -3,7 +3,7 @@ group one run of bytes, the same in memory and in a compressed folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -65,11 +65,12 @@ def layer_name(index: int) -> str:
     return f"{LAYER}{index}"
 
 
-def params_of(spec: ModelSpec) -> dict[str, Sequence[Param]]:
+def params_of(spec: ModelSpec) -> dict[str, tuple[Param, ...]]:
     """The parameters of each group, in the order of use."""
     layers = {layer_name(index): layer.params for index, layer in enumerate(spec.layers)}
-    embeddings = [param for param in spec.params if param.name == "embed_tokens"]
-    return {EMBEDDINGS: embeddings} | layers | {HEAD: [param for param in spec.params if param not in embeddings]}
+    embeddings = tuple(param for param in spec.params if param.name == "embed_tokens")
+    head = tuple(param for param in spec.params if param.name != "embed_tokens")
+    return {EMBEDDINGS: embeddings} | layers | {HEAD: head}
 
 
 def group_of(checkpoint: Checkpoint, spec: ModelSpec, name: str, stored_as: str) -> Group:
