@@ -74,18 +74,17 @@ class Checkpoint:
             digest.update(json.dumps(self.compressed.metadata(), sort_keys=True).encode())
         return digest.hexdigest()
 
-    def read_into(self, info: TensorInfo, start_byte: int, buffer: WriteableBuffer) -> None:
+    def read_into(self, info: TensorInfo, start_byte: int, buffer: WriteableBuffer, again: bool = False) -> None:
         """Fill ``buffer`` (writable, contiguous) with the bytes of a tensor from ``start_byte`` on.
 
-        May be called from several threads. Raises CheckpointError where the file cannot be read or has shrunk,
-        ValueError where the range lies outside the tensor.
+        What is not in the page cache is read past it where the file system can, unless the same bytes will be asked for
+        ``again``. May be called from several threads. Raises CheckpointError where the file cannot be read or has
+        shrunk, ValueError where the range lies outside the tensor.
         """
-        self._weights.read(info.file, info.offset + start_byte, _within(info, start_byte, buffer))
-
-    def read_aligned(self, info: TensorInfo, start_byte: int, buffer: WriteableBuffer) -> None:
-        """As :meth:`read_into`, for many MiB of a compressed folder: what is not in the page cache is read past it,
-        where the file system can. Place, length and memory are multiples of 4 KiB."""
-        self._weights.read_aligned(info.file, info.offset + start_byte, _within(info, start_byte, buffer))
+        view = memoryview(buffer).cast("B")
+        if not 0 <= start_byte <= info.nbytes - len(view):
+            raise ValueError(f"bytes [{start_byte}, {start_byte + len(view)}) of '{info.name}' ({info.nbytes} bytes)")
+        self._weights.read(info.file, info.offset + start_byte, view, again)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, read on the first call. Raises CheckpointError where there is none that can be used."""
@@ -108,13 +107,6 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _within(info: TensorInfo, start_byte: int, buffer: WriteableBuffer) -> memoryview:
-    view = memoryview(buffer).cast("B")
-    if not 0 <= start_byte <= info.nbytes - len(view):
-        raise ValueError(f"bytes [{start_byte}, {start_byte + len(view)}) of '{info.name}' ({info.nbytes} bytes)")
-    return view
 
 
 def open_checkpoint(name_or_path: str, revision: str | None = None, *, headers_only: bool = False) -> Checkpoint:

@@ -14,12 +14,12 @@ from typing import Any
 
 from tightfit.checkpoints.config import Config
 from tightfit.checkpoints.layout import COMPRESSED
+from tightfit.checkpoints.positioned import ALIGNMENT
 from tightfit.checkpoints.safetensors_file import TensorInfo
 from tightfit.errors import CheckpointError
 
 VERSION = 1
 KEY = "tightfit"  # of the metadata, whose values are texts: a JSON object
-ALIGNMENT = 4096  # bytes: what direct I/O asks of files and memory
 AGAIN = "Write it again with `tightfit compress`."
 
 

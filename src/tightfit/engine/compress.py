@@ -15,6 +15,7 @@ from tightfit import child
 from tightfit.budget.machine import usable_cores
 from tightfit.budget.meter import resident_set
 from tightfit.budget.units import format_bytes
+from tightfit.catalog import parse_one, spec_string
 from tightfit.engine.opening import CHILD_BELOW, Opened, Wish, open_model
 from tightfit.errors import BudgetError, CheckpointError, TightfitError
 
@@ -50,9 +51,9 @@ def compress(
     from tightfit.budget.ledger import Arena
     from tightfit.weights import store
 
-    assert wish.weights is not None
     torch.set_num_threads(1)  # every thread that fills converts blocks of its own
-    layout = store.layout(opened.checkpoint, opened.spec, wish.weights)
+    weights = _weights(wish)
+    layout = store.layout(opened.checkpoint, opened.spec, weights)
     total, done = sum(group.nbytes for group in layout), 0
 
     def count(nbytes: int) -> None:
@@ -63,10 +64,10 @@ def compress(
     started = time.monotonic()
     largest = max(group.nbytes for group in layout)
     memory = Arena(largest).take(largest)
-    store.write(opened.checkpoint, wish.weights, layout, memory, out, _threads(wish), force, count)
+    store.write(opened.checkpoint, weights, layout, memory, out, _threads(wish), force, count)
     return {
         "folder": str(out),
-        "weights": wish.weights,
+        "weights": weights,
         "bytes": total,
         "bits_per_weight": 8 * total / opened.spec.parameter_count,
         "seconds": time.monotonic() - started,
@@ -84,14 +85,20 @@ def needed_bytes(wish: Wish, opened: Opened, elsewhere: int = 0) -> int:
     from tightfit.weights.placement.fill import scratch_bytes
     from tightfit.weights.placement.places import check
 
-    assert wish.weights is not None
     checkpoint, spec = opened.checkpoint, opened.spec
     check(checkpoint, spec)
-    largest = max(group.nbytes for group in store.layout(checkpoint, spec, wish.weights))
+    layout = store.layout(checkpoint, spec, _weights(wish))
     drop_code_pages()
     seen = resident_set()
-    converting = largest + scratch_bytes(checkpoint, spec, _threads(wish))
+    converting = max(group.nbytes for group in layout)
+    converting += max(scratch_bytes(checkpoint, group, _threads(wish)) for group in layout)
     return max(seen.current + converting + MARGIN, seen.peak + PEAK_MARGIN) + elsewhere
+
+
+def _weights(wish: Wish) -> str:
+    """The format as it is kept: settings at their default are left out."""
+    assert wish.weights is not None
+    return spec_string(parse_one("weights", wish.weights))
 
 
 def _threads(wish: Wish) -> int:

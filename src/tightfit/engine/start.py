@@ -65,7 +65,7 @@ def different_layers(checkpoint: Checkpoint, spec: ModelSpec, formats: Sequence[
     """The first layer of each kind and way of storing it: the others run just as these do."""
     first: dict[tuple[object, ...], int] = {}
     for index, (layer, fmt) in enumerate(zip(spec.layers, formats, strict=True)):
-        group = group_of(checkpoint, layer_name(index), layer.params, fmt)
+        group = group_of(checkpoint, spec, layer_name(index), fmt)
         first.setdefault((layer.kind, *(place.format for place in group.places)), index)
     return list(first.values())
 
@@ -221,6 +221,7 @@ def start(
     ledger = Ledger(plan.budget)
     ledger.reserve("runtime", plan.accounts["runtime"])
     weights = ledger.arena("weights", plan.accounts["weights"])
+    weights.use_large_pages()
     kv = ledger.arena("kv", plan.accounts["kv"])
     scratch = ledger.arena("workspace", plan.accounts["workspace"])
     cpu.set_threads(plan.threads)

@@ -59,9 +59,7 @@ class Search:
         self.spec = spec
         self.constraints = constraints
         self._workspace = workspace
-        self._params = params_of(spec)
-        self._loading = scratch_bytes(checkpoint, spec, constraints.threads)
-        self._sizes: dict[tuple[str, str], int] = {}
+        self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
 
     def best(self, runtime: int) -> Plan:
         """The plan to run where the interpreter and its libraries take ``runtime`` bytes.
@@ -108,7 +106,7 @@ class Search:
         levels: list[str] = []
         smallest = math.inf
         for level in LEVELS:
-            nbytes = sum(self._size(group, level) for group in self._params)
+            nbytes = sum(self._size(group, level)[0] for group in params_of(self.spec))
             if nbytes < smallest:
                 levels.append(level)
                 smallest = nbytes
@@ -152,8 +150,9 @@ class Search:
         spec, constraints = self.spec, self.constraints
         layouts = cache_layouts(spec, constraints.context, chunk)
         kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.numerics.kv])
-        outer_bytes = self._size(EMBEDDINGS, outer) + self._size(HEAD, outer)
-        layer_bytes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
+        outer_sizes = [self._size(group, outer) for group in (EMBEDDINGS, HEAD)]
+        layer_sizes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
+        outer_bytes, layer_bytes = sum(size for size, _ in outer_sizes), [size for size, _ in layer_sizes]
         plan = Plan(
             model=ModelRef(
                 name=self.checkpoint.name,
@@ -179,13 +178,16 @@ class Search:
             numerics=constraints.numerics,
         )
         # While loading, cache and scratch are not in use yet: they leave room for what converting takes.
-        workspace = max(self._workspace(plan), self._loading - plan.accounts["kv"])
+        loading = max(scratch for _, scratch in (*outer_sizes, *layer_sizes))
+        workspace = max(self._workspace(plan), loading - plan.accounts["kv"])
         return plan.model_copy(update={"accounts": plan.accounts | {"workspace": workspace}})
 
-    def _size(self, group: str, fmt: str) -> int:
-        key = (group, fmt)
+    def _size(self, group: str, stored_as: str) -> tuple[int, int]:
+        """Bytes of a group of parameters, and of scratch while it is loaded."""
+        key = (group, stored_as)
         if key not in self._sizes:
-            self._sizes[key] = group_of(self.checkpoint, group, self._params[group], fmt).nbytes
+            found = group_of(self.checkpoint, self.spec, group, stored_as)
+            self._sizes[key] = found.nbytes, scratch_bytes(self.checkpoint, found, self.constraints.threads)
         return self._sizes[key]
 
 

@@ -20,8 +20,9 @@ import torch
 from tightfit.budget.units import format_bytes
 from tightfit.catalog import spec_string
 from tightfit.checkpoints.checkpoint import Checkpoint
-from tightfit.checkpoints.compressed import ALIGNMENT, Compressed, StoredParam
+from tightfit.checkpoints.compressed import Compressed, StoredParam
 from tightfit.checkpoints.layout import COMPRESSED, CONFIG, INDEX, SMALL_FILES
+from tightfit.checkpoints.positioned import ALIGNMENT
 from tightfit.checkpoints.safetensors_file import header_bytes
 from tightfit.errors import FileError, UsageError
 from tightfit.model.spec import ModelSpec

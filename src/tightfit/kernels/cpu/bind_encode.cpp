@@ -23,6 +23,10 @@ void tightfit::bind_encode(nb::module_& m) {
                        const std::string& type, uintptr_t x, size_t stride, size_t rows, size_t cols, uintptr_t out,
                        uintptr_t scratch) {
         const Tiles tiles{kind_of(kind), group, asymmetric, exponent_bits, reinterpret_cast<uint8_t*>(out), rows, cols};
+        if (tiles.kind <= Kind::bf16 || group == 0 || group % (tiles.kind == Kind::ternary ? 48 : 16))
+            throw nb::value_error("groups are multiples of 16, of ternary codes of 48");
+        if (tiles.kind == Kind::fp8 && (exponent_bits < 2 || exponent_bits > 5))
+            throw nb::value_error("fp8 has 2 to 5 bits of exponent");
         nb::gil_scoped_release release;
         if (type == "f32") return encode_at<float>(tiles, x, stride, scratch);
         if (type == "f16") return encode_at<F16>(tiles, x, stride, scratch);

@@ -15,15 +15,19 @@ from typing import TypeVar
 import torch
 
 from tightfit.checkpoints.checkpoint import Checkpoint, TensorInfo
-from tightfit.model.spec import ModelSpec
+from tightfit.checkpoints.positioned import REQUEST
+from tightfit.errors import CheckpointError
+from tightfit.kernels.encode import scratch_bytes as encode_scratch
+from tightfit.weights.formats.base import Format
+from tightfit.weights.formats.dense import Dense
 from tightfit.weights.placement.places import Group, Place
 from tightfit.weights.placement.read import (
     FORMAT_OF,
     block_rows,
     block_scratch,
+    blocks,
     is_plain,
     read_plain,
-    read_rows,
     tensor_of,
 )
 
@@ -57,20 +61,36 @@ def workers(threads: int) -> int:
     return min(threads, MOST_THREADS) + 1
 
 
-def scratch_bytes(checkpoint: Checkpoint, spec: ModelSpec, threads: int) -> int:
+def scratch_bytes(checkpoint: Checkpoint, group: Group, threads: int) -> int:
     """What :func:`fill` takes for a moment beside the memory that it fills, at most."""
     if checkpoint.compressed is not None:
         return FIXED
-    params = {param: None for _, param in spec.all_params()}
-    return FIXED + workers(threads) * max((block_scratch(checkpoint, param) for param in params), default=0)
+    each = max((_scratch(checkpoint, place) for place in group.places), default=0)
+    return FIXED + workers(threads) * (REQUEST + each)
+
+
+def _scratch(checkpoint: Checkpoint, place: Place) -> int:
+    """The block that a thread holds, and what reading and converting it takes."""
+    param, fmt = place.param, place.format
+    block = block_scratch(checkpoint, param)
+    if fmt is None or isinstance(fmt, Dense):
+        return block
+    numbers = block_rows(checkpoint, param) * param.shape[1]
+    return block + encode_scratch(param.shape[1]) + (16 * numbers if _has_header(fmt) else 0)
+
+
+def _has_header(fmt: Format) -> bool:
+    """Whether a matrix has a header, which is found by going through all of it before the first row is encoded."""
+    return type(fmt).begin is not Format.begin
 
 
 def _rows(checkpoint: Checkpoint, parts: Iterable[tuple[Group, torch.Tensor]]) -> Iterator[Rows]:
     for group, memory in parts:
         for place in group.places:
             rows = place.param.shape[0]
+            together = place.format is not None and _has_header(place.format)
             for expert, data in enumerate(place.of(memory)):
-                at_once = block_rows(checkpoint, place.param, expert)
+                at_once = rows if together else block_rows(checkpoint, place.param, expert)
                 for start in range(0, rows, at_once):
                     yield Rows(place, expert, start, min(start + at_once, rows), data)
 
@@ -85,25 +105,54 @@ def _pieces(
 
 
 def _read(checkpoint: Checkpoint, info: TensorInfo, start: int, memory: torch.Tensor) -> int:
-    checkpoint.read_aligned(info, start, memory.numpy().data)
+    checkpoint.read_into(info, start, memory.numpy().data)
     return len(memory)
 
 
 def _place(checkpoint: Checkpoint, rows: Rows) -> int:
-    place, param = rows.place, rows.place.param
+    place, param, fmt = rows.place, rows.place.param, rows.place.format
     info = tensor_of(checkpoint, param, rows.expert)
-    if place.format is None:
-        block = read_rows(checkpoint, param, rows.expert, rows.start, rows.stop)
-        out = rows.data.view(torch.float32)[rows.start : rows.stop]
-        torch.add(block[:, 0], param.add, out=out)
-    elif is_plain(param, info) and place.format.name == FORMAT_OF[info.dtype]:
-        begin, end = (place.format.nbytes(row, param.shape[1]) for row in (rows.start, rows.stop))
+    if fmt is not None and is_plain(param, info) and fmt.name == FORMAT_OF[info.dtype]:
+        begin, end = (fmt.nbytes(row, param.shape[1]) for row in (rows.start, rows.stop))
         read_plain(checkpoint, param, rows.expert, rows.start, rows.data[begin:end])
     else:
-        block = read_rows(checkpoint, param, rows.expert, rows.start, rows.stop)
-        place.format.encode(block, rows.data, rows.start)
+        source = Source(checkpoint, rows)
+        try:
+            if fmt is not None and _has_header(fmt):
+                fmt.begin(rows.data, (param.shape[0], param.shape[1]), source.blocks)
+            for row, block in source.blocks():
+                _convert(place, block, rows.data, row)
+        except CheckpointError as error:
+            if source.at is None:
+                raise
+            where = f"rows {source.at[0]} to {source.at[1] - 1} of {info.name!r} of {checkpoint.name}"
+            raise CheckpointError(f"{where}: {error.message}", error.hint) from error
     begin, end = (place.nbytes * row // param.shape[0] for row in (rows.start, rows.stop))
     return end - begin
+
+
+@dataclass
+class Source:
+    """The blocks of some rows; ``at`` is where the one that was given stands, None while the next is read."""
+
+    checkpoint: Checkpoint
+    rows: Rows
+    at: tuple[int, int] | None = None
+
+    def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        rows = self.rows
+        for row, block in blocks(self.checkpoint, rows.place.param, rows.expert, rows.start, rows.stop):
+            self.at = row, row + len(block)
+            yield row, block
+            self.at = None
+
+
+def _convert(place: Place, block: torch.Tensor, data: torch.Tensor, row: int) -> None:
+    if place.format is None:
+        out = data.view(torch.float32)[row : row + len(block)]
+        torch.add(block[:, 0], place.param.add, out=out)
+    else:
+        place.format.encode(block, data, row)
 
 
 def in_parallel(units: Iterable[Unit], work: Callable[[Unit], int], count: int) -> Iterator[int]:

@@ -3,7 +3,7 @@ group one run of bytes, the same in memory and in a compressed folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING
 from tightfit.budget.ledger import align
 from tightfit.catalog import parse_one
 from tightfit.checkpoints.checkpoint import Checkpoint
-from tightfit.checkpoints.compressed import ALIGNMENT, StoredParam
+from tightfit.checkpoints.compressed import StoredParam
 from tightfit.checkpoints.layout import COMPRESSED
+from tightfit.checkpoints.positioned import ALIGNMENT
 from tightfit.errors import CheckpointError, UsageError
 from tightfit.model.spec import ModelSpec, Param
 from tightfit.plan.schema import OWN
-from tightfit.weights.formats.base import Format
+from tightfit.weights.formats.base import Format, Scheme
 from tightfit.weights.placement import read
 
 if TYPE_CHECKING:
     import torch
 
-EMBEDDINGS, HEAD = "embeddings", "head"
+EMBEDDINGS, LAYER, HEAD = "embeddings", "layers.", "head"
 
 
 @dataclass(frozen=True)
@@ -61,45 +62,40 @@ class Group:
 
 
 def layer_name(index: int) -> str:
-    return f"layers.{index}"
+    return f"{LAYER}{index}"
 
 
-def params_of(spec: ModelSpec) -> dict[str, Sequence[Param]]:
+def params_of(spec: ModelSpec) -> dict[str, tuple[Param, ...]]:
     """The parameters of each group, in the order of use."""
     layers = {layer_name(index): layer.params for index, layer in enumerate(spec.layers)}
-    embeddings = [param for param in spec.params if param.name == "embed_tokens"]
-    return {EMBEDDINGS: embeddings} | layers | {HEAD: [param for param in spec.params if param not in embeddings]}
+    embeddings = tuple(param for param in spec.params if param.name == "embed_tokens")
+    head = tuple(param for param in spec.params if param.name != "embed_tokens")
+    return {EMBEDDINGS: embeddings} | layers | {HEAD: head}
 
 
-def format_of(checkpoint: Checkpoint, param: Param, spec: str) -> Format:
-    """The format in which ``param`` is stored where the plan says ``spec`` (a spec string, or ``own``)."""
-    if spec == OWN or param.exact:
-        spec = read.FORMAT_OF[read.tensor_of(checkpoint, param).dtype]
-    return _format(spec)
-
-
-def group_of(checkpoint: Checkpoint, name: str, params: Sequence[Param], spec: str) -> Group:
-    """``params`` one after the other, the matrices in the format that the spec string says; or, of a compressed folder,
-    as it has them."""
+def group_of(checkpoint: Checkpoint, spec: ModelSpec, name: str, stored_as: str) -> Group:
+    """The parameters of a group one after the other, the matrices ``stored_as`` says (a spec string, or ``own``); or,
+    of a compressed folder, as it has them."""
+    params = params_of(spec)[name]
     if checkpoint.compressed is not None:
         stored = {param.name: param for param in checkpoint.compressed.groups[name]}
-        places = [_stored_place(param, stored[param.name]) for param in params]
-        return Group(name, tuple(places), checkpoint.tensors[name].nbytes)
-    places, offset = [], 0
+        found = [_stored_place(param, stored[param.name]) for param in params]
+        return Group(name, tuple(found), checkpoint.tensors[name].nbytes)
+    layer = None if name in (EMBEDDINGS, HEAD) else int(name.removeprefix(LAYER))
+    places: list[Place] = []
     for param in params:
-        fmt = format_of(checkpoint, param, spec) if param.is_matrix else None
-        nbytes = _nbytes(param, fmt)
-        places.append(Place(param, fmt, offset, nbytes, nbytes if fmt is None else align(nbytes)))
-        offset = align(places[-1].end)
-    return Group(name, tuple(places), align(offset, ALIGNMENT))
+        fmt = _format_of(checkpoint, param, stored_as, layer, len(spec.layers)) if param.is_matrix else None
+        places.append(Place(param, fmt, align(places[-1].end) if places else 0, *_sizes(param, fmt)))
+    return Group(name, tuple(places), align(places[-1].end if places else 0, ALIGNMENT))
 
 
-def groups(checkpoint: Checkpoint, spec: ModelSpec, outer: str, formats: Mapping[int, str]) -> Iterator[Group]:
-    """All groups in the order of use; of the layers those that ``formats`` has, by their index."""
-    formats_of = {EMBEDDINGS: outer, HEAD: outer} | {layer_name(index): fmt for index, fmt in formats.items()}
-    for name, params in params_of(spec).items():
-        if name in formats_of:
-            yield group_of(checkpoint, name, params, formats_of[name])
+def groups(checkpoint: Checkpoint, spec: ModelSpec, outer: str, layers: Mapping[int, str]) -> Iterator[Group]:
+    """All groups in the order of use, the embeddings and the head stored as ``outer`` says; of the layers those that
+    ``layers`` has, by their index."""
+    stored_as = {EMBEDDINGS: outer, HEAD: outer} | {layer_name(index): spec for index, spec in layers.items()}
+    for name in params_of(spec):
+        if name in stored_as:
+            yield group_of(checkpoint, spec, name, stored_as[name])
 
 
 def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
@@ -131,7 +127,7 @@ def _check_stored(checkpoint: Checkpoint, param: Param, stored: StoredParam) -> 
             f"{checkpoint.name} keeps {param.name} as '{stored.format}': {error.message}",
             "Install the tightfit that wrote it, or compress the model again.",
         ) from error
-    if place.nbytes != _nbytes(param, place.format):
+    if (place.nbytes, place.stride) != _sizes(param, place.format):
         raise _mismatch(checkpoint, f"{param.name} has {place.nbytes} bytes, which is not {stored.format}")
 
 
@@ -143,16 +139,24 @@ def _mismatch(checkpoint: Checkpoint, what: str) -> CheckpointError:
 
 
 def _stored_place(param: Param, stored: StoredParam) -> Place:
-    fmt = _format(stored.format) if param.is_matrix else None
+    fmt = _scheme(stored.format).of(param.name, None, 0) if param.is_matrix else None
     return Place(param, fmt, stored.offset, stored.nbytes, stored.stride)
 
 
-def _nbytes(param: Param, fmt: Format | None) -> int:
-    return param.shape[0] * 4 if fmt is None else fmt.nbytes(*param.shape)
+def _sizes(param: Param, fmt: Format | None) -> tuple[int, int]:
+    """Bytes of one copy, and from one to the next."""
+    nbytes = param.shape[0] * 4 if fmt is None else fmt.nbytes(*param.shape)
+    return nbytes, nbytes if fmt is None else align(nbytes)
+
+
+def _format_of(checkpoint: Checkpoint, param: Param, stored_as: str, layer: int | None, layers: int) -> Format:
+    if stored_as == OWN or param.exact:
+        stored_as = read.FORMAT_OF[read.tensor_of(checkpoint, param).dtype]
+    return _scheme(stored_as).of(param.name, layer, layers)
 
 
 @cache
-def _format(spec: str) -> Format:
+def _scheme(spec: str) -> Scheme:
     chosen = parse_one("weights", spec)
-    assert isinstance(chosen, Format)
+    assert isinstance(chosen, Scheme)
     return chosen

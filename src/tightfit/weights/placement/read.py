@@ -157,18 +157,21 @@ def read_rows(checkpoint: Checkpoint, param: Param, expert: int, start: int, sto
     return block
 
 
-def blocks(checkpoint: Checkpoint, param: Param, expert: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, block) over all rows of a matrix or vector, as :func:`read_rows` gives them."""
-    at_once = block_rows(checkpoint, param, expert)
-    for row in range(0, param.shape[0], at_once):
-        yield row, read_rows(checkpoint, param, expert, row, min(row + at_once, param.shape[0]))
+def blocks(
+    checkpoint: Checkpoint, param: Param, expert: int, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, block) over the rows [start, stop) of a matrix or vector, as :func:`read_rows` gives them."""
+    at_once, end = block_rows(checkpoint, param, expert), param.shape[0] if stop is None else stop
+    for row in range(start, end, at_once):
+        yield row, read_rows(checkpoint, param, expert, row, min(row + at_once, end))
 
 
 def _read_rows(checkpoint: Checkpoint, info: TensorInfo, base: int, start: int, step: int, out: torch.Tensor) -> None:
     """``out`` = every ``step``-th row from ``start`` of the matrix that begins at byte ``base``."""
     span = (len(out) - 1) * step + 1
     lines = out if step == 1 else torch.empty(span, out.shape[1], dtype=out.dtype)
-    checkpoint.read_into(info, base + start * out.shape[1] * out.element_size(), _bytes(lines))
+    # The rows between are another parameter's.
+    checkpoint.read_into(info, base + start * out.shape[1] * out.element_size(), _bytes(lines), again=step != 1)
     if step != 1:
         out.copy_(lines[::step])
 
@@ -183,7 +186,7 @@ def _read_transposed(
     slab = torch.empty(min(cols, max(SLAB_BYTES // line_bytes, 1)), width, dtype=out.dtype)
     for line in range(0, cols, len(slab)):
         lines = slab[: min(len(slab), cols - line)]
-        checkpoint.read_into(info, base + line * line_bytes, _bytes(lines))
+        checkpoint.read_into(info, base + line * line_bytes, _bytes(lines), again=True)
         out[:, line : line + len(lines)] = lines[:, start : start + (rows - 1) * step + 1 : step].T
 
 
