@@ -60,7 +60,8 @@ from tightfit.kernels.layout import NUMBERS_BYTES, RUN, TILE_ROWS, code_nbytes, 
 CHUNK_BYTES = 1 << 20  # of float32 numbers that are encoded at once; scratch is at most eight times that
 
 # In 64ths of the base: first 1, then what lowers the error most on Gaussian, Laplace and Student-t groups of 16 numbers
-# to whole rows, found greedily. 96 lets fp4 hold MXFP4's numbers exactly where a group lacks the largest.
+# to whole rows, found greedily. A negative factor swaps the sides of levels that differ below and above 0. 96 lets fp4
+# hold MXFP4's numbers exactly where a group lacks the largest.
 FACTORS = {
     "int8": (64, 65, 66, 67, 69, 70),
     "int6": (64, 54, 68, 63, 66, 62, 73, 47, 60, 70),
@@ -68,7 +69,7 @@ FACTORS = {
     "int4": (64, 43, 58, 27, 52, 61, 71, 16, 36, 55),
     "int3": (64, 43, 58, 27, 52, 61, 71, 16, 36, 55),
     "int2": (64, 39, 23, 51, -50, 31, 16, 57, 45, -34),
-    "nf4": (64, 96, 58, 43, 61, 67, 54, 90, 36, 63),
+    "nf4": (64, -60, -46, -64, 59, -91, 67, 62, -57, -38),
     "fp4": (64, 96, 58, 43, 61, 67, 54, 90, 36, 63),
     "fp8": (64, 90, 66, 76, 74, 65, 99, 71, 86),
     "ternary": (64, 107, 134, 95, 160, 119),
@@ -210,7 +211,7 @@ class Search:
     def levels(self, t: torch.Tensor) -> torch.Tensor:
         """The level nearest to each number; ``t`` is used as scratch."""
         if self.kind == "nf4":
-            return codes.levels("nf4", 0)[self._below(t)]
+            return codes.levels("nf4", 0)[self._below(t).int()]
         if self.kind in ("fp4", "fp8"):
             steps, exponent = self._steps(t)
             return steps.mul_(_power(exponent - self._mantissa)).copysign_(t)
@@ -219,7 +220,7 @@ class Search:
     def codes(self, t: torch.Tensor) -> torch.Tensor:
         """The codes of the levels nearest to ``t`` (inputs of a group, ...), which is used as scratch, in uint8."""
         if self.kind == "nf4":
-            return self._below(t).byte()
+            return self._below(t)
         if self.kind in ("fp4", "fp8"):
             steps, exponent = self._steps(t)
             magnitudes = steps.int().add_((exponent - self._lowest_exponent) << self._mantissa)
@@ -250,9 +251,11 @@ class Search:
         return 2 - (1 << (float_bits(self.kind, self.exponent)[0] - 1))
 
     def _below(self, t: torch.Tensor) -> torch.Tensor:
-        """How many midpoints between the levels of nf4 lie below each number."""
-        table = codes.levels("nf4", 0)
-        return torch.bucketize(t, (table[:-1] + table[1:]) / 2, out_int32=True)
+        """How many midpoints between the levels of nf4 lie below each number, in uint8."""
+        table, below = codes.levels("nf4", 0), torch.zeros(t.shape, dtype=torch.uint8)
+        for midpoint in (table[:-1] + table[1:]) / 2:
+            below.add_(t > midpoint)
+        return below
 
     def _steps(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The nearest floating-point number to each magnitude: how many of the smallest steps of which exponent."""

@@ -13,7 +13,7 @@ So one 64-byte line holds the next inputs of every row, and a register with a la
 
 An input has a code of its own, but for ternary, where a code is three inputs: code ``4h + k`` of a run of 24 inputs
 stands for the inputs ``12h + 4t + k`` (t = 0, 1, 2). With ``v = 9 * level_0 + 3 * level_1 + level_2``, its lower four
-bits are the magnitude of v and its fifth is set if v is negative: bitnet.cpp's TL2 (https://arxiv.org/abs/2502.11880).
+bits are the magnitude of v and its fifth is set if v is negative: bitnet.cpp's TL2 (https://arxiv.org/abs/2410.16144).
 Each run is planes of its own, 80 bytes.
 """
 

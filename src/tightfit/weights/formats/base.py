@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from tightfit.budget.ledger import Workspace
-    from tightfit.kernels.matmul_reference import Activations
     from tightfit.kernels.weight import Weight
+    from tightfit.plan.schema import ActivationType
 
 # Goes through all rows of a matrix: (first row, block), a block (n, cols) of any floating type.
 Blocks: TypeAlias = "Callable[[], Iterator[tuple[int, torch.Tensor]]]"
@@ -94,7 +94,7 @@ class Format(Scheme):
         rows: int,
         cols: int,
         gemm_dtype: torch.dtype | None = None,
-        activations: Activations = "float32",
+        activations: ActivationType = "float32",
     ) -> Matrix:
         """The matrix that lies in ``data`` (uint8, contiguous, ``nbytes(rows, cols)`` long), without a copy.
 
@@ -112,7 +112,7 @@ class Format(Scheme):
 
     @abstractmethod
     def _matrix(
-        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: Activations
+        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: ActivationType
     ) -> Matrix:
         """:meth:`matrix` for bytes of the right size."""
 
@@ -124,7 +124,9 @@ class Matrix(ABC):
     :meth:`Format.matrix`.
     """
 
-    def __init__(self, rows: int, cols: int, format: Format, gemm_dtype: torch.dtype, activations: Activations) -> None:
+    def __init__(
+        self, rows: int, cols: int, format: Format, gemm_dtype: torch.dtype, activations: ActivationType
+    ) -> None:
         self.rows, self.cols, self.format = rows, cols, format
         self.gemm_dtype, self.activations = gemm_dtype, activations
 
@@ -160,7 +162,7 @@ class Matrix(ABC):
 class PlainMatrix(Matrix):
     """A matrix that the kernels read as it is."""
 
-    def __init__(self, weight: Weight, format: Format, gemm_dtype: torch.dtype, activations: Activations) -> None:
+    def __init__(self, weight: Weight, format: Format, gemm_dtype: torch.dtype, activations: ActivationType) -> None:
         from tightfit.kernels import matmul
 
         super().__init__(weight.rows, weight.cols, format, gemm_dtype, activations)
@@ -183,7 +185,7 @@ class PlainMatrix(Matrix):
 
 
 class Joined:
-    """Matrices of the same ``cols``, multiplied with the same input; their products stand one after the other."""
+    """Matrices of the same ``cols`` and settings, multiplied with the same input: a product has theirs side by side."""
 
     def __init__(self, matrices: Sequence[Matrix]) -> None:
         from tightfit.kernels import matmul, weight

@@ -12,7 +12,7 @@ from tightfit.weights.formats.base import Format, Matrix, PlainMatrix
 if TYPE_CHECKING:
     import torch
 
-    from tightfit.kernels.matmul_reference import Activations
+    from tightfit.plan.schema import ActivationType
 
 F16_MAX = 65504.0
 
@@ -22,6 +22,7 @@ class Dense(Format):
 
     kind: ClassVar[str]
     itemsize: ClassVar[int]
+    group: ClassVar[int] = 0  # there are no groups
 
     def nbytes(self, rows: int, cols: int) -> int:
         return rows * cols * self.itemsize
@@ -35,11 +36,11 @@ class Dense(Format):
         stored.view(DENSE[self.kind]).view(rows, cols).copy_(block)
 
     def _matrix(
-        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: Activations
+        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: ActivationType
     ) -> Matrix:
         from tightfit.kernels.weight import Weight
 
-        return PlainMatrix(Weight(data, self.kind, 0, rows, cols), self, gemm_dtype, activations)
+        return PlainMatrix(Weight(data, self.kind, self.group, rows, cols), self, gemm_dtype, activations)
 
 
 @technique(seam="weights", name="f32", paper="", exact=True, summary="float32, 4 bytes per weight")

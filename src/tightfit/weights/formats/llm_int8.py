@@ -16,7 +16,7 @@ from tightfit.weights.formats.int8 import Int8
 if TYPE_CHECKING:
     import torch
 
-    from tightfit.kernels.matmul_reference import Activations
+    from tightfit.plan.schema import ActivationType
 
 REST, OUTLIERS = Int8(group=0), BF16()
 COLUMN_NBYTES, ALIGNMENT = 8, 64
@@ -36,7 +36,7 @@ class LlmInt8(Format):
     ``outliers`` is the share of the columns that are kept in bfloat16. LLM.int8() finds them while it runs, as the
     features of which an activation exceeds 6. Here they are fixed when the matrix is encoded, because storing all
     columns twice would cost more than it saves, and chosen from the weights, as no activations are known: those with
-    the largest weights relative to their row's root mean square. The header lists them, so a method that has seen
+    the largest weights relative to the mean magnitude of their row. The header lists them, so a method that has seen
     activations writes others and needs no other format.
 
     The bytes are the columns (int64, ascending, filled up to a multiple of 64 bytes), the matrix in ``int8(group=0)``
@@ -65,9 +65,9 @@ class LlmInt8(Format):
         cols = shape[1]
         largest = torch.zeros(cols)
         for _, block in blocks():
-            weights = block.float()
-            size = weights.square().mean(dim=1, keepdim=True).sqrt_()
-            torch.maximum(largest, (weights / size.masked_fill_(size == 0, 1)).abs_().amax(0), out=largest)
+            magnitudes = block.float().abs()
+            mean = (magnitudes / cols).sum(dim=1, keepdim=True)
+            torch.maximum(largest, magnitudes.div_(mean.masked_fill_(mean == 0, 1)).amax(0), out=largest)
         order = largest.argsort(descending=True, stable=True)
         data[: self._header_nbytes(cols)].zero_()
         self._stored_columns(data, cols).copy_(order[: self.columns(cols)].sort().values)
@@ -88,7 +88,7 @@ class LlmInt8(Format):
         OUTLIERS.encode(outliers, stored_outliers, row)
 
     def _matrix(
-        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: Activations
+        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: ActivationType
     ) -> Matrix:
         from tightfit.weights.formats.outliers import OutlierMatrix
 

@@ -20,7 +20,8 @@ class NF4(Tiled):
     """QLoRA's 16 levels, made so that weights with a normal distribution use each of them equally often.
 
     It departs from QLoRA in the scale: bfloat16 for each group of a row instead of an 8-bit number for 64 weights (its
-    double quantisation), and of the smallest squared error instead of the largest magnitude.
+    double quantisation), and of the smallest squared error instead of the largest magnitude. It may be negative, since
+    there are 7 levels below zero and 8 above.
     """
 
     kind = "nf4"

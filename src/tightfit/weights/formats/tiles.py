@@ -16,7 +16,7 @@ from tightfit.weights.formats.base import Format, Matrix, PlainMatrix
 if TYPE_CHECKING:
     import torch
 
-    from tightfit.kernels.matmul_reference import Activations
+    from tightfit.plan.schema import ActivationType
 
 LARGEST_GROUP = 128
 
@@ -38,7 +38,7 @@ class Tiled(Format):
         if not 0 <= self.group <= LARGEST_GROUP or self.group % self.multiple:
             raise UsageError(
                 f"{self.name} cannot have groups of {self.group}",
-                f"A group is a multiple of {self.multiple} inputs up to {LARGEST_GROUP}, or 0 for a scale a row.",
+                f"A group is a multiple of {self.multiple} inputs up to {LARGEST_GROUP}; 0 is a scale for each row.",
             )
 
     def tile_group(self, cols: int) -> int:
@@ -64,7 +64,7 @@ class Tiled(Format):
         return 0
 
     def _matrix(
-        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: Activations
+        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: ActivationType
     ) -> Matrix:
         from tightfit.kernels.weight import Weight
 
