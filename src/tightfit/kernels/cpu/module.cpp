@@ -19,4 +19,5 @@ NB_MODULE(_cpu, m) {
     m.def("choose", &choose);
     bind_matmul(m);
     bind_rows(m);
+    bind_encode(m);
 }

@@ -172,16 +172,7 @@ class PlainMatrix(Matrix):
     def matmul(
         self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split | None = None, accumulate: float = 0.0
     ) -> None:
-        if split is None or split.vector == len(x):
-            self._vector_matmul(x, out, ws, accumulate)
-            return
-        if split.vector:
-            self._vector_matmul(x[: split.vector], out[: split.vector], ws, accumulate)
-        if split.gemm:
-            self._kernels.gemm(x, self.weight, out, split.gemm, self.gemm_dtype, ws, accumulate=accumulate)
-
-    def _vector_matmul(self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, accumulate: float) -> None:
-        self._kernels.vector_matmul(x, self.weight, out, ws, activations=self.activations, accumulate=accumulate)
+        self._kernels.matmul(x, self.weight, out, ws, split, self.gemm_dtype, self.activations, accumulate)
 
     def matmul_t(self, g: torch.Tensor, out: torch.Tensor, ws: Workspace) -> None:
         self._kernels.matmul_t(g, self.weight, out, ws)
@@ -197,30 +188,23 @@ class Joined:
     """Matrices of the same ``cols`` and settings, multiplied with the same input: a product has theirs side by side."""
 
     def __init__(self, matrices: Sequence[Matrix]) -> None:
-        from tightfit.kernels import matmul
-        from tightfit.kernels.weight import Joined as JoinedWeights
+        from tightfit.kernels import matmul, weight
 
         self.matrices = tuple(matrices)
         self.rows = sum(matrix.rows for matrix in matrices)
-        weights = [matrix.weight for matrix in matrices if isinstance(matrix, PlainMatrix)]
-        self._weights = JoinedWeights(weights) if len(weights) == len(matrices) else None
         self._kernels = matmul
+        plain = [matrix.weight for matrix in matrices if isinstance(matrix, PlainMatrix)]
+        self._weights = weight.Joined(plain) if len(plain) == len(matrices) else None
 
     def matmul(
         self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split | None = None, accumulate: float = 0.0
     ) -> None:
         """As :meth:`Matrix.matmul`, for ``out`` (tokens, the rows of all matrices)."""
-        split = split or Split.rows(len(x))
-        if self._weights is not None and split.vector:
-            every = split.vector == len(x)
-            inputs, results = (x, out) if every else (x[: split.vector], out[: split.vector])
-            activations = self.matrices[0].activations
-            self._kernels.vector_matmul(
-                inputs, self._weights, results, ws, activations=activations, accumulate=accumulate
-            )
-            split = Split(0, split.gemm)
-        if split.vector or split.gemm:
-            row = 0
-            for matrix in self.matrices:
-                matrix.matmul(x, out[:, row : row + matrix.rows], ws, split, accumulate)
-                row += matrix.rows
+        if self._weights is not None:
+            first = self.matrices[0]
+            self._kernels.matmul(x, self._weights, out, ws, split, first.gemm_dtype, first.activations, accumulate)
+            return
+        row = 0
+        for matrix in self.matrices:
+            matrix.matmul(x, out[:, row : row + matrix.rows], ws, split, accumulate)
+            row += matrix.rows
