@@ -41,9 +41,9 @@ def plan_of(checkpoint: Checkpoint, spec: ModelSpec, level: str, chunk: int, seq
 def dry(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan, batch: Batch) -> int:
     """Scratch of one step, logits of at most 16 rows included."""
     shape = start.Shape.of(plan)
-    small, formats = start.reduced(spec, shape.formats)
+    layers = start.different_layers(checkpoint, spec, shape.formats)
     arenas = [Arena(start.VIRTUAL) for _ in range(3)]
-    _, decoder, cache = start.build(checkpoint, small, formats, shape, arenas[0], arenas[1])
+    _, decoder, cache = start.build(checkpoint, spec, layers, shape, arenas[0], arenas[1])
     ws = Workspace(arenas[2])
     with torch.inference_mode(), ops.dry(), ws.frame():
         decoder.hidden(batch, cache, ws)
@@ -90,10 +90,8 @@ def test_a_rehearsal_reads_no_weights_and_leaves_nothing_behind(billion: tuple[C
 
 
 def test_layers_of_one_kind_are_rehearsed_once(billion: tuple[Checkpoint, ModelSpec]) -> None:
-    _, spec = billion
-    small, formats = start.reduced(spec, ("int8",) * 2 + ("int4",) * 20)
-    assert len(small.layers) == 2
-    assert formats == {0: "int8", 1: "int4"}
+    checkpoint, spec = billion
+    assert start.different_layers(checkpoint, spec, ("int8",) * 2 + ("int4",) * 20) == [0, 2]
 
 
 def test_a_missing_tensor_is_found_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -58,9 +58,9 @@ class Running:
         self.load()
 
     def load(self) -> None:
-        formats = dict(enumerate(self.shape.formats))
+        layers = range(len(self.spec.layers))
         arenas = Arena(self.plan.accounts["weights"]), Arena(self.plan.accounts["kv"])
-        self.placement, self.decoder, self.cache = start.build(self.checkpoint, self.spec, formats, self.shape, *arenas)
+        self.placement, self.decoder, self.cache = start.build(self.checkpoint, self.spec, layers, self.shape, *arenas)
         self.placement.load()
 
     def _workspace(self, plan: Any) -> int:
@@ -121,7 +121,7 @@ def test_scratch_is_foreseen_for_experts_that_everyone_wants(family: str, tmp_pa
     for layer in range(len(model.spec.layers)):
         with model.placement.layer(layer) as weights:
             if "router" in weights:
-                weights["router"].data.zero_()
+                weights["router"].weight.data.zero_()
     wanted: list[int] = []
     route = ops.route
 

@@ -15,7 +15,7 @@ from tightfit.budget import malloc
 from tightfit.budget.machine import usable_cores
 from tightfit.budget.meter import machine_memory, resident_set
 from tightfit.budget.units import format_bytes, parse_budget
-from tightfit.catalog import parse_one
+from tightfit.catalog import parse_one, spec_string
 from tightfit.checkpoints.checkpoint import HUB_NAME, Checkpoint, open_checkpoint
 from tightfit.checkpoints.config import Config
 from tightfit.engine.request import Requests
@@ -105,6 +105,8 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
     checkpoint = _open(wish.model, headers_only)
     try:
         spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
+        if wish.weights is not None:
+            _check_weights(wish.weights, checkpoint)
         context = wish.context if wish.context is not None else min(spec.context, DEFAULT_CONTEXT)
         if context > spec.context:
             raise UsageError(
@@ -115,6 +117,16 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
     except BaseException:
         checkpoint.close()
         raise
+
+
+def _check_weights(weights: str, checkpoint: Checkpoint) -> None:
+    """Raises UsageError if a compressed folder keeps other weights."""
+    compressed = checkpoint.compressed
+    if compressed is not None and spec_string(parse_one("weights", weights)) != compressed.weights:
+        raise UsageError(
+            f"{checkpoint.name} is compressed with {compressed.weights}, and {weights} was asked for",
+            f"Leave --weights out, or take the model that it was made from: {compressed.source}.",
+        )
 
 
 def _open(model: str, headers_only: bool) -> Checkpoint:
@@ -189,14 +201,15 @@ def _constraints(wish: Wish, opened: Opened) -> Constraints:
     from tightfit.engine.numerics import numerics
     from tightfit.plan.search import Constraints
 
-    types = {info.dtype for info in opened.checkpoint.tensors.values()}
+    compressed = opened.checkpoint.compressed
+    types = set(compressed.types if compressed else (info.dtype for info in opened.checkpoint.tensors.values()))
     return Constraints(
         budget=opened.budget,
         context=opened.context,
         sequences=wish.sequences,
         threads=wish.threads or usable_cores(),
         numerics=numerics(types, cast(ActivationType, wish.activations or "int8")),
-        weights=wish.weights,
+        weights=compressed.weights if compressed else wish.weights,
         chunk=wish.chunk,
     )
 

@@ -12,7 +12,7 @@ template <class Isa>
 inline typename Isa::Vector exp(typename Isa::Vector x) {
     const auto constant = [](float value) { return Isa::broadcast(value); };
     x = Isa::max(Isa::min(x, constant(88.0f)), constant(-87.0f));
-    const auto n = Isa::round(Isa::mul(x, constant(1.44269504f)));
+    const auto n = Isa::whole(Isa::mul(x, constant(1.44269504f)));
     // x - n ln 2, with ln 2 in two parts of which the first times n is exact.
     auto r = Isa::fma(n, constant(-0.693359375f), x);
     r = Isa::fma(n, constant(2.12194440e-4f), r);

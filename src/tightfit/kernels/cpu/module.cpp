@@ -19,5 +19,5 @@ NB_MODULE(_cpu, m) {
     m.def("choose", &choose);
     bind_matmul(m);
     bind_rows(m);
-    bind_gemm(m);
+    bind_encode(m);
 }
