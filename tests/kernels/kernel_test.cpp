@@ -131,7 +131,7 @@ double number_at(const Weight& w, const uint8_t* tile, size_t r, size_t i) {
 }
 
 struct Value {
-    double product, offset;
+    double product, offset, scale;
     double sum() const { return product + offset; }
 };
 
@@ -142,34 +142,71 @@ Value weight_at(const Weight& w, size_t row, size_t col) {
         uint16_t half;
         std::memcpy(&half, address, 2);
         if (w.kind == Kind::f32) std::memcpy(&value, address, 4);
-        return {w.kind == Kind::f32 ? value : float_of(half, w.kind), 0};
+        return {w.kind == Kind::f32 ? value : float_of(half, w.kind), 0, 1};
     }
     const size_t place = w.row_offset + row, r = place % 16, i = col % w.group;
     const uint8_t* tile = w.data + place / 16 * w.tile_row_bytes() + col / w.group * w.tile_bytes();
     uint16_t scale, offset = 0;
     std::memcpy(&scale, tile + w.code_bytes() + 2 * r, 2);
     if (w.asymmetric) std::memcpy(&offset, tile + w.code_bytes() + 2 * (16 + r), 2);
-    return {number_at(w, tile, r, i) * float_of(scale, Kind::bf16), float_of(offset, Kind::bf16)};
+    const double factor = float_of(scale, Kind::bf16);
+    return {number_at(w, tile, r, i) * factor, float_of(offset, Kind::bf16), factor};
+}
+
+// What activations are after they were rounded to int8.
+std::vector<double> rounded(const Weight& w, const std::vector<float>& x) {
+    const size_t block = w.kind == Kind::ternary ? 48 : w.group % 32 ? 16 : 32;
+    std::vector<double> result(x.begin(), x.end());
+    for (size_t row = 0; row < x.size(); row += w.cols)
+        for (size_t start = 0; start < w.cols; start += block) {
+            const size_t first = row + start, last = row + std::min(start + block, w.cols);
+            float amax = 0;
+            for (size_t i = first; i < last; i++) amax = std::max(amax, std::abs(x[i]));
+            for (size_t i = first; i < last; i++) result[i] = std::nearbyint(x[i] * (127 / amax)) * (amax / 127);
+        }
+    return result;
+}
+
+void check_product(const Joined& matrices, size_t tokens, bool int8, float accumulate) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(tokens * matrices.cols), before(tokens * matrices.rows), out;
+    for (float& value : x) value = normal(generator);
+    for (float& value : before) value = normal(generator);
+    std::vector<uint8_t> scratch(matrices.scratch_nbytes(tokens));
+    for (size_t threads : {1, 3}) {
+        out = before;
+        matmul(matrices, {x.data(), matrices.cols}, tokens, {out.data(), matrices.rows}, accumulate, int8,
+               scratch.data(), threads);
+        size_t first = 0;
+        for (const Weight& w : matrices.weights) {
+            const bool exact = !int8 || !w.tiled() || w.kind == Kind::fp8;
+            const std::vector<double> inputs = exact ? std::vector<double>(x.begin(), x.end()) : rounded(w, x);
+            const double table_error = !exact && w.kind == Kind::nf4 ? 0.5 / (127 * 128) : 0;  // in fixed point
+            for (size_t t = 0; t < tokens; t++)
+                for (size_t row = 0; row < w.rows; row++) {
+                    double sum = 0, size = 0, error = 0;
+                    for (size_t col = 0; col < w.cols; col++) {
+                        const double input = inputs[t * w.cols + col];
+                        const Value weight = weight_at(w, row, col);
+                        sum += input * weight.sum();
+                        size += std::abs(input) * (std::abs(weight.product) + std::abs(weight.offset));
+                        error += std::abs(input * weight.scale) * table_error;
+                    }
+                    const size_t place = t * matrices.rows + first + row;
+                    if (accumulate != 0) {
+                        sum = before[place] + accumulate * sum;
+                        size = std::abs(before[place]) + std::abs(accumulate) * size, error *= std::abs(accumulate);
+                    }
+                    check(std::abs(out[place] - sum) <= 1e-5 * size + error + 1e-30, "product");
+                }
+            first += w.rows;
+        }
+    }
 }
 
 void check_weight(const Weight& w, size_t tokens) {
-    std::normal_distribution<float> normal;
-    std::vector<float> x(tokens * w.cols), out(tokens * w.rows);
-    for (float& value : x) value = normal(generator);
-    for (size_t threads : {1, 3}) {
-        matmul(w, {x.data(), w.cols}, tokens, {out.data(), w.rows}, threads);
-        for (size_t t = 0; t < tokens; t++)
-            for (size_t row = 0; row < w.rows; row++) {
-                double sum = 0, size = 0;
-                for (size_t col = 0; col < w.cols; col++) {
-                    const double input = x[t * w.cols + col];
-                    const Value weight = weight_at(w, row, col);
-                    sum += input * weight.sum();
-                    size += std::abs(input) * (std::abs(weight.product) + std::abs(weight.offset));
-                }
-                check(std::abs(out[t * w.rows + row] - sum) <= 1e-5 * size + 1e-30, "product");
-            }
-    }
+    for (bool int8 : {false, true})
+        for (float accumulate : {0.0f, -1.5f}) check_product(Joined({w}), tokens, int8, accumulate);
     if (!w.tiled()) return;
 
     std::vector<float> rows(w.rows * w.cols);
@@ -195,7 +232,7 @@ void check_kind(Kind kind, size_t group, bool asymmetric = false) {
     for (size_t rows : {1, 16, 37})
         for (size_t cols : {1, 16, 75, 128}) {
             const Matrix matrix = random_matrix(kind, group, asymmetric, rows, cols);
-            check_weight(matrix.weight, 1 + rows % 7);
+            check_weight(matrix.weight, rows == 1 ? 15 : 3);
             if (rows < 20) continue;
             Weight slice = matrix.weight;  // the rows 19 to 36
             slice.rows = 17;
@@ -205,6 +242,18 @@ void check_kind(Kind kind, size_t group, bool asymmetric = false) {
                 slice.data += 19 * cols * slice.itemsize();
             check_weight(slice, 3);
         }
+}
+
+// Of every way to round the activations, and rows enough for many tasks.
+void check_joined() {
+    std::vector<Matrix> matrices;
+    matrices.push_back(random_matrix(Kind::int4, 32, false, 100, 3000));
+    matrices.push_back(random_matrix(Kind::ternary, 48, false, 37, 3000));
+    matrices.push_back(random_matrix(Kind::bf16, 0, false, 3, 3000));
+    matrices.push_back(random_matrix(Kind::int2, 16, true, 70, 3000));
+    std::vector<Weight> weights;
+    for (const Matrix& matrix : matrices) weights.push_back(matrix.weight);
+    for (size_t tokens : {1, 3, 11}) check_product(Joined(weights), tokens, true, 0);
 }
 
 void check_threads() {
@@ -233,6 +282,7 @@ int main() {
         for (Kind kind : {Kind::nf4, Kind::fp4, Kind::fp8})
             for (size_t group : {16, 32, 128}) check_kind(kind, group);
         for (size_t group : {48, 96}) check_kind(Kind::ternary, group);
+        check_joined();
         std::printf("%s: checked\n", name.c_str());
     }
     check(!choose("sse9"), "refusal of unknown kernels");

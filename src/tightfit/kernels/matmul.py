@@ -8,14 +8,16 @@ are used where they are found, else the references.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import cpu
 from tightfit.kernels import matmul_reference as reference
+from tightfit.kernels.matmul_reference import Activations
 from tightfit.kernels.ops import op
-from tightfit.kernels.weight import Weight
+from tightfit.kernels.weight import Joined, Weight
 
 SMALLEST_BUCKET = 16
 
@@ -25,15 +27,30 @@ def bucket(n: int) -> int:
     return max(1 << (n - 1).bit_length(), SMALLEST_BUCKET)
 
 
-def vector_matmul(x: torch.Tensor, weight: Weight, out: torch.Tensor, ws: Workspace) -> None:
-    """``out = x @ W.T``: x (tokens, cols), out (tokens, rows), float32 with any row stride."""
+def vector_matmul(
+    x: torch.Tensor,
+    weights: Weight | Joined,
+    out: torch.Tensor,
+    ws: Workspace,
+    *,
+    activations: Activations = "float32",
+    accumulate: float = 0.0,
+) -> None:
+    """``out = x @ W.T``, or with ``accumulate`` not zero ``out += accumulate * (x @ W.T)``.
+
+    ``x`` is (tokens, cols) and ``out`` (tokens, rows), float32 with any row stride; of joined matrices ``out`` has the
+    products one after the other. ``activations="int8"`` rounds x to 8 bits as
+    :func:`tightfit.kernels.matmul_reference.quantize` does, for all kinds of matrices but the dense ones and fp8.
+    """
     tokens = x.shape[0]
-    _check(x, (tokens, weight.cols))
-    _check(out, (tokens, weight.rows))
-    if cpu.available():
-        _vector_matmul(x, weight, out)
-    else:
-        reference.vector_matmul(x, weight, out, ws)
+    x_stride, out_stride = _check(x, (tokens, weights.cols)), _check(out, (tokens, weights.rows))
+    if not cpu.available():
+        reference.vector_matmul(x, weights.weights, out, ws, activations, accumulate)
+        return
+    int8 = activations == "int8"
+    with ws.frame():
+        scratch = ws.empty(weights.product.scratch_nbytes(tokens, int8), dtype=torch.uint8)
+        _vector_matmul(weights.product, x, tokens, x_stride, out, out_stride, accumulate, int8, scratch)
 
 
 def decode_block(weight: Weight, start: int, stop: int, out: torch.Tensor, ws: Workspace) -> None:
@@ -91,18 +108,40 @@ def matmul_t(g: torch.Tensor, weight: Weight, out: torch.Tensor, ws: Workspace) 
         _add_product(g[:, start:stop], block, out, first=start == 0)
 
 
-def _check(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
-    """The compiled kernels take addresses, so what they rely on is checked here."""
-    if tensor.dtype is not dtype or tensor.shape != shape or tensor.stride(-1) != 1:
+def _check(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+    """The compiled kernels take addresses, so what they rely on is checked here. Gives the stride of rows."""
+    strides = tensor.stride()
+    if tensor.dtype is not dtype or tensor.shape != shape or strides[-1] != 1:
         raise ValueError(
             f"expected {dtype} {shape} without gaps in a row, found {tensor.dtype} {tuple(tensor.shape)} "
-            f"with strides {tensor.stride()}"
+            f"with strides {strides}"
         )
+    return strides[0]
 
 
 @op
-def _vector_matmul(x: torch.Tensor, weight: Weight, out: torch.Tensor) -> None:
-    weight.handle.matmul(x.data_ptr(), x.shape[0], x.stride(0), out.data_ptr(), out.stride(0), cpu.threads())
+def _vector_matmul(
+    product: Any,
+    x: torch.Tensor,
+    tokens: int,
+    x_stride: int,
+    out: torch.Tensor,
+    out_stride: int,
+    accumulate: float,
+    int8: bool,
+    scratch: torch.Tensor,
+) -> None:
+    product.matmul(
+        x.data_ptr(),
+        tokens,
+        x_stride,
+        out.data_ptr(),
+        out_stride,
+        accumulate,
+        int8,
+        scratch.data_ptr(),
+        cpu.threads(),
+    )
 
 
 @op

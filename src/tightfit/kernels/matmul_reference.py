@@ -6,9 +6,9 @@ same scratch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -16,13 +16,17 @@ from tightfit.budget.ledger import Workspace
 from tightfit.kernels.codes import levels, unpack
 from tightfit.kernels.layout import TILE_ROWS, code_count, code_nbytes, tile_nbytes
 from tightfit.kernels.ops import op
-from tightfit.kernels.weight import Weight
+from tightfit.kernels.weight import DENSE, Weight
 
 # Of decoded weights at a time. Near a core's second-level cache, and little beside any budget; for many tokens more,
 # since libraries multiply by a few hundred rows at half the speed that they reach by a thousand.
 BLOCK_BYTES, LARGE_BLOCK_BYTES = 4 << 20, 8 << 20
 MANY_TOKENS = 256
 
+# Below it 127 / amax would be infinite.
+SMALLEST_AMAX = 2.0**-100
+
+Activations: TypeAlias = Literal["int8", "float32"]
 Decode: TypeAlias = Callable[[Weight, int, int, torch.Tensor, Workspace], None]
 
 
@@ -62,15 +66,58 @@ def blocks(
             yield start, stop, scratch[: stop - start]
 
 
-def vector_matmul(x: torch.Tensor, weight: Weight, out: torch.Tensor, ws: Workspace) -> None:
-    """``out = x @ W.T``, one token at a time: x (tokens, cols) and out (tokens, rows) float32.
+def vector_matmul(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    out: torch.Tensor,
+    ws: Workspace,
+    activations: Activations = "float32",
+    accumulate: float = 0.0,
+) -> None:
+    """``out = x @ W.T`` of each matrix, side by side, or with ``accumulate`` that many times as much added to ``out``.
 
-    A library's product would be faster, but its bits may depend on threads, shapes and alignment.
+    x is (tokens, cols) and out (tokens, rows of all), float32. One token at a time: a library's product would be
+    faster, but its bits may depend on threads, shapes and alignment.
     """
+    first = 0
+    for weight in weights:
+        columns = out[:, first : first + weight.rows]
+        first += weight.rows
+        with ws.frame():
+            inputs = x
+            if activations == "int8" and takes_int8(weight):
+                inputs = ws.empty(*x.shape)
+                quantize(x, activation_block(weight), inputs, ws)
+            results = ws.empty(*columns.shape) if accumulate else columns
+            products = ws.empty(min(block_rows(weight.cols, 4), weight.rows), weight.cols)
+            for start, stop, block in blocks(weight, torch.float32, ws, decode_block):
+                _multiply_each(block, inputs, products[: stop - start], results[:, start:stop])
+            if accumulate:
+                _add(columns, results, accumulate)
+
+
+def takes_int8(weight: Weight) -> bool:
+    """Whether a matrix is multiplied with activations in int8 where they are asked for."""
+    return weight.kind not in DENSE and weight.kind != "fp8"
+
+
+def activation_block(weight: Weight) -> int:
+    """How many inputs share a scale when activations are rounded to int8: 48 for ternary weights, else 32 or 16."""
+    return 48 if weight.kind == "ternary" else 32 if weight.group % 32 == 0 else 16
+
+
+def quantize(x: torch.Tensor, block: int, out: torch.Tensor, ws: Workspace) -> None:
+    """``out`` = x (tokens, cols) rounded to 8 bits and back, in blocks of ``block`` inputs.
+
+    With ``amax`` the largest magnitude of a block, codes are ``round(x * (127 / amax))``, to nearest even, and the
+    scale is ``amax / 127``. A block without a number above SMALLEST_AMAX is zeros; one with a number that is not finite
+    becomes NaN.
+    """
+    tokens, cols = x.shape
     with ws.frame():
-        products = ws.empty(min(block_rows(weight.cols, 4), weight.rows), weight.cols)
-        for start, stop, block in blocks(weight, torch.float32, ws, decode_block):
-            _multiply_each(block, x, products[: stop - start], out[:, start:stop])
+        padded = ws.empty(tokens, -(-cols // block), block)
+        scales, inverses = ws.empty(tokens, padded.shape[1], 1), ws.empty(tokens, padded.shape[1], 1)
+        _quantize(x, padded, scales, inverses, out)
 
 
 def decode_block(weight: Weight, start: int, stop: int, out: torch.Tensor, ws: Workspace) -> None:
@@ -156,8 +203,29 @@ def _gather_tiles(weight: Weight, indices: torch.Tensor, scratch: TileScratch, o
 
 
 @op
+def _quantize(
+    x: torch.Tensor, padded: torch.Tensor, scales: torch.Tensor, inverses: torch.Tensor, out: torch.Tensor
+) -> None:
+    cols = x.shape[1]
+    flat = padded.flatten(1)
+    flat[:, :cols].copy_(x)
+    flat[:, cols:].zero_()
+    torch.linalg.vector_norm(padded, torch.inf, dim=-1, keepdim=True, out=scales)
+    scales.add_(torch.mul(scales, 0, out=inverses))  # infinite ones become NaN
+    torch.threshold_(scales, SMALLEST_AMAX, 0.0)
+    inverses.fill_(127).div_(scales).clamp_(max=torch.finfo(torch.float32).max)
+    padded.mul_(inverses).round_().mul_(scales.div_(127))
+    out.copy_(flat[:, :cols])
+
+
+@op
 def _copy(source: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(source)
+
+
+@op
+def _add(x_: torch.Tensor, y: torch.Tensor, scale: float) -> None:
+    x_.add_(y, alpha=scale)
 
 
 @op

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ class Weight:
     ``kind`` is a key of DENSE (row-major, ``group`` 0), or the kind of canonical tiles of 16 rows by ``group`` inputs
     (see ``kernels/layout.py``), with an offset beside each scale if ``asymmetric``. ``row_offset`` is the first
     row's place in the first tile. ``settings`` is the header of an fp8 matrix (uint8; byte 0 is the number of exponent
-    bits), None for the others. ``handle`` is the compiled kernels' view of the same bytes; None if there are none.
+    bits), None for the others. ``handle`` is the compiled kernels' view of the same bytes, and ``product`` that of the
+    matrix as one to multiply with; None if there are none.
     """
 
     data: torch.Tensor
@@ -32,6 +34,7 @@ class Weight:
     asymmetric: bool = False
     settings: torch.Tensor | None = None
     handle: Any = field(init=False)
+    product: Any = field(init=False)
 
     def __post_init__(self) -> None:
         settings = 0 if self.settings is None else self.settings.data_ptr()
@@ -45,6 +48,11 @@ class Weight:
             self.row_offset,
             settings,
         )
+        self.product = cpu.joined([self.handle])
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (self,)
 
     @property
     def exponent(self) -> int:
@@ -71,3 +79,18 @@ class Weight:
         """The matrix as a (rows, cols) tensor over ``data`` if it is stored row-major, else None."""
         dtype = DENSE.get(self.kind)
         return None if dtype is None else self.data.view(dtype).view(self.rows, self.cols)
+
+
+class Joined:
+    """Matrices of the same number of columns that are multiplied with one input, such as q, k and v.
+
+    ``rows`` is the sum of theirs: a product has them one after the other. ``product`` is as in :class:`Weight`.
+    """
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self.weights = tuple(weights)
+        self.rows = sum(weight.rows for weight in weights)
+        self.cols = self.weights[0].cols
+        if any(weight.cols != self.cols for weight in weights):
+            raise ValueError(f"matrices of {[weight.cols for weight in weights]} columns take no common input")
+        self.product = cpu.joined([weight.handle for weight in weights])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -74,6 +75,11 @@ def handle(
     if _cpu is None:
         return None
     return _cpu.Weight(kind, group, asymmetric, address, rows, cols, row_offset, settings)
+
+
+def joined(handles: Sequence[Any]) -> Any:
+    """The compiled kernels' view of matrices that are multiplied together, of their :func:`handle`\\ s; or None."""
+    return None if _cpu is None else _cpu.Joined(list(handles))
 
 
 if "TIGHTFIT_CPU" in os.environ:

@@ -1,6 +1,7 @@
 // Stored matrices as handles, built once, that take addresses.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <iterator>
 
@@ -31,6 +32,13 @@ Weight make_weight(const std::string& kind, size_t group, bool asymmetric, uintp
     return weight;
 }
 
+Joined make_joined(const std::vector<Weight>& weights) {
+    if (weights.empty()) throw nb::value_error("no matrices");
+    for (const Weight& weight : weights)
+        if (weight.cols != weights[0].cols) throw nb::value_error("matrices of different numbers of columns");
+    return Joined(weights);
+}
+
 template <class T>
 Rows<T> rows_at(uintptr_t address, size_t stride) {
     return {reinterpret_cast<T*>(address), stride};
@@ -39,14 +47,18 @@ Rows<T> rows_at(uintptr_t address, size_t stride) {
 }  // namespace
 
 void tightfit::bind_matmul(nb::module_& m) {
+    nb::class_<Joined>(m, "Joined")
+        .def(nb::new_(&make_joined))
+        .def("scratch_nbytes",
+             [](const Joined& matrices, size_t tokens, bool int8) { return int8 ? matrices.scratch_nbytes(tokens) : 0; })
+        .def("matmul", [](const Joined& matrices, uintptr_t x, size_t tokens, size_t x_stride, uintptr_t out,
+                          size_t out_stride, float accumulate, bool int8, uintptr_t scratch, size_t threads) {
+            nb::gil_scoped_release release;
+            matmul(matrices, rows_at<const float>(x, x_stride), tokens, rows_at<float>(out, out_stride), accumulate,
+                   int8, reinterpret_cast<uint8_t*>(scratch), threads);
+        });
     nb::class_<Weight>(m, "Weight")
         .def(nb::new_(&make_weight))
-        .def("matmul",
-             [](const Weight& w, uintptr_t x, size_t tokens, size_t x_stride, uintptr_t out, size_t out_stride,
-                size_t threads) {
-                 nb::gil_scoped_release release;
-                 matmul(w, rows_at<const float>(x, x_stride), tokens, rows_at<float>(out, out_stride), threads);
-             })
         .def("decode_block",
              [](const Weight& w, size_t start, size_t stop, uintptr_t out, size_t out_stride, bool bf16,
                 size_t threads) {

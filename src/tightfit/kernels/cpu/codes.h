@@ -14,7 +14,7 @@
 // Everything is in an unnamed namespace: the same template compiled under other flags must not be merged with it.
 #pragma once
 
-#include <cstring>
+#include <type_traits>
 
 #include "weight.h"
 
@@ -63,11 +63,11 @@ inline typename Isa::Mask one_bit(const uint8_t* plane, size_t step, size_t span
 
 // What all kinds share whose weight is a code minus ZERO. SIGNED codes are signed bytes, and LARGEST is what the
 // magnitude of a code can be.
-template <class Isa, int ZERO_CODE, int LARGEST_CODE>
+template <class Isa, Kind KIND, int ZERO_CODE, int LARGEST_CODE>
 struct Integers {
     using Bytes = typename Isa::Bytes;
     using Vector = typename Isa::Vector;
-    static constexpr size_t INPUTS = 16, STEPS = 4, DIGITS = 1;
+    static constexpr size_t INPUTS = 16, STEPS = 4, DIGITS = 1, UNIT_BYTES = Weight::code_bytes_of(KIND, INPUTS);
     static constexpr bool SIGNED = false;
     static constexpr int ZERO = ZERO_CODE, LARGEST = LARGEST_CODE;
 
@@ -90,8 +90,8 @@ struct Integers {
 };
 
 template <class Isa>
-struct Int8 : Integers<Isa, 128, 255> {
-    using Integers<Isa, 128, 255>::Integers;
+struct Int8 : Integers<Isa, Kind::int8, 128, 255> {
+    using Integers<Isa, Kind::int8, 128, 255>::Integers;
     void unpack(const uint8_t* codes, size_t unit, size_t span, typename Isa::Bytes (&steps)[4]) const {
         for (size_t i = 0; i < 4; i++) steps[i] = Isa::flip_sign(line<Isa>(codes, 4 * unit + i, span));
     }
@@ -99,17 +99,17 @@ struct Int8 : Integers<Isa, 128, 255> {
 
 // The codes as they are stored, for instruction sets that multiply signed bytes.
 template <class Isa>
-struct SignedInt8 : Integers<Isa, 0, 128> {
+struct SignedInt8 : Integers<Isa, Kind::int8, 0, 128> {
     static constexpr bool SIGNED = true;
-    using Integers<Isa, 0, 128>::Integers;
+    using Integers<Isa, Kind::int8, 0, 128>::Integers;
     void unpack(const uint8_t* codes, size_t unit, size_t span, typename Isa::Bytes (&steps)[4]) const {
         for (size_t i = 0; i < 4; i++) steps[i] = line<Isa>(codes, 4 * unit + i, span);
     }
 };
 
 template <class Isa>
-struct Int6 : Integers<Isa, 32, 63> {
-    using Integers<Isa, 32, 63>::Integers;
+struct Int6 : Integers<Isa, Kind::int6, 32, 63> {
+    using Integers<Isa, Kind::int6, 32, 63>::Integers;
     void unpack(const uint8_t* codes, size_t unit, size_t span, typename Isa::Bytes (&steps)[4]) const {
         typename Isa::Bytes high[4];
         four_bits<Isa>(codes, unit, span, steps);
@@ -119,8 +119,8 @@ struct Int6 : Integers<Isa, 32, 63> {
 };
 
 template <class Isa>
-struct Int5 : Integers<Isa, 16, 31> {
-    using Integers<Isa, 16, 31>::Integers;
+struct Int5 : Integers<Isa, Kind::int5, 16, 31> {
+    using Integers<Isa, Kind::int5, 16, 31>::Integers;
     void unpack(const uint8_t* codes, size_t unit, size_t span, typename Isa::Bytes (&steps)[4]) const {
         four_bits<Isa>(codes, unit, span, steps);
         for (size_t i = 0; i < 4; i++)
@@ -129,16 +129,16 @@ struct Int5 : Integers<Isa, 16, 31> {
 };
 
 template <class Isa>
-struct Int4 : Integers<Isa, 8, 15> {
-    using Integers<Isa, 8, 15>::Integers;
+struct Int4 : Integers<Isa, Kind::int4, 8, 15> {
+    using Integers<Isa, Kind::int4, 8, 15>::Integers;
     void unpack(const uint8_t* codes, size_t unit, size_t span, typename Isa::Bytes (&steps)[4]) const {
         four_bits<Isa>(codes, unit, span, steps);
     }
 };
 
 template <class Isa>
-struct Int3 : Integers<Isa, 4, 7> {
-    using Integers<Isa, 4, 7>::Integers;
+struct Int3 : Integers<Isa, Kind::int3, 4, 7> {
+    using Integers<Isa, Kind::int3, 4, 7>::Integers;
     void unpack(const uint8_t* codes, size_t unit, size_t span, typename Isa::Bytes (&steps)[4]) const {
         two_bits<Isa, 0>(codes, unit, span, steps);
         for (size_t i = 0; i < 4; i++)
@@ -147,8 +147,8 @@ struct Int3 : Integers<Isa, 4, 7> {
 };
 
 template <class Isa>
-struct Int2 : Integers<Isa, 2, 3> {
-    using Integers<Isa, 2, 3>::Integers;
+struct Int2 : Integers<Isa, Kind::int2, 2, 3> {
+    using Integers<Isa, Kind::int2, 2, 3>::Integers;
     void unpack(const uint8_t* codes, size_t unit, size_t span, typename Isa::Bytes (&steps)[4]) const {
         two_bits<Isa, 0>(codes, unit, span, steps);
     }
@@ -156,9 +156,9 @@ struct Int2 : Integers<Isa, 2, 3> {
 
 // Two units are 24 inputs each, so that a group of 48 is whole 16s too. u is the trit plus one.
 template <class Isa>
-struct Ternary : Integers<Isa, 1, 2> {
-    static constexpr size_t INPUTS = 24, STEPS = 6;
-    using Integers<Isa, 1, 2>::Integers;
+struct Ternary : Integers<Isa, Kind::ternary, 1, 2> {
+    static constexpr size_t INPUTS = 24, STEPS = 6, UNIT_BYTES = 80;
+    using Integers<Isa, Kind::ternary, 1, 2>::Integers;
 
     void unpack(const uint8_t* codes, size_t unit, size_t span, typename Isa::Bytes (&steps)[6]) const {
         // Of the numbers 0 to 13 in balanced ternary: the digits, highest first, plus one.
@@ -180,8 +180,8 @@ struct Ternary : Integers<Isa, 1, 2> {
 
 // e2m1, in halves: 0, 1, 2, 3, 4, 6, 8, 12 and their negatives.
 template <class Isa>
-struct Fp4 : Integers<Isa, 12, 24> {
-    using Integers<Isa, 12, 24>::Integers;
+struct Fp4 : Integers<Isa, Kind::fp4, 12, 24> {
+    using Integers<Isa, Kind::fp4, 12, 24>::Integers;
     static float unit() { return 0.5f; }
     void unpack(const uint8_t* codes, size_t unit, size_t span, typename Isa::Bytes (&steps)[4]) const {
         static constexpr uint8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
@@ -212,7 +212,7 @@ template <class Isa>
 struct Nf4 {
     using Bytes = typename Isa::Bytes;
     using Vector = typename Isa::Vector;
-    static constexpr size_t INPUTS = 16, STEPS = 4;
+    static constexpr size_t INPUTS = 16, STEPS = 4, UNIT_BYTES = 128;
 
     explicit Nf4(const Weight&) {}
     static float unit() { return 1; }
@@ -272,7 +272,7 @@ template <class Isa>
 struct Fp8 {
     using Bytes = typename Isa::Bytes;
     using Vector = typename Isa::Vector;
-    static constexpr size_t INPUTS = 16, STEPS = 4;
+    static constexpr size_t INPUTS = 16, STEPS = 4, UNIT_BYTES = 256;
 
     explicit Fp8(const Weight& w) : exponent_bits(w.exponent_bits()) {}
     float unit() const { return static_cast<float>(1 << (16 - (1 << (exponent_bits - 1)))); }
@@ -304,6 +304,23 @@ inline void with_code(const Weight& w, Work work) {
         case Kind::f32:
         case Kind::f16:
         case Kind::bf16: break;
+    }
+}
+
+// The same with the one whose codes are multiplied as integers, which fp8 has not.
+template <class Isa, class Work>
+inline void with_integer_code(const Weight& w, Work work) {
+    switch (w.kind) {
+        case Kind::int8: return work(std::conditional_t<Isa::SIGNED_DOT, SignedInt8<Isa>, Int8<Isa>>(w));
+        case Kind::int6: return work(Int6<Isa>(w));
+        case Kind::int5: return work(Int5<Isa>(w));
+        case Kind::int4: return work(Int4<Isa>(w));
+        case Kind::int3: return work(Int3<Isa>(w));
+        case Kind::int2: return work(Int2<Isa>(w));
+        case Kind::nf4: return work(FixedNf4<Isa>(w));
+        case Kind::fp4: return work(Fp4<Isa>(w));
+        case Kind::ternary: return work(Ternary<Isa>(w));
+        default: break;
     }
 }
 

@@ -2,17 +2,14 @@
 #pragma once
 
 #include "codes.h"
+#include "tiles.h"
 
 namespace tightfit {
 namespace {
 
 inline float to_float(const uint8_t* bf16) {
-    uint16_t half;
-    std::memcpy(&half, bf16, sizeof half);
-    const uint32_t bits = uint32_t{half} << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
+    const uint32_t bits = uint32_t{load_as<uint16_t>(bf16)} << 16;
+    return load_as<float>(&bits);
 }
 
 // Inputs that are decoded together: whole units, and whole 16s, which turn rows of steps to rows of inputs.
@@ -47,7 +44,7 @@ constexpr size_t row_place(size_t row) {
 template <class Isa, class T, class Code>
 inline void decode_16(const Code& code, const uint8_t* codes, float scale, float offset, T* out) {
     for (size_t i = 0; i < 16; i += Isa::LANES) {
-        const auto values = Isa::multiply(code.row(codes + i), Isa::broadcast(scale));
+        const auto values = Isa::mul(code.row(codes + i), Isa::broadcast(scale));
         Isa::store(out + i, Isa::add(values, Isa::broadcast(offset)));
     }
 }
@@ -85,13 +82,9 @@ inline void decode_tiles(const Weight& w, const Code& code, const uint8_t* tile,
 template <class Isa, class T>
 void decode(const Weight& w, size_t first, size_t last, Rows<T> out) {
     with_code<Isa>(w, [&](const auto& code) {
-        for (size_t row = first; row < last;) {
-            const size_t place = w.row_offset + row, skip = place % TILE_ROWS;
-            const size_t count = last - row < TILE_ROWS - skip ? last - row : TILE_ROWS - skip;
-            const uint8_t* tile = w.data + place / TILE_ROWS * w.tile_row_bytes();
-            decode_tiles<Isa>(w, code, tile, skip, skip + count, Rows<T>{out[row - first], out.stride});
-            row += count;
-        }
+        for_tile_rows(w, first, last, [&](size_t row, const uint8_t* tile, size_t skip, size_t end) {
+            decode_tiles<Isa>(w, code, tile, skip, end, Rows<T>{out[row - first], out.stride});
+        });
     });
 }
 

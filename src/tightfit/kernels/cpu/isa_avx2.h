@@ -22,8 +22,11 @@ struct Avx2 {
 
     static Vector zero() { return _mm256_setzero_ps(); }
     static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
-    static Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+    static Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
     static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+    static float fma(float a, float b, float c) {
+        return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
+    }
     static Vector broadcast(float value) { return _mm256_set1_ps(value); }
     static Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
     static Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
@@ -158,6 +161,29 @@ struct Avx2 {
     template <int SHIFT>
     static Sums shift_add(Sums high, Sums low) { return _mm256_add_epi32(_mm256_slli_epi32(high, SHIFT), low); }
     static Vector to_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
+
+    static Sums add_sums(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
+    static int32_t total(Sums sums) {
+        __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0b01001110));
+        return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0b10110001)));
+    }
+
+    // Sizes of floats as integers, which have the same order, with infinities and NaNs above all.
+    static Sums max_size(Sums sizes, Vector v) {
+        return _mm256_max_epi32(sizes, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)));
+    }
+    static float largest(Sums sizes) {
+        __m128i four = _mm_max_epi32(_mm256_castsi256_si128(sizes), _mm256_extracti128_si256(sizes, 1));
+        four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0b01001110));
+        return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0b10110001))));
+    }
+
+    static Sums round(Vector v) { return _mm256_cvtps_epi32(v); }
+    static void store_codes(int8_t* address, Sums codes) {
+        const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(address), _mm_packs_epi16(halves, halves));
+    }
 
     // sums + the products of the codes with four bytes of x for each step. Sums of two products are of 16 bits; the codes
     // are at most LARGEST, so that none of them saturates, and as many are added as fit. Signed codes give their sign

@@ -22,8 +22,11 @@ struct Avx512 {
 
     static Vector zero() { return _mm512_setzero_ps(); }
     static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
-    static Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+    static Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
     static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+    static float fma(float a, float b, float c) {
+        return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
+    }
     static Vector broadcast(float value) { return _mm512_set1_ps(value); }
     static Vector sub(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
     static Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
@@ -157,6 +160,20 @@ struct Avx512 {
     template <int SHIFT>
     static Sums shift_add(Sums high, Sums low) { return _mm512_add_epi32(_mm512_slli_epi32(high, SHIFT), low); }
     static Vector to_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+
+    static Sums add_sums(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
+    static int32_t total(Sums sums) { return _mm512_reduce_add_epi32(sums); }
+
+    // Sizes of floats as integers, which have the same order, with infinities and NaNs above all.
+    static Sums max_size(Sums sizes, Vector v) {
+        return _mm512_max_epi32(sizes, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
+    }
+    static float largest(Sums sizes) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(sizes)))); }
+
+    static Sums round(Vector v) { return _mm512_cvtps_epi32(v); }
+    static void store_codes(int8_t* address, Sums codes) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(address), _mm512_cvtepi32_epi8(codes));
+    }
 
     // As in isa_avx2.h.
     template <bool SIGNED, int LARGEST, size_t STEPS>

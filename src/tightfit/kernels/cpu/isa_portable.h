@@ -3,6 +3,7 @@
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "matrices are stored in little-endian order");
 
+#include <algorithm>
 #include <cstring>
 
 #include "weight.h"
@@ -22,8 +23,9 @@ struct Portable {
 
     static Vector zero() { return Vector{}; }
     static Vector add(Vector a, Vector b) { return a + b; }
-    static Vector multiply(Vector a, Vector b) { return a * b; }
+    static Vector mul(Vector a, Vector b) { return a * b; }
     static Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
+    static float fma(float a, float b, float c) { return a * b + c; }
     static Vector broadcast(float value) { return Vector{value, value, value, value}; }
     static Vector sub(Vector a, Vector b) { return a - b; }
     static Vector mul(Vector a, Vector b) { return a * b; }
@@ -145,6 +147,25 @@ struct Portable {
     template <int SHIFT>
     static Sums shift_add(Sums high, Sums low) { return (high << SHIFT) + low; }
     static Vector to_floats(Sums sums) { return __builtin_convertvector(sums, Vector); }
+
+    static Sums add_sums(Sums a, Sums b) { return a + b; }
+    static int32_t total(Sums sums) { return (sums[0] + sums[2]) + (sums[1] + sums[3]); }
+
+    // Sizes of floats as integers, which have the same order, with infinities and NaNs above all.
+    static Sums max_size(Sums sizes, Vector v) {
+        const Sums bits = as<Sums>(v) & 0x7fffffff;
+        return bits > sizes ? bits : sizes;
+    }
+    static float largest(Sums sizes) {
+        const int32_t size = std::max(std::max(sizes[0], sizes[1]), std::max(sizes[2], sizes[3]));
+        return load_as<float>(&size);
+    }
+
+    // To the nearest whole number, even ones first: the low bits of a float to which 1.5 * 2^23 was added.
+    static Sums round(Vector v) { return as<Sums>(v + 0x1.8p23f) - 0x4b400000; }
+    static void store_codes(int8_t* address, Sums codes) {
+        for (size_t i = 0; i < LANES; i++) address[i] = static_cast<int8_t>(codes[i]);
+    }
 
     // Products of bytes fit in 16 bits, and so do sums of 32767 / (127 * 2 * LARGEST) steps: the two inputs at even
     // places, then the two at odd places, of each row.
