@@ -14,7 +14,7 @@ bool has_gemm();
 // that begin with a cache line.
 void gemm(const Joined& matrices, Rows<const float> x, size_t tokens, Rows<float> out, float accumulate,
           uint8_t* scratch, size_t threads);
-size_t gemm_scratch_nbytes(const Joined& matrices, size_t tokens, size_t threads);
+size_t gemm_scratch_nbytes(size_t cols, size_t tokens, size_t threads);
 
 // ---- between how it is divided (gemm.cpp) and what computes (gemm_amx.cpp) ----
 
