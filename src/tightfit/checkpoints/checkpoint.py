@@ -143,13 +143,16 @@ def _open_folder(path: Path, name: str, remote: Mapping[str, RemoteHeader]) -> C
         layout.refuse_folder(names, str(path))
     config = read_json(path / layout.CONFIG)
     weights = TensorFiles(path, remote)
+    files = layout.weight_files(names, str(path))
     try:
-        files = layout.weight_files(names, str(path))
         if files == [layout.INDEX]:
             weights.open_index(path / layout.INDEX)
         else:
             weights.open_all(files)
         return Checkpoint(name, path, config, weights)
-    except BaseException:
+    except BaseException as error:
         weights.close()
+        if isinstance(error, CheckpointError) and files == [layout.COMPRESSED]:
+            hint = error.hint.replace("download it again", "compress the model again")
+            raise CheckpointError(error.message, hint) from error
         raise

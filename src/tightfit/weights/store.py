@@ -69,7 +69,7 @@ def write(
         {group.name: group.nbytes for group in layout}, _description(checkpoint, weights, layout).metadata(), ALIGNMENT
     )
     try:
-        with _new_folder(out) as folder:
+        with _new_folder(out, force) as folder:
             _check_room(folder, out, len(header) + sum(group.nbytes for group in layout))
             with open(folder / COMPRESSED, "xb", buffering=0) as file:
                 _write(file.fileno(), header)
@@ -124,7 +124,7 @@ def _copy_small_files(source: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def _new_folder(out: Path, force: bool) -> Iterator[Path]:
     """A folder that becomes ``out`` at the end, or goes away with an error; so do those that killed processes left."""
     out = out.expanduser().resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -138,16 +138,16 @@ def _new_folder(out: Path) -> Iterator[Path]:
         try:
             yield folder
             _sync(folder)
-            _put(folder, out)
+            _put(folder, out, force)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     _sync(out.parent)
 
 
-def _put(folder: Path, out: Path) -> None:
-    """Gives ``folder`` its name; what is there already goes away first."""
+def _put(folder: Path, out: Path, force: bool) -> None:
+    """Gives ``folder`` its name. What has appeared there since is replaced only by ``force``, or if it is empty."""
     before = folder.with_name(f"{folder.name}.before{TEMPORARY}")
-    if out.exists():
+    if force and out.exists():
         out.rename(before)
     folder.rename(out)
     shutil.rmtree(before, ignore_errors=True)

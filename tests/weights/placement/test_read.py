@@ -52,7 +52,7 @@ def test_vectors_of_experts_are_read_in_one_piece(write: Any, monkeypatch: pytes
     checkpoint = write({"b": biases})
     reads = []
     read_into = checkpoint.read_into
-    monkeypatch.setattr(checkpoint, "read_into", lambda *args: (reads.append(args), read_into(*args)))
+    monkeypatch.setattr(checkpoint, "read_into", lambda *args, **more: (reads.append(args), read_into(*args, **more)))
     for start in (0, 1):
         up = Param("b", (ROWS,), Source("b", start=start, step=2, stacked=True), experts=EXPERTS)
         assert torch.equal(whole(checkpoint, up, 2), biases[2, start::2])
@@ -63,7 +63,7 @@ def test_transposed_tensors_are_read_in_few_large_pieces(write: Any, monkeypatch
     cols, rows = 512, 8192  # 8 MiB: read in four blocks, each from eight slabs of 1 MiB
     checkpoint = write({"e": torch.zeros(cols, rows, dtype=torch.bfloat16)})
     reads: list[int] = []
-    monkeypatch.setattr(checkpoint, "read_into", lambda info, start, buffer: reads.append(len(buffer)))
+    monkeypatch.setattr(checkpoint, "read_into", lambda info, start, buffer, again: reads.append(len(buffer)))
     for _ in read.blocks(checkpoint, Param("e", (rows, cols), Source("e", transposed=True)), 0):
         pass
     assert reads == [1 << 20] * 32

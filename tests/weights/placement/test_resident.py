@@ -75,7 +75,8 @@ def test_each_expert_is_the_matrix_that_the_checkpoint_holds(fmt: str, write: An
     placement.load(loaded.append)
     assert sum(loaded) == placement.nbytes
     assert torch.equal(placement.model["b"], biases)
-    tolerance = 0.0 if fmt == "own" else float(stored.abs().max()) / 127 * 0.51  # half a step of 8 bits
+    # Half a step of 8 bits, which the search for the smallest error may make an eighth longer.
+    tolerance = 0.0 if fmt == "own" else float(stored.abs().max()) / 127 * 0.57
     for expert in range(3):
         found = torch.empty(10, 32)
         placement.model["e"][expert].decode(torch.arange(10), found, Workspace(Arena(1 << 20)))
