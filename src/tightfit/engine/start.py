@@ -100,6 +100,7 @@ def largest_step(shape: Shape) -> Batch:
 def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     """Bytes of scratch that the largest step of ``plan`` takes, found by running it dry."""
     shape = Shape.of(plan)
+    cpu.set_threads(plan.threads)  # each of them has scratch
     layers = different_layers(checkpoint, spec, shape.formats)
     _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), Arena(VIRTUAL))
     ws = Workspace(Arena(VIRTUAL))

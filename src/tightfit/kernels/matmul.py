@@ -1,8 +1,8 @@
 """Products with stored matrices: a vector kernel for decoding, gemm for prefill, and the decoding of rows.
 
 The vector kernel computes each token's row in a fixed order of its own, so its bits depend neither on the number of
-tokens nor on threads. Gemm decodes the matrix block by block into scratch and multiplies there. The compiled kernels
-are used where they are found, else the references.
+tokens nor on threads. Gemm decodes the matrix block by block into scratch and multiplies there: compiled for AMX, else
+with torch's products. The compiled kernels are used where they are found, else the references.
 """
 
 from __future__ import annotations
@@ -119,9 +119,14 @@ def gemm(
     """``out[a:b] = x[a:b] @ W.T`` for each (a, b) of ``ranges``, computed in ``dtype`` (bfloat16 or float32), or with
     ``accumulate`` not zero ``out[a:b] += accumulate * (x[a:b] @ W.T)``.
 
-    Each range is padded to its bucket. A matrix is decoded once for all of them, a block of rows at a time; one that is
-    stored in ``dtype`` is used where it lies.
+    Compiled, where the processor multiplies bfloat16 by AMX: a token's bits depend on that token only. Else by torch's
+    products, whose bits may depend on the number of tokens: each range is padded to its bucket, and a matrix is decoded
+    once for all of them, a block of rows at a time; one that is stored in ``dtype`` is used where it lies.
     """
+    if dtype == torch.bfloat16 and cpu.has_gemm():
+        for start, stop in _joined_ranges(ranges):
+            _compiled_gemm(x[start:stop], weights, out[start:stop], ws, accumulate)
+        return
     with ws.frame():
         padded = []
         for start, stop in ranges:
@@ -143,6 +148,28 @@ def matmul_t(g: torch.Tensor, weight: Weight, out: torch.Tensor, ws: Workspace) 
     """``out = g @ W`` in float32: g (tokens, rows), out (tokens, cols)."""
     for start, stop, block in reference.blocks(weight, torch.float32, ws, decode_block):
         _add_product(g[:, start:stop], block, out, first=start == 0)
+
+
+def _joined_ranges(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same rows with as few ranges as possible: one that begins where another ends is part of it."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _compiled_gemm(
+    x: torch.Tensor, weights: Weight | Joined, out: torch.Tensor, ws: Workspace, accumulate: float
+) -> None:
+    tokens, threads = x.shape[0], cpu.threads()
+    _check(x, (tokens, weights.cols))
+    _check(out, (tokens, weights.rows))
+    with ws.frame():
+        scratch = ws.empty(cpu.module.gemm_scratch_nbytes(weights.cols, tokens, threads), dtype=torch.uint8)
+        _gemm(weights.product, x, out, accumulate, scratch, threads)
 
 
 def _check(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
@@ -178,6 +205,23 @@ def _vector_matmul(
         int8,
         scratch.data_ptr(),
         cpu.threads(),
+    )
+
+
+@op
+def _gemm(
+    product: Any, x: torch.Tensor, out: torch.Tensor, accumulate: float, scratch: torch.Tensor, threads: int
+) -> None:
+    cpu.module.gemm(
+        product,
+        x.data_ptr(),
+        x.shape[0],
+        x.stride(0),
+        out.data_ptr(),
+        out.stride(0),
+        accumulate,
+        scratch.data_ptr(),
+        threads,
     )
 
 

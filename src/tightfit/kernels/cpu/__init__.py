@@ -45,6 +45,11 @@ def available() -> bool:
     return _compiled
 
 
+def has_gemm() -> bool:
+    """Whether the kernels in use multiply with many vectors themselves, in bfloat16 through AMX."""
+    return _compiled and bool(_cpu.has_gemm())
+
+
 def features() -> dict[str, Any]:
     """``compiled``: whether the extension was built; ``supported``: what can run here; ``chosen``; ``threads``."""
     return {

@@ -1,20 +1,20 @@
 // Products with many vectors in bfloat16, for processors with AMX.
 #pragma once
 
-#include "weight.h"
+#include "dispatch.h"
 
 namespace tightfit {
 
 // Whether the level in use has them.
 bool has_gemm();
 
-// out = W x for `count` matrices of the same number of inputs, whose rows lie one after the other in out[token]; or, where
-// `accumulate` is not 0, out += accumulate * W x. Inputs and weights are rounded to bfloat16, and products are added up in
-// float32 in the order of the inputs: a token's bits depend neither on the other tokens nor on `threads`. `scratch` is
-// gemm_scratch(...) bytes that begin with a cache line.
-void gemm(const Weight* const* weights, size_t count, Rows<const float> x, size_t tokens, Rows<float> out,
-          float accumulate, uint8_t* scratch, size_t threads);
-size_t gemm_scratch(size_t cols, size_t tokens, size_t threads);
+// out[t] = the matrices' products with x[t], one after the other; with `accumulate` not zero, accumulate times that is
+// added to out[t]. Inputs and weights are rounded to bfloat16, and products are added up in float32 in the order of the
+// inputs: a token's bits depend neither on the other tokens nor on `threads`. `scratch` is gemm_scratch_nbytes(...) bytes
+// that begin with a cache line.
+void gemm(const Joined& matrices, Rows<const float> x, size_t tokens, Rows<float> out, float accumulate,
+          uint8_t* scratch, size_t threads);
+size_t gemm_scratch_nbytes(size_t cols, size_t tokens, size_t threads);
 
 // ---- between how it is divided (gemm.cpp) and what computes (gemm_amx.cpp) ----
 
@@ -45,8 +45,10 @@ struct GemmTask {
     Rows<float> out;  // of the matrix' first row and token 0
     float accumulate;
     uint8_t* panel;  // GEMM_PANEL bytes
-    float* sums;     // 32 rows by the tokens, rounded up to 32, for each of up to `width` pairs of tile rows
-    size_t width;
+    float* sums;     // 32 rows by the tokens, rounded up to 32, for each of `width` pairs of tile rows
+    size_t width;    // pairs whose sums are kept
+
+    size_t token_pairs() const { return (end - begin + 31) / 32; }  // of tiles
 };
 
 // At most so many inputs to a block: 32 tokens and 32 rows by it, 18 KiB each, stay in the first-level cache together.

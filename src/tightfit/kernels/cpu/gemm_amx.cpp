@@ -251,7 +251,8 @@ constexpr size_t SUMS = TILE_SIDE * TILE_SIDE;
 constexpr size_t AHEAD = 4 * LINE;
 
 template <int M, int N>
-void multiply_tiles(const uint8_t* a, const uint8_t* b, size_t steps, float* sums, bool first, const uint8_t* later) {
+void multiply_tiles(const uint8_t* a, const uint8_t* b, size_t steps, float* sums, bool first, const uint8_t* later,
+                    Ahead& weights) {
     if (first) {
         _tile_zero(0);
         if (N > 1) _tile_zero(1);
@@ -266,6 +267,7 @@ void multiply_tiles(const uint8_t* a, const uint8_t* b, size_t steps, float* sum
     const size_t next = steps * GEMM_TILE;
     for (size_t step = 0; step < steps; step++, a += GEMM_TILE, b += GEMM_TILE, later += AHEAD) {
         for (size_t i = 0; i < AHEAD; i += LINE) _mm_prefetch(reinterpret_cast<const char*>(later + i), _MM_HINT_T1);
+        weights.ask();
         _tile_loadd(6, b, LINE);
         _tile_loadd(4, a, LINE);
         _tile_dpbf16ps(0, 4, 6);
@@ -285,25 +287,9 @@ void multiply_tiles(const uint8_t* a, const uint8_t* b, size_t steps, float* sum
     if (M > 1 && N > 1) _tile_stored(3, sums + 3 * SUMS, LINE);
 }
 
-using Multiply = void (*)(const uint8_t*, const uint8_t*, size_t, float*, bool, const uint8_t*);
+using Multiply = void (*)(const uint8_t*, const uint8_t*, size_t, float*, bool, const uint8_t*, Ahead&);
 constexpr Multiply MULTIPLY[2][2] = {{multiply_tiles<1, 1>, multiply_tiles<1, 2>},
                                      {multiply_tiles<2, 1>, multiply_tiles<2, 2>}};
-
-// The sums of 32 tokens and `count` tile rows from `tile_row` on, to where the task wants them.
-void give(const GemmTask& t, const float* sums, size_t token, size_t tile_row, size_t count) {
-    const __m512 accumulate = _mm512_set1_ps(t.accumulate);
-    for (size_t i = 0; i < count; i++, sums += SUMS) {
-        const size_t row = (tile_row + i) * TILE_ROWS, offset = t.w.row_offset;  // counted from the first tile's first
-        const size_t skip = row < offset ? offset - row : 0, end = std::min(offset + t.w.rows - row, TILE_ROWS);
-        const __mmask16 rows = static_cast<__mmask16>((1u << end) - (1u << skip));
-        float* out = t.out[token] + row - offset;
-        for (size_t j = 0; j < 2 * TILE_SIDE && token + j < t.end; j++, out += t.out.stride) {
-            __m512 sum = _mm512_load_ps(sums + j / TILE_SIDE * 2 * SUMS + j % TILE_SIDE * TILE_SIDE);
-            if (t.accumulate != 0) sum = _mm512_fmadd_ps(accumulate, sum, _mm512_maskz_loadu_ps(rows, out));
-            _mm512_mask_storeu_ps(out, rows, sum);
-        }
-    }
-}
 
 // A pair of tile rows and a block of inputs; [first, last) are the tile rows whose sums are kept.
 struct Place {
@@ -323,30 +309,53 @@ Place after(const GemmTask& t, Place p) {
     return ++p.block < t.x.blocks() ? p : begin_at(t, p.last);
 }
 
-void multiply(const GemmTask& t, const Place& p, Panel panel) {
-    const size_t begin = t.begin / TILE_SIDE, end = (t.end + TILE_SIDE - 1) / TILE_SIDE;
-    const size_t steps = t.x.steps_of(p.block), start = t.x.first_step(p.block) * GEMM_STEP;
-    const size_t times = p.count() + (end - begin + 1) / 2;
+// The sums of a pair of tile rows and 32 tokens after the other.
+float* sums_of(const GemmTask& t, size_t pair) { return t.sums + pair * t.token_pairs() * 4 * SUMS; }
 
-    const Place next = after(t, p);
+// Adds the products of a place to the sums.
+void multiply(const GemmTask& t, const Place& p, const Place& next, Panel panel) {
+    const size_t steps = t.x.steps_of(p.block), start = t.x.first_step(p.block) * GEMM_STEP;
     const size_t next_start = t.x.first_step(next.block) * GEMM_STEP;
     const size_t next_stop = next_start + t.x.steps_of(next.block) * GEMM_STEP;
+    const size_t times = t.token_pairs() * steps;
     Ahead weights = stored(t.w, next.tile_row, next.tile_row < t.last ? next.count() : 0, next_start, next_stop, times);
+    const uint8_t* tokens = t.x.tile((p.block + 1) % t.x.blocks(), t.begin / TILE_SIDE) + p.pair() * t.token_pairs() * steps * AHEAD;
 
-    for (size_t i = 0; i < p.count(); i++) {
-        weights.ask();
+    for (size_t i = 0; i < p.count(); i++)
         panel(t.w, p.tile_row + i, start, start + steps * GEMM_STEP, t.panel + i * steps * GEMM_TILE);
-    }
-    const bool last = p.block + 1 == t.x.blocks();
-    float* sums = t.sums + p.pair() * ((end - begin + 1) / 2) * 4 * SUMS;
-    const uint8_t* tokens = t.x.tile((p.block + 1) % t.x.blocks(), begin) + p.pair() * ((end - begin + 1) / 2) * steps * AHEAD;
-    for (size_t tile = begin; tile < end; tile += 2, sums += 4 * SUMS, tokens += steps * AHEAD) {
-        weights.ask();
+    const size_t end = (t.end + TILE_SIDE - 1) / TILE_SIDE;
+    float* sums = sums_of(t, p.pair());
+    for (size_t tile = t.begin / TILE_SIDE; tile < end; tile += 2, sums += 4 * SUMS, tokens += steps * AHEAD) {
         const auto kernel = MULTIPLY[std::min<size_t>(end - tile, 2) - 1][p.count() - 1];
-        kernel(t.x.tile(p.block, tile), t.panel, steps, sums, p.block == 0, tokens);
-        // One later, so that AMX is not waited for.
-        if (last && tile > begin) give(t, sums - 4 * SUMS, (tile - 2) * TILE_SIDE, p.tile_row, p.count());
-        if (last && tile + 2 >= end) give(t, sums, tile * TILE_SIDE, p.tile_row, p.count());
+        kernel(t.x.tile(p.block, tile), t.panel, steps, sums, p.block == 0, tokens, weights);
+    }
+}
+
+// The sums of the tile rows [first, last) to where the task wants them, a whole row at a time: where each token's results
+// lie a multiple of 4 KiB apart, all that is read meanwhile would be held up by the stores.
+void give(const GemmTask& t, size_t first, size_t last) {
+    const auto rows_of = [&](size_t tile_row) {  // which of its 16 rows the matrix has
+        const size_t row = tile_row * TILE_ROWS, offset = t.w.row_offset;
+        const size_t skip = row < offset ? offset - row : 0, end = std::min(offset + t.w.rows - row, TILE_ROWS);
+        return static_cast<__mmask16>((1u << end) - (1u << skip));
+    };
+    const __m512 accumulate = _mm512_set1_ps(t.accumulate);
+    for (size_t token = t.begin; token < t.end; token++) {
+        const size_t i = token - t.begin;
+        const float* sums = sums_of(t, 0) + (i / 32 * 4 + i % 32 / TILE_SIDE * 2) * SUMS + i % TILE_SIDE * TILE_SIDE;
+        float* out = t.out[token] + first * TILE_ROWS - t.w.row_offset;
+        const auto give_tile = [&](size_t tile_row, size_t half) {
+            const bool edge = tile_row == 0 || tile_row + 1 == t.last;
+            const __mmask16 rows = edge ? rows_of(tile_row) : 0xffff;
+            __m512 sum = _mm512_load_ps(sums + half * SUMS);
+            if (t.accumulate != 0) sum = _mm512_fmadd_ps(accumulate, sum, _mm512_maskz_loadu_ps(rows, out));
+            _mm512_mask_storeu_ps(out, rows, sum);
+            out += TILE_ROWS;
+        };
+        for (size_t tile_row = first; tile_row < last; tile_row += 2, sums += t.token_pairs() * 4 * SUMS) {
+            give_tile(tile_row, 0);
+            if (tile_row + 1 < last) give_tile(tile_row + 1, 1);
+        }
     }
 }
 
@@ -373,8 +382,11 @@ void amx_multiply(const GemmTask& task) {
     const TileConfig config;
     const Panel panel = panel_of(task.w);
     _tile_loadconfig(&config);
-    for (Place place = begin_at(task, task.first); place.tile_row < task.last; place = after(task, place))
-        multiply(task, place, panel);
+    for (Place place = begin_at(task, task.first), next; place.tile_row < task.last; place = next) {
+        next = after(task, place);
+        multiply(task, place, next, panel);
+        if (next.first != place.first) give(task, place.first, place.last);
+    }
     _tile_release();
 }
 

@@ -22,7 +22,7 @@ class Int4(Integers):
     It departs from FineQuant in that the size of the groups is a setting instead of being chosen for each matrix (sizes
     are planned before weights are read; ``mixed`` gives kinds of matrices groups of their own), and in the scale.
     FineQuant and llama.cpp's q4_0 map the largest magnitude to the last code; here the scale with the smallest squared
-    error is searched, which on Gaussian weights in groups of 32 saves a tenth of the error, and half in whole rows.
+    error is searched, which on normal weights saves a tenth of that error in groups of 32, and a third in whole rows.
     """
 
     kind = "int4"

@@ -36,9 +36,9 @@ class Tiled(Format):
 
     def __post_init__(self) -> None:
         if not 0 <= self.group <= LARGEST_GROUP or self.group % self.multiple:
+            sizes = f"{self.multiple} to {LARGEST_GROUP} inputs and a multiple of {self.multiple}"
             raise UsageError(
-                f"{self.name} cannot have groups of {self.group}",
-                f"A group is a multiple of {self.multiple} inputs up to {LARGEST_GROUP}; 0 is a scale for each row.",
+                f"{self.name} cannot have groups of {self.group}", f"A group is {sizes}, or 0 for whole rows."
             )
 
     def tile_group(self, cols: int) -> int:
