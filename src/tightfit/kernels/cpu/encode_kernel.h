@@ -207,7 +207,7 @@ constexpr Factors factors_of(Kind kind) {
         case Kind::int4:
         case Kind::int3: return {{64, 43, 58, 27, 52, 61, 71, 16, 36, 55}};
         case Kind::int2: return {{64, 39, 23, 51, -50, 31, 16, 57, 45, -34}};
-        case Kind::nf4:
+        case Kind::nf4: return {{64, -60, -46, -64, 59, -91, 67, 62, -57, -38}};
         case Kind::fp4: return {{64, 96, 58, 43, 61, 67, 54, 90, 36, 63}};
         case Kind::fp8: return {{64, 90, 66, 76, 74, 65, 99, 71, 86}};
         case Kind::ternary: return {{64, 107, 134, 95, 160, 119}};
