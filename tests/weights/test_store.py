@@ -347,5 +347,5 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(compressed: Path, tmp_path
 def test_a_compressed_model_is_not_taken_for_another_ones(tiny: Path, compressed: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    with pytest.raises(OSError, match="no file named model.safetensors"):
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(compressed)
