@@ -22,7 +22,7 @@ def test_decoding_segments_come_first_in_their_order() -> None:
 def test_decoding_rows_are_multiplied_alone_and_prefill_segments_whole() -> None:
     split = Batch.of([PROMPT, DRAFT, CHUNK, STEP]).split
     assert (split.vector, split.gemm) == (3, ((3, 6), (6, 10)))
-    assert split.parts() == [(0, 1), (1, 2), (2, 3), (3, 6), (6, 10)]
+    assert split.parts == [(0, 1), (1, 2), (2, 3), (3, 6), (6, 10)]
 
 
 def test_decoding_tokens_attend_alone_and_prefill_segments_whole() -> None:

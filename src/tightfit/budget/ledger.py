@@ -11,8 +11,7 @@ import ctypes
 import math
 import mmap
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 ACCOUNTS = ("runtime", "weights", "experts", "kv", "adapters", "draft", "workspace")
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 PAGE = mmap.PAGESIZE
+KEPT_VIEWS = 1024  # tensors over scratch memory that are kept for the next step: about a kilobyte each
 ASKED_AT_ONCE = 1 << 30  # bytes whose residency is asked for in one call: the answer takes a byte for each page
 # Address space that is mapped and not written must not count against the system's commit limit. Python has the name
 # since 3.13; the number is Linux'.
@@ -54,6 +54,13 @@ class Arena:
                 "Lift the limit on it (ulimit -v unlimited), or let memory be overcommitted (vm.overcommit_memory).",
             ) from error
         self.used = 0
+
+    def use_large_pages(self) -> None:
+        """Asks for pages of 2 MiB where the system has them: fewer to fill and to look up. Each becomes resident whole,
+        so this is for memory that is written from end to end."""
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                self._map.madvise(mmap.MADV_HUGEPAGE)
 
     def take(self, nbytes: int) -> torch.Tensor:
         """The next ``nbytes`` bytes as a flat uint8 tensor, aligned to a cache line. Raises BudgetError when full."""
@@ -106,34 +113,86 @@ class Workspace:
     """
 
     def __init__(self, arena: Arena) -> None:
+        import torch
+
         self.arena = arena
         self.top = 0
         self.high_water = 0
+        # Tensors are kept: a decoding step takes the same ones at the same places as the step before, and making one
+        # takes longer than a small operation. Those made in inference mode cannot be written to outside of it.
+        self._kept: dict[tuple[Any, ...], tuple[int, Any]] = {}
+        self._inference = torch.is_inference_mode_enabled
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor of ``shape``; ``dtype`` defaults to float32. Valid until the enclosing frame ends."""
-        import torch
+        key = (self.top, shape, dtype, self._inference())
+        known = self._kept.get(key)
+        if known is None:
+            import torch
 
-        dtype = dtype or torch.float32
+            kind = dtype or torch.float32
+            start, end = self._place(math.prod(shape) * kind.itemsize)
+            known = self._keep(key, end, self.arena.view(start, shape, kind))
+        self.top = known[0]
+        if self.top > self.high_water:
+            self.high_water = self.top
+        tensor: torch.Tensor = known[1]
+        return tensor
+
+    def columns(self, rows: int, *shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        """An uninitialised float32 tensor (rows, features), and views (rows, *shape) of its columns, side by side: what
+        matrices give that are multiplied with the same input."""
+        key = (self.top, rows, shapes, self._inference())
+        known = self._kept.get(key)
+        if known is None:
+            import torch
+
+            widths = [math.prod(shape) for shape in shapes]
+            start, end = self._place(4 * rows * sum(widths))
+            whole = self.arena.view(start, (rows, sum(widths)), torch.float32)
+            parts = [part.unflatten(1, shape) for part, shape in zip(whole.split(widths, dim=1), shapes, strict=True)]
+            known = self._keep(key, end, (whole, *parts))
+        self.top = known[0]
+        if self.top > self.high_water:
+            self.high_water = self.top
+        tensors: tuple[torch.Tensor, ...] = known[1]
+        return tensors
+
+    def _place(self, nbytes: int) -> tuple[int, int]:
+        """Where the next ``nbytes`` bytes start and end."""
         start = align(self.top)
-        end = start + math.prod(shape) * dtype.itemsize
-        if end > self.arena.capacity:
+        if start + nbytes > self.arena.capacity:
             raise BudgetError(
-                f"the workspace of {format_bytes(self.arena.capacity)} is too small for a tensor of shape {shape}",
+                f"the workspace of {format_bytes(self.arena.capacity)} is too small for {format_bytes(nbytes)} more",
                 "This is a mistake in the plan, not in your input: please report it with --debug.",
             )
-        self.top = end
-        self.high_water = max(self.high_water, end)
-        return self.arena.view(start, shape, dtype)
+        return start, start + nbytes
 
-    @contextmanager
-    def frame(self) -> Iterator[Workspace]:
+    def _keep(self, key: tuple[Any, ...], end: int, value: Any) -> tuple[int, Any]:
+        if len(self._kept) >= KEPT_VIEWS:
+            self._kept.clear()
+        self._kept[key] = end, value
+        return end, value
+
+    def frame(self) -> Frame:
         """Everything taken inside is given back at the end."""
-        top = self.top
-        try:
-            yield self
-        finally:
-            self.top = top
+        return Frame(self)
+
+
+class Frame:
+    """``with`` it, what is taken from a workspace is given back at the end (contextlib's manager takes longer)."""
+
+    __slots__ = ("_top", "_ws")
+
+    def __init__(self, ws: Workspace) -> None:
+        self._ws = ws
+
+    def __enter__(self) -> Workspace:
+        self._top = self._ws.top
+        return self._ws
+
+    def __exit__(self, *error: object) -> None:
+        self._ws.top = self._top
 
 
 @dataclass

@@ -8,7 +8,7 @@ are used where they are found, else the references.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,9 +22,41 @@ from tightfit.kernels.weight import Joined, Weight
 SMALLEST_BUCKET = 16
 
 
+class Rows(Protocol):
+    """Which rows of a flat list of tokens are multiplied how (:class:`tightfit.weights.formats.base.Split`)."""
+
+    @property
+    def vector(self) -> int: ...
+
+    @property
+    def gemm(self) -> Sequence[tuple[int, int]]: ...
+
+
 def bucket(n: int) -> int:
     """The number of rows that a gemm over ``n`` tokens is padded to: a power of two, at least 16."""
     return max(1 << (n - 1).bit_length(), SMALLEST_BUCKET)
+
+
+def matmul(
+    x: torch.Tensor,
+    weights: Weight | Joined,
+    out: torch.Tensor,
+    ws: Workspace,
+    split: Rows | None,
+    dtype: torch.dtype,
+    activations: Activations,
+    accumulate: float,
+) -> None:
+    """``out = x @ W.T``, or ``out += accumulate * (x @ W.T)``: the first ``split.vector`` tokens by
+    :func:`vector_matmul`, the ranges ``split.gemm`` by :func:`gemm`; all by the former where ``split`` is None."""
+    vector = x.shape[0] if split is None else split.vector
+    if vector == x.shape[0]:
+        vector_matmul(x, weights, out, ws, activations=activations, accumulate=accumulate)
+        return
+    if vector:
+        vector_matmul(x[:vector], weights, out[:vector], ws, activations=activations, accumulate=accumulate)
+    if split is not None and split.gemm:
+        gemm(x, weights, out, split.gemm, dtype, ws, accumulate)
 
 
 def vector_matmul(
@@ -77,29 +109,34 @@ def decode_rows(weight: Weight, indices: torch.Tensor, out: torch.Tensor, ws: Wo
 
 def gemm(
     x: torch.Tensor,
-    weight: Weight,
+    weights: Weight | Joined,
     out: torch.Tensor,
     ranges: Sequence[tuple[int, int]],
     dtype: torch.dtype,
     ws: Workspace,
+    accumulate: float = 0.0,
 ) -> None:
-    """``out[a:b] = x[a:b] @ W.T`` for each (a, b) of ``ranges``, computed in ``dtype`` (bfloat16 or float32).
+    """``out[a:b] = x[a:b] @ W.T`` for each (a, b) of ``ranges``, computed in ``dtype`` (bfloat16 or float32), or with
+    ``accumulate`` not zero ``out[a:b] += accumulate * (x[a:b] @ W.T)``.
 
-    Each range is padded to its bucket. The matrix is decoded once for all of them, a block of rows at a time; one that
-    is stored in ``dtype`` is used where it lies.
+    Each range is padded to its bucket. A matrix is decoded once for all of them, a block of rows at a time; one that is
+    stored in ``dtype`` is used where it lies.
     """
     with ws.frame():
         padded = []
         for start, stop in ranges:
-            padded.append(ws.empty(bucket(stop - start), weight.cols, dtype=dtype))
+            padded.append(ws.empty(bucket(stop - start), weights.cols, dtype=dtype))
             _pad(x[start:stop], padded[-1])
-        most = max(map(len, padded))
-        step = reference.product_rows(weight, dtype, most)
-        products = ws.empty(most * step, dtype=dtype)
-        for first, last, block in reference.blocks(weight, dtype, ws, decode_block, step):
-            for (start, stop), rows in zip(ranges, padded, strict=True):
-                product = products[: len(rows) * (last - first)].view(len(rows), last - first)
-                _multiply(rows, block, product, out[start:stop, first:last])
+        most, row = max(map(len, padded)), 0
+        for weight in weights.weights:
+            with ws.frame():
+                step = reference.product_rows(weight, dtype, most)
+                products = ws.empty(most * step, dtype=dtype)
+                for first, last, block in reference.blocks(weight, dtype, ws, decode_block, step):
+                    for (start, stop), rows in zip(ranges, padded, strict=True):
+                        product = products[: len(rows) * (last - first)].view(len(rows), last - first)
+                        _multiply(rows, block, product, out[start:stop, row + first : row + last], accumulate)
+            row += weight.rows
 
 
 def matmul_t(g: torch.Tensor, weight: Weight, out: torch.Tensor, ws: Workspace) -> None:
@@ -162,9 +199,14 @@ def _pad(x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 @op
-def _multiply(x: torch.Tensor, block: torch.Tensor, product: torch.Tensor, out: torch.Tensor) -> None:
+def _multiply(
+    x: torch.Tensor, block: torch.Tensor, product: torch.Tensor, out: torch.Tensor, accumulate: float
+) -> None:
     torch.mm(x, block.T, out=product)
-    out.copy_(product[: len(out)])
+    if accumulate:
+        out.add_(product[: len(out)], alpha=accumulate)
+    else:
+        out.copy_(product[: len(out)])
 
 
 @op

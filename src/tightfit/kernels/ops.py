@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
-from tightfit.kernels import reference
+from tightfit.kernels import reference, rows
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _dry = False
@@ -47,12 +47,12 @@ def op(function: Function) -> Function:
     return cast(Function, call)
 
 
-rms_norm = op(reference.rms_norm)
-add_ = op(reference.add_)
+rms_norm = op(rows.rms_norm)
+add_ = op(rows.add_)
 scale_ = op(reference.scale_)
 clamp_ = op(reference.clamp_)
-softcap_ = op(reference.softcap_)
-glu = op(reference.glu)
+softcap_ = op(rows.softcap_)
+glu = op(rows.glu)
 rotation = op(reference.rotation)
 rotate_ = op(reference.rotate_)
 gather_rows = op(reference.gather_rows)

@@ -10,11 +10,11 @@ from tightfit.kv.cache import Cache, LayerLayout, window_slots
 from tightfit.model.batch import Batch
 from tightfit.model.latent import latent_attention
 from tightfit.model.moe import moe
-from tightfit.model.parts import Weights, attention, mlp
+from tightfit.model.parts import attention, mlp
 from tightfit.model.rope import Tables, tables
 from tightfit.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
 from tightfit.weights.formats.base import Split
-from tightfit.weights.placement.base import Placement
+from tightfit.weights.placement.base import Parameters, Placement
 
 
 def cache_layouts(spec: ModelSpec, context: int, chunk: int) -> list[LayerLayout]:
@@ -73,46 +73,55 @@ class Decoder:
         if spec.logit_multiplier != 1.0:
             ops.scale_(out, spec.logit_multiplier)
         if spec.logit_softcap is not None:
-            ops.softcap_(out, spec.logit_softcap, split.parts())
+            ops.softcap_(out, spec.logit_softcap, split.parts)
         return out
 
     def _layer(
         self,
         index: int,
         layer: LayerSpec,
-        weights: Weights,
+        weights: Parameters,
         x: torch.Tensor,
         batch: Batch,
         cache: Cache,
         ropes: dict[RopeSpec, Tables],
         ws: Workspace,
     ) -> None:
-        """One layer, added to the residual stream ``x`` (tokens, hidden) in place."""
-        eps = self.spec.rms_norm_eps
+        """One layer, added to the residual stream ``x`` (tokens, hidden) in place.
+
+        A part without a norm of its own behind it is added where it is computed.
+        """
+        eps, gain = self.spec.rms_norm_eps, layer.residual_multiplier
         with ws.frame():
-            out = ws.empty(*x.shape)
             normed = ws.empty(*x.shape)
+            source = _norm(x, weights.get("input_layernorm"), eps, normed)
+            after = weights.get("post_attention_layernorm")
+            with ws.frame():
+                out, share = (x, gain) if after is None else (ws.empty(*x.shape), 0.0)
+                if isinstance(layer.attention, AttentionSpec):
+                    rope = ropes.get(layer.attention.rope) if layer.attention.rope else None
+                    attention(layer.attention, weights, source, batch, cache, index, rope, eps, out, ws, share)
+                else:
+                    rope = ropes[layer.attention.rope]
+                    latent_attention(layer.attention, weights, source, batch, cache, index, rope, out, ws, share)
+                if after is not None:
+                    ops.add_(x, _norm(out, after, eps, out), gain)
 
-            def norm(name: str, source: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-                if name not in weights:
-                    return source
-                ops.rms_norm(source, weights[name], eps, into)
-                return into
+            source = _norm(x, weights.get("pre_feedforward_layernorm"), eps, normed)
+            after = weights.get("post_feedforward_layernorm")
+            with ws.frame():
+                out, share = (x, gain) if after is None else (ws.empty(*x.shape), 0.0)
+                if isinstance(layer.mlp, MlpSpec):
+                    mlp(layer.mlp, weights, source, out, ws, batch.split, share)
+                else:
+                    moe(layer.mlp, weights, source, out, ws, batch.split, share)
+                if after is not None:
+                    ops.add_(x, _norm(out, after, eps, out), gain)
 
-            source = norm("input_layernorm", x, normed)
-            if isinstance(layer.attention, AttentionSpec):
-                rope = ropes.get(layer.attention.rope) if layer.attention.rope else None
-                attention(layer.attention, weights, source, batch, cache, index, rope, eps, out, ws)
-            else:
-                rope = ropes[layer.attention.rope]
-                latent_attention(layer.attention, weights, source, batch, cache, index, rope, out, ws)
-            norm("post_attention_layernorm", out, out)
-            ops.add_(x, out, layer.residual_multiplier)
 
-            source = norm("pre_feedforward_layernorm", x, normed)
-            if isinstance(layer.mlp, MlpSpec):
-                mlp(layer.mlp, weights, source, out, ws, batch.split)
-            else:
-                moe(layer.mlp, weights, source, out, ws, batch.split)
-            norm("post_feedforward_layernorm", out, out)
-            ops.add_(x, out, layer.residual_multiplier)
+def _norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> torch.Tensor:
+    """``x`` normalised into ``out``, or ``x`` itself where the layer has no such norm."""
+    if weight is None:
+        return x
+    ops.rms_norm(x, weight, eps, out)
+    return out

@@ -12,14 +12,15 @@ from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops
 from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch
-from tightfit.model.parts import Weights, project, project_into
+from tightfit.model.parts import project, project_into
 from tightfit.model.rope import Tables, rotate_
 from tightfit.model.spec import LatentAttentionSpec
+from tightfit.weights.placement.base import Parameters
 
 
 def latent_attention(
     spec: LatentAttentionSpec,
-    weights: Weights,
+    weights: Parameters,
     x: torch.Tensor,
     batch: Batch,
     cache: Cache,
@@ -27,19 +28,20 @@ def latent_attention(
     tables: Tables,
     out: torch.Tensor,
     ws: Workspace,
+    accumulate: float = 0.0,
 ) -> None:
-    """Attention of ``x`` (tokens, hidden) into ``out`` (tokens, hidden)."""
+    """Attention of ``x`` (tokens, hidden) into ``out`` (tokens, hidden), or added to it ``accumulate`` times."""
     tokens, split = x.shape[0], batch.split
     rank, nope, width = spec.kv_lora_rank, spec.qk_nope_head_dim, spec.v_head_dim
     with ws.frame():
+        per_head = (spec.heads, nope + spec.qk_rope_head_dim)
+        down = ("kv_a_proj_with_mqa",), ((1, spec.key_dim),)
         if spec.q_lora_rank is None:
-            q = project(weights, "q_proj", x, ws, split)
+            heads, key = project(weights, ("q_proj", *down[0]), (per_head, *down[1]), x, ws, split)
         else:
-            compressed = project(weights, "q_a_proj", x, ws, split)
+            compressed, key = project(weights, ("q_a_proj", *down[0]), ((spec.q_lora_rank,), *down[1]), x, ws, split)
             ops.rms_norm(compressed, weights["q_a_layernorm"], spec.norm_eps, compressed)
-            q = project(weights, "q_b_proj", compressed, ws, split)
-        heads = q.view(tokens, spec.heads, nope + spec.qk_rope_head_dim)
-        key = project(weights, "kv_a_proj_with_mqa", x, ws, split).view(tokens, 1, spec.key_dim)
+            (heads,) = project(weights, ("q_b_proj",), (per_head,), compressed, ws, split)
         latent = key[..., :rank]
         ops.rms_norm(latent, weights["kv_a_layernorm"], spec.norm_eps, latent)
         rotate_(key[..., rank:], *tables, spec.rope.interleaved, ws)
@@ -50,7 +52,7 @@ def latent_attention(
         ops.copy_(query[..., rank:], heads[..., nope:])
         for head in range(spec.heads):
             row = head * (nope + width)
-            for a, b in split.parts():
+            for a, b in split.parts:
                 up.slice(row, row + nope).matmul_t(heads[a:b, head, :nope], query[a:b, head, :rank], ws)
         mixed = ws.empty(tokens, spec.heads, rank)
         for segment, a, b in batch.pieces:
@@ -60,4 +62,4 @@ def latent_attention(
         for head in range(spec.heads):
             row = head * (nope + width) + nope
             up.slice(row, row + width).matmul(mixed[:, head], values[:, head], ws, split)
-        project_into(weights, "o_proj", values.view(tokens, -1), out, ws, split)
+        project_into(weights, "o_proj", values.view(tokens, -1), out, ws, split, accumulate)

@@ -12,16 +12,34 @@ import torch
 
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops
-from tightfit.model.parts import Weights, mlp, project
+from tightfit.model.parts import mlp, project
 from tightfit.model.spec import MlpSpec, MoeSpec
 from tightfit.weights.formats.base import Split
+from tightfit.weights.placement.base import Parameters
 
 
-def moe(spec: MoeSpec, weights: Weights, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split) -> None:
-    """``out`` (tokens, hidden) = the weighted sum of the chosen experts of ``x``, and of the shared expert."""
+def moe(
+    spec: MoeSpec,
+    weights: Parameters,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    ws: Workspace,
+    split: Split,
+    accumulate: float = 0.0,
+) -> None:
+    """``out`` (tokens, hidden) = the weighted sum of the chosen experts of ``x``, and of the shared expert; or added to
+    ``out`` ``accumulate`` times."""
+    with ws.frame():
+        total = ws.empty(*x.shape) if accumulate else out
+        _moe(spec, weights, x, total, ws, split)
+        if accumulate:
+            ops.add_(out, total, accumulate)
+
+
+def _moe(spec: MoeSpec, weights: Parameters, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split) -> None:
     tokens, hidden = x.shape
     with ws.frame():
-        logits = project(weights, "router", x, ws, split)
+        (logits,) = project(weights, ("router",), ((spec.experts,),), x, ws, split)
         chosen = ws.empty(tokens, spec.experts_per_token, dtype=torch.int64)
         gains = ws.empty(tokens, spec.experts_per_token)
         ops.route(
@@ -36,7 +54,7 @@ def moe(spec: MoeSpec, weights: Weights, x: torch.Tensor, out: torch.Tensor, ws:
             spec.scaling,
             chosen,
             gains,
-            split.parts(),
+            split.parts,
         )
         ops.zero_(out)
         experts = _named(weights, "experts.")
@@ -46,7 +64,8 @@ def moe(spec: MoeSpec, weights: Weights, x: torch.Tensor, out: torch.Tensor, ws:
                 picked = ws.empty(len(rows), hidden)
                 ops.gather_rows(x, rows, picked)
                 answer = ws.empty(len(rows), hidden)
-                mlp(each, {name: of[expert] for name, of in experts.items()}, picked, answer, ws, split.of_rows(rows))
+                of_one = Parameters({name: of[expert] for name, of in experts.items()})
+                mlp(each, of_one, picked, answer, ws, split.of_rows(rows))
                 ops.add_rows_(out, rows, answer, gains[rows, columns])
         if spec.shared_intermediate_size:
             with ws.frame():
@@ -54,7 +73,8 @@ def moe(spec: MoeSpec, weights: Weights, x: torch.Tensor, out: torch.Tensor, ws:
                 shared = MlpSpec(spec.shared_intermediate_size, spec.activation)
                 mlp(shared, _named(weights, "shared."), x, answer, ws, split)
                 if spec.shared_gate:
-                    ops.gate_(answer, project(weights, "shared_gate", x, ws, split), split.parts())
+                    (gate,) = project(weights, ("shared_gate",), ((1,),), x, ws, split)
+                    ops.gate_(answer, gate, split.parts)
                 ops.add_(out, answer)
 
 
@@ -71,6 +91,6 @@ def _by_expert(chosen: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.
         yield expert, rows, columns
 
 
-def _named(weights: Weights, prefix: str) -> Weights:
+def _named(weights: Parameters, prefix: str) -> Parameters:
     """The parameters whose names start with ``prefix``, without it."""
-    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+    return Parameters({name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)})

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from tightfit.budget.ledger import Workspace
@@ -14,28 +11,47 @@ from tightfit.model.batch import Batch
 from tightfit.model.rope import Tables, rotate_
 from tightfit.model.spec import AttentionSpec, MlpSpec
 from tightfit.weights.formats.base import Split
-
-Weights = Mapping[str, Any]  # a layer's parameters by name: Matrix, list of Matrix for experts, or float32 vector
-
-
-def project(weights: Weights, name: str, x: torch.Tensor, ws: Workspace, split: Split) -> torch.Tensor:
-    """``x @ W.T + bias`` (tokens, rows) in scratch memory of the enclosing frame."""
-    out = ws.empty(x.shape[0], weights[name].rows)
-    project_into(weights, name, x, out, ws, split)
-    return out
+from tightfit.weights.placement.base import Parameters
 
 
-def project_into(weights: Weights, name: str, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split) -> None:
-    """``out = x @ W.T + bias``"""
-    weights[name].matmul(x, out, ws, split)
+def project(
+    weights: Parameters,
+    names: tuple[str, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    x: torch.Tensor,
+    ws: Workspace,
+    split: Split,
+) -> tuple[torch.Tensor, ...]:
+    """``x @ W.T + bias`` for matrices of one input: one (tokens, *shape) for each, side by side in scratch memory of
+    the enclosing frame."""
+    whole, *parts = ws.columns(x.shape[0], *shapes)
+    weights.joined(*names).matmul(x, whole, ws, split)
+    for name, part in zip(names, parts, strict=True):
+        bias = weights.get(f"{name}.bias")
+        if bias is not None:
+            ops.add_(part.flatten(1), bias)
+    return tuple(parts)
+
+
+def project_into(
+    weights: Parameters,
+    name: str,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    ws: Workspace,
+    split: Split,
+    accumulate: float = 0.0,
+) -> None:
+    """``out = x @ W.T + bias``, or ``out += accumulate * (x @ W.T + bias)`` where that is not 0."""
+    weights[name].matmul(x, out, ws, split, accumulate)
     bias = weights.get(f"{name}.bias")
     if bias is not None:
-        ops.add_(out, bias)
+        ops.add_(out, bias, accumulate or 1.0)
 
 
 def attention(
     spec: AttentionSpec,
-    weights: Weights,
+    weights: Parameters,
     x: torch.Tensor,
     batch: Batch,
     cache: Cache,
@@ -44,35 +60,35 @@ def attention(
     eps: float,
     out: torch.Tensor,
     ws: Workspace,
+    accumulate: float = 0.0,
 ) -> None:
-    """Grouped-query attention (https://arxiv.org/abs/2305.13245) of ``x`` (tokens, hidden) into ``out``."""
+    """Grouped-query attention (https://arxiv.org/abs/2305.13245) of ``x`` (tokens, hidden) into ``out``, or added to it
+    ``accumulate`` times."""
     with ws.frame():
-        q = project(weights, "q_proj", x, ws, batch.split)
-        k = project(weights, "k_proj", x, ws, batch.split)
-        v = project(weights, "v_proj", x, ws, batch.split)
+        width = spec.head_dim
+        shapes = ((spec.heads, width), (spec.kv_heads, width), (spec.kv_heads, width))
+        q, k, v = project(weights, ("q_proj", "k_proj", "v_proj"), shapes, x, ws, batch.split)
         if spec.qk_norm == "all":
-            ops.rms_norm(q, weights["q_norm"], eps, q)
-            ops.rms_norm(k, weights["k_norm"], eps, k)
+            for name, tensor in (("q_norm", q.flatten(1)), ("k_norm", k.flatten(1))):
+                ops.rms_norm(tensor, weights[name], eps, tensor)
         if spec.clip_qkv is not None:
             for tensor in (q, k, v):
                 ops.clamp_(tensor, spec.clip_qkv)
-        heads = q.view(-1, spec.heads, spec.head_dim)
-        keys, values = (tensor.view(-1, spec.kv_heads, spec.head_dim) for tensor in (k, v))
         if spec.qk_norm == "head":
-            ops.rms_norm(heads, weights["q_norm"], eps, heads)
-            ops.rms_norm(keys, weights["k_norm"], eps, keys)
+            ops.rms_norm(q, weights["q_norm"], eps, q)
+            ops.rms_norm(k, weights["k_norm"], eps, k)
         if spec.rope is not None and tables is not None:
-            rotate_(heads, *tables, spec.rope.interleaved, ws)
-            rotate_(keys, *tables, spec.rope.interleaved, ws)
-        attended = ws.empty(*heads.shape)
+            rotate_(q, *tables, spec.rope.interleaved, ws)
+            rotate_(k, *tables, spec.rope.interleaved, ws)
+        attended, heads = ws.columns(x.shape[0], (spec.heads, width))
         for segment, a, b in batch.pieces:
-            cache.append(layer, segment.slot, segment.start, keys[a:b], values[a:b])
+            cache.append(layer, segment.slot, segment.start, k[a:b], v[a:b])
             cache.attend(
                 layer,
                 segment.slot,
                 segment.start,
+                q[a:b],
                 heads[a:b],
-                attended[a:b],
                 ws,
                 scale=spec.scale,
                 window=spec.window,
@@ -80,13 +96,22 @@ def attention(
                 sinks=weights.get("sinks"),
                 gemm=not segment.decode,
             )
-        project_into(weights, "o_proj", attended.view(x.shape[0], -1), out, ws, batch.split)
+        project_into(weights, "o_proj", attended, out, ws, batch.split, accumulate)
 
 
-def mlp(spec: MlpSpec, weights: Weights, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split) -> None:
-    """``out = down(act(gate(x)) * up(x))`` (https://arxiv.org/abs/2002.05202)."""
+def mlp(
+    spec: MlpSpec,
+    weights: Parameters,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    ws: Workspace,
+    split: Split,
+    accumulate: float = 0.0,
+) -> None:
+    """``out = down(act(gate(x)) * up(x))`` (https://arxiv.org/abs/2002.05202), or added to ``out`` ``accumulate``
+    times."""
     with ws.frame():
-        gate = project(weights, "gate_proj", x, ws, split)
-        up = project(weights, "up_proj", x, ws, split)
-        ops.glu(gate, up, spec.activation, gate, split.parts())
-        project_into(weights, "down_proj", gate, out, ws, split)
+        width = (spec.intermediate_size,)
+        gate, up = project(weights, ("gate_proj", "up_proj"), (width, width), x, ws, split)
+        ops.glu(gate, up, spec.activation, gate, split.parts)
+        project_into(weights, "down_proj", gate, out, ws, split, accumulate)

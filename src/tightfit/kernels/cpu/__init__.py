@@ -20,6 +20,7 @@ _cpu: Any = None
 with suppress(ModuleNotFoundError):  # installed without a compiler
     _cpu = importlib.import_module("tightfit.kernels.cpu._cpu")
 
+module: Any = _cpu  # the compiled kernels; None where they were not built
 _compiled = _cpu is not None
 _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -11,16 +11,16 @@
 namespace nb = nanobind;
 using namespace tightfit;
 
-namespace {
-
 constexpr const char* KINDS[] = {"f32",  "f16",  "bf16", "int8", "int6", "int5",   "int4",
                                  "int3", "int2", "nf4",  "fp4",  "fp8",  "ternary"};
 
-Kind kind_of(const std::string& name) {
+Kind tightfit::kind_of(const std::string& name) {
     for (size_t i = 0; i < std::size(KINDS); i++)
         if (name == KINDS[i]) return static_cast<Kind>(i);
     throw nb::value_error(("no kernel for matrices of kind " + name).c_str());
 }
+
+namespace {
 
 Weight make_weight(const std::string& kind, size_t group, bool asymmetric, uintptr_t address, size_t rows, size_t cols,
                    size_t row_offset, uintptr_t settings) {

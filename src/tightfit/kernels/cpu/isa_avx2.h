@@ -29,7 +29,22 @@ struct Avx2 {
         return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
     }
     static Vector broadcast(float value) { return _mm256_set1_ps(value); }
+    static Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
+    static Vector div(Vector a, Vector b) { return _mm256_div_ps(a, b); }
+    static Vector min(Vector a, Vector b) { return _mm256_min_ps(a, b); }
+    static Vector max(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+    // To the nearest whole number; and two to the power of a whole number from -126 to 127.
+    static Vector whole(Vector a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static Vector power_of_two(Vector n) {
+        const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+    }
     static void store(float* address, Vector value) { _mm256_storeu_ps(address, value); }
+    static void store_part(float* address, Vector value, size_t count) {
+        float values[LANES];
+        store(values, value);
+        std::memcpy(address, values, count * sizeof(float));
+    }
 
     static void store(BF16* address, Vector value) {
         const __m256i bits = _mm256_castps_si256(value);

@@ -29,7 +29,20 @@ struct Avx512 {
         return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
     }
     static Vector broadcast(float value) { return _mm512_set1_ps(value); }
+    static Vector sub(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
+    static Vector div(Vector a, Vector b) { return _mm512_div_ps(a, b); }
+    static Vector min(Vector a, Vector b) { return _mm512_min_ps(a, b); }
+    static Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+    // To the nearest whole number; and two to the power of a whole number from -126 to 127.
+    static Vector whole(Vector a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static Vector power_of_two(Vector n) {
+        const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+    }
     static void store(float* address, Vector value) { _mm512_storeu_ps(address, value); }
+    static void store_part(float* address, Vector value, size_t count) {
+        _mm512_mask_storeu_ps(address, first_lanes(count), value);
+    }
 
     static void store(BF16* address, Vector value) {
         const __m512i bits = _mm512_castps_si512(value);

@@ -28,7 +28,21 @@ struct Portable {
     static Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
     static float fma(float a, float b, float c) { return a * b + c; }
     static Vector broadcast(float value) { return Vector{value, value, value, value}; }
+    static Vector sub(Vector a, Vector b) { return a - b; }
+    static Vector div(Vector a, Vector b) { return a / b; }
+    static Vector min(Vector a, Vector b) { return a < b ? a : b; }
+    static Vector max(Vector a, Vector b) { return a > b ? a : b; }
+    // To the nearest whole number, for |a| < 2^22; and two to the power of a whole number from -126 to 127.
+    static Vector whole(Vector a) { return a + 0x1.8p23f - 0x1.8p23f; }
+    static Vector power_of_two(Vector n) {
+        return as<Vector>((__builtin_convertvector(n, Sums) + 127) << 23);
+    }
     static void store(float* address, Vector value) { std::memcpy(address, &value, sizeof value); }
+    static void store_part(float* address, Vector value, size_t count) {
+        float values[LANES];
+        store(values, value);
+        std::memcpy(address, values, count * sizeof(float));
+    }
 
     static void store(BF16* address, Vector value) {
         const Unsigned bits = as<Unsigned>(value);

@@ -7,15 +7,6 @@
 
 namespace tightfit {
 
-// Rows of float32 activations or results, `stride` numbers apart.
-template <class T>
-struct Rows {
-    T* data;
-    size_t stride;
-
-    T* operator[](size_t row) const { return data + row * stride; }
-};
-
 // Activations in int8, `blocks` blocks of `block` inputs for each token: 48 for ternary weights, whose units are 24
 // inputs, else 32 or 16. Tokens are multiplied in chunks (for_chunks), and lie so that a chunk is read from front to
 // end: block after block the codes, unit by unit those of all tokens; then all tokens' scales (float) and sums (int32).

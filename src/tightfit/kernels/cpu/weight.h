@@ -52,4 +52,13 @@ struct Weight {
     }
 };
 
+// Rows of float32 activations or results, `stride` numbers apart.
+template <class T>
+struct Rows {
+    T* data;
+    size_t stride;
+
+    T* operator[](size_t row) const { return data + row * stride; }
+};
+
 }  // namespace tightfit

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,14 +24,10 @@ class _Heap(Workspace):
     """Scratch from torch's allocator, where autograd keeps its tensors too."""
 
     def __init__(self) -> None:
-        pass
+        self.top = 0
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or torch.float32)
-
-    @contextmanager
-    def frame(self) -> Iterator[Workspace]:
-        yield self
 
 
 class _Linear(torch.autograd.Function):

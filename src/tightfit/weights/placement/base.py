@@ -7,16 +7,31 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from tightfit.weights.formats.base import Joined
+
+
+class Parameters(dict[str, Any]):
+    """Parameters by name: a :class:`~tightfit.weights.formats.base.Matrix` or a float32 vector each, or for a mixture's
+    experts something that gives one for each expert when indexed."""
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        super().__init__(parameters)
+        self._joined: dict[tuple[str, ...], Joined] = {}
+
+    def joined(self, *names: str) -> Joined:
+        """The matrices ``names``, to be multiplied with the same input."""
+        known = self._joined.get(names)
+        if known is None:
+            known = self._joined[names] = Joined([self[name] for name in names])
+        return known
+
 
 class Placement(ABC):
-    """Where the parameters lie. ``model`` holds those outside of the layers.
+    """Where the parameters lie. ``model`` holds those outside of the layers, under the names that the architecture
+    gives them."""
 
-    A parameter is a :class:`~tightfit.weights.formats.base.Matrix` or a float32 vector, or for a mixture's experts
-    something that gives one for each expert when indexed, under the name that the architecture gives it.
-    """
-
-    model: Mapping[str, Any]
+    model: Parameters
 
     @abstractmethod
-    def layer(self, index: int) -> AbstractContextManager[Mapping[str, Any]]:
+    def layer(self, index: int) -> AbstractContextManager[Parameters]:
         """The parameters of layer ``index``, valid inside the context."""

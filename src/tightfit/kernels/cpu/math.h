@@ -1,0 +1,35 @@
+// Functions of vectors, written once over an instruction set `Isa` (isa_*.h).
+#pragma once
+
+#include <cstddef>
+#include <initializer_list>
+
+namespace tightfit {
+namespace {
+
+// e^x, within two units in the last place of a float; below -87 it is about 1e-38 instead of less, above 88 about 2e38.
+template <class Isa>
+inline typename Isa::Vector exp(typename Isa::Vector x) {
+    const auto constant = [](float value) { return Isa::broadcast(value); };
+    x = Isa::max(Isa::min(x, constant(88.0f)), constant(-87.0f));
+    const auto n = Isa::whole(Isa::mul(x, constant(1.44269504f)));
+    // x - n ln 2, with ln 2 in two parts of which the first times n is exact.
+    auto r = Isa::fma(n, constant(-0.693359375f), x);
+    r = Isa::fma(n, constant(2.12194440e-4f), r);
+    auto p = constant(1.9875691500e-4f);  // the polynomial of Cephes' expf
+    for (float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = Isa::fma(p, r, constant(coefficient));
+    p = Isa::add(Isa::fma(p, Isa::mul(r, r), r), constant(1.0f));
+    return Isa::mul(p, Isa::power_of_two(n));
+}
+
+// tanh(x), with an absolute error of a few units in the last place of 1.
+template <class Isa>
+inline typename Isa::Vector tanh(typename Isa::Vector x) {
+    const auto one = Isa::broadcast(1.0f);
+    const auto e = exp<Isa>(Isa::add(x, x));
+    return Isa::sub(one, Isa::div(Isa::broadcast(2.0f), Isa::add(e, one)));
+}
+
+}  // namespace
+}  // namespace tightfit
