@@ -29,7 +29,6 @@ struct Avx2 {
         return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
     }
     static Vector broadcast(float value) { return _mm256_set1_ps(value); }
-    static Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
     static Vector div(Vector a, Vector b) { return _mm256_div_ps(a, b); }
     static Vector min(Vector a, Vector b) { return _mm256_min_ps(a, b); }
     static Vector max(Vector a, Vector b) { return _mm256_max_ps(a, b); }

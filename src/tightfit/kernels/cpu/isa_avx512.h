@@ -29,7 +29,6 @@ struct Avx512 {
         return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
     }
     static Vector broadcast(float value) { return _mm512_set1_ps(value); }
-    static Vector sub(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
     static Vector div(Vector a, Vector b) { return _mm512_div_ps(a, b); }
     static Vector min(Vector a, Vector b) { return _mm512_min_ps(a, b); }
     static Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }

@@ -28,7 +28,6 @@ struct Portable {
     static Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
     static float fma(float a, float b, float c) { return a * b + c; }
     static Vector broadcast(float value) { return Vector{value, value, value, value}; }
-    static Vector sub(Vector a, Vector b) { return a - b; }
     static Vector div(Vector a, Vector b) { return a / b; }
     static Vector min(Vector a, Vector b) { return a < b ? a : b; }
     static Vector max(Vector a, Vector b) { return a > b ? a : b; }
