@@ -6,6 +6,7 @@
 namespace tightfit {
 
 void bind_matmul(nanobind::module_& m);
+void bind_attention(nanobind::module_& m);
 void bind_rows(nanobind::module_& m);
 
 }  // namespace tightfit

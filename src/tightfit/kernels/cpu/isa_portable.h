@@ -12,6 +12,7 @@ namespace {
 
 struct Portable {
     static constexpr size_t LANES = 4, TOKENS = 2;
+    static constexpr size_t ROWS = 4;
     typedef float Vector __attribute__((vector_size(16)));
     typedef int32_t Line __attribute__((vector_size(16)));
     typedef uint32_t Unsigned __attribute__((vector_size(16)));
@@ -26,16 +27,32 @@ struct Portable {
     static Vector div(Vector a, Vector b) { return a / b; }
     static Vector min(Vector a, Vector b) { return a < b ? a : b; }
     static Vector max(Vector a, Vector b) { return a > b ? a : b; }
-    // To the nearest whole number, for |a| < 2^22; and two to the power of a whole number from -126 to 127.
+    // To the nearest whole number, for |a| < 2^22; and two to the power of one from -126 to 127, or 0 for -127.
     static Vector round(Vector a) { return a + 0x1.8p23f - 0x1.8p23f; }
     static Vector power_of_two(Vector n) {
         return floats(reinterpret_cast<Unsigned>((__builtin_convertvector(n, Line) + 127) << 23));
     }
     static void store(float* address, Vector value) { std::memcpy(address, &value, sizeof value); }
-    static void store_part(float* address, Vector value, size_t count) {
-        float values[LANES];
+
+    // Rounded to nearest even.
+    static void store(BF16* address, Vector value) {
+        const Unsigned bits = as_bits(value);
+        const Unsigned rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        store_halves(address, (bits & 0x7fffffff) > 0x7f800000 ? Unsigned{} + 0x7fc0 : rounded);
+    }
+    // A float below the normal halves is rounded by adding one half, whose last place is the last place of a half.
+    static void store(F16* address, Vector value) {
+        const Unsigned bits = as_bits(value), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+        const Unsigned normal = (size - 0x37fff001 + (size >> 13 & 1)) >> 13;
+        const Unsigned small = as_bits(floats(size) + 0.5f) - 0x3f000000;
+        const Unsigned large = size > 0x7f800000 ? Unsigned{} + 0x7e00 : Unsigned{} + 0x7c00;
+        store_halves(address, (size < 0x38800000 ? small : size >= 0x47800000 ? large : normal) | sign);
+    }
+    template <class T>
+    static void store_part(T* address, Vector value, size_t count) {
+        T values[LANES];
         store(values, value);
-        std::memcpy(address, values, count * sizeof(float));
+        std::memcpy(address, values, count * sizeof(T));
     }
 
     static Vector load(const float* address) { return load_as<Vector>(address); }
@@ -43,8 +60,8 @@ struct Portable {
 
     // Shifting a half's exponent and fraction into a float's leaves an exponent that is too small by 112, which a
     // multiplication mends, subnormal numbers included; infinities and NaNs get their exponent set.
-    static Vector load(const F16* address) {
-        const Unsigned half = widen(address);
+    static Vector load(const F16* address) { return from_f16(widen(address)); }
+    static Vector from_f16(Unsigned half) {
         const Unsigned bits = (half & 0x7fff) << 13;
         const Unsigned special = static_cast<Unsigned>(bits >= 0x0f800000) & 0x7f800000;
         const Unsigned value = as_bits(floats(bits) * 0x1p112f) | special;
@@ -60,7 +77,23 @@ struct Portable {
 
     static float sum(Vector v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
+    static float largest(Vector v) {
+        const float low = v[0] > v[1] ? v[0] : v[1], high = v[2] > v[3] ? v[2] : v[3];
+        return low > high ? low : high;
+    }
+
     static Line load_line(const uint8_t* address) { return load_as<Line>(address); }
+
+    static void transpose(Line (&rows)[LANES]) {
+        const Line a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+        for (size_t i = 0; i < LANES; i++) rows[i] = Line{a[i], b[i], c[i], d[i]};
+    }
+
+    // The lower and the upper halves of each lane as floats.
+    static Vector lower(Line words, BF16) { return floats(reinterpret_cast<Unsigned>(words) << 16); }
+    static Vector upper(Line words, BF16) { return floats(reinterpret_cast<Unsigned>(words) & 0xffff0000); }
+    static Vector lower(Line words, F16) { return from_f16(reinterpret_cast<Unsigned>(words) & 0xffff); }
+    static Vector upper(Line words, F16) { return from_f16(reinterpret_cast<Unsigned>(words) >> 16); }
 
     template <size_t INPUT>
     static Vector int8_codes(Line line) {
@@ -116,6 +149,11 @@ private:
     template <class T>
     static Unsigned widen(const T* address) {
         return __builtin_convertvector(load_as<Halves>(address), Unsigned);
+    }
+    template <class T>
+    static void store_halves(T* address, Unsigned values) {
+        const auto halves = __builtin_convertvector(values, Halves);
+        std::memcpy(address, &halves, sizeof halves);
     }
     static Vector floats(Unsigned bits) { return load_as<Vector>(&bits); }
     static Unsigned as_bits(Vector value) { return load_as<Unsigned>(&value); }

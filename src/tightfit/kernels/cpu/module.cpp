@@ -18,5 +18,6 @@ NB_MODULE(_cpu, m) {
     m.def("chosen", [] { return std::string(name_of(level())); });
     m.def("choose", &choose);
     bind_matmul(m);
+    bind_attention(m);
     bind_rows(m);
 }
