@@ -41,3 +41,9 @@ class BudgetError(TightfitError):
     def __init__(self, message: str, hint: str = "", smallest_bytes: int | None = None) -> None:
         super().__init__(message, hint)
         self.smallest_bytes = smallest_bytes
+
+
+class FileError(TightfitError):
+    """A file that cannot be written: a full disk, a folder of somebody else's."""
+
+    exit_status = 74  # EX_IOERR of sysexits.h

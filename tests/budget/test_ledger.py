@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tightfit.budget.ledger import ALIGNMENT, PAGE, Arena, Ledger, Workspace
+from tightfit.budget.ledger import ALIGNMENT, KEPT_VIEWS, PAGE, Arena, Ledger, Workspace
 from tightfit.budget.meter import resident_set
 from tightfit.errors import BudgetError
 
@@ -75,6 +75,41 @@ def test_the_workspace_is_a_stack_whose_high_water_mark_stays() -> None:
         assert again.data_ptr() == inner.data_ptr()  # the inner frame gave its place back
     assert ws.top == 0
     assert ws.high_water == 4032 + 30  # 1000 floats, rounded up to a cache line, and 15 of two bytes
+
+
+def test_a_workspace_gives_the_same_tensor_for_the_same_place_again() -> None:
+    ws = Workspace(Arena(1 * MIB))
+    with ws.frame():
+        first, (whole, a, b) = ws.empty(3, 5), ws.columns(2, (4,), (2, 3))
+    with ws.frame():
+        again, (same, _, _) = ws.empty(3, 5), ws.columns(2, (4,), (2, 3))
+        assert again is first
+        assert same is whole
+        assert ws.empty(3, 5) is not first
+    assert whole.shape == (2, 10)
+    assert a.shape == (2, 4)
+    assert b.shape == (2, 2, 3)
+    whole.copy_(torch.arange(20.0).view(2, 10))
+    assert a[1].tolist() == [10, 11, 12, 13]
+    assert b[0, 1].tolist() == [7, 8, 9]
+
+
+def test_a_tensor_of_inference_mode_is_not_given_outside_of_it() -> None:
+    ws = Workspace(Arena(1 * MIB))
+    with torch.inference_mode(), ws.frame():
+        inside = ws.empty(4)
+    with ws.frame():
+        outside = ws.empty(4)
+    assert inside.is_inference()
+    assert not outside.is_inference()
+
+
+def test_a_workspace_keeps_a_bounded_number_of_tensors() -> None:
+    ws = Workspace(Arena(1 * MIB))
+    for size in range(3 * KEPT_VIEWS):
+        with ws.frame():
+            ws.empty(size)
+    assert len(ws._kept) <= KEPT_VIEWS
 
 
 def test_a_workspace_that_is_too_small_says_so() -> None:

@@ -42,7 +42,7 @@ def test_json_has_stable_keys_and_bytes_that_add_up(tiny: Path) -> None:
     for level in answer["precisions"]:
         assert set(level) == {"format", "smallest_bytes", "accounts"}
         assert sum(level["accounts"].values()) == level["smallest_bytes"]
-    assert [level["format"] for level in answer["precisions"]][:3] == ["own", "int8", "int4"]
+    assert [level["format"] for level in answer["precisions"]][:3] == ["own", "int8", "int6"]
 
 
 @pytest.mark.usefixtures("headers_only")
@@ -105,7 +105,7 @@ def plan(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 PLANS: dict[str, tuple[int, dict[str, Any], str]] = {
     "another version": (USAGE, {"version": 2}, "version: Input should be 1"),
     "a layer too few": (USAGE, {"layers": "first"}, "the plan has 1 layers, and tiny has 2"),
-    "an unknown format": (USAGE, {"outer": {"format": "int5", "nbytes": 1}}, "unknown technique 'int5'"),
+    "an unknown format": (USAGE, {"outer": {"format": "int1", "nbytes": 1}}, "unknown technique 'int1'"),
     "an unknown placement": (USAGE, {"outer": {"format": "own", "placement": "moon", "nbytes": 1}}, "placement"),
     "an unknown type": (USAGE, {"numerics": {"gemm": "int1", "kv": "float32"}}, "numerics.gemm"),
     "an unknown key": (USAGE, {"speed": "fast"}, "speed: Extra inputs are not permitted"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests import tiny_llama
-from tests.cli.command import tightfit
+from tests.cli.command import USAGE, tightfit
 
 PROMPT = "def fibonacci(n):"
 PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Reader:\n"]
@@ -167,3 +167,12 @@ def test_python_m_tightfit_is_the_command() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("Usage: tightfit [OPTIONS] COMMAND")
+
+
+def test_activations_are_a_choice_of_the_plan(tiny: Path) -> None:
+    for chosen, asked in (("int8", ()), ("float32", ("--activations", "float32"))):
+        done = tightfit("plan", tiny, "--memory", "1GiB", "--json", *asked)
+        assert done.json["plan"]["numerics"]["activations"] == chosen
+    refused = tightfit("run", tiny, "-p", "a", "--activations", "int3")
+    assert refused.status == USAGE
+    assert "--activations int8 or float32" in refused.stderr

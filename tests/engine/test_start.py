@@ -18,7 +18,7 @@ from tightfit.kernels import ops
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec
-from tightfit.plan.schema import Plan
+from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.search import Constraints, Search
 
 MIB = 1 << 20
@@ -33,7 +33,7 @@ def billion(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Model
 
 
 def plan_of(checkpoint: Checkpoint, spec: ModelSpec, level: str, chunk: int, sequences: int = 1) -> Plan:
-    constraints = Constraints(16 << 30, 2048, sequences, threads=2, gemm="bfloat16", kv="bfloat16")
+    constraints = Constraints(16 << 30, 2048, sequences, threads=2, numerics=Numerics(gemm="bfloat16", kv="bfloat16"))
     search = Search(checkpoint, spec, constraints, lambda plan: start.workspace_bytes(checkpoint, spec, plan))
     return search.uniform(level, chunk, runtime=0)
 
@@ -41,9 +41,9 @@ def plan_of(checkpoint: Checkpoint, spec: ModelSpec, level: str, chunk: int, seq
 def dry(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan, batch: Batch) -> int:
     """Scratch of one step, logits of at most 16 rows included."""
     shape = start.Shape.of(plan)
-    small, formats = start.reduced(spec, shape.formats)
+    layers = start.different_layers(checkpoint, spec, shape.formats)
     arenas = [Arena(start.VIRTUAL) for _ in range(3)]
-    _, decoder, cache = start.build(checkpoint, small, formats, shape, arenas[0], arenas[1])
+    _, decoder, cache = start.build(checkpoint, spec, layers, shape, arenas[0], arenas[1])
     ws = Workspace(arenas[2])
     with torch.inference_mode(), ops.dry(), ws.frame():
         decoder.hidden(batch, cache, ws)
@@ -90,10 +90,8 @@ def test_a_rehearsal_reads_no_weights_and_leaves_nothing_behind(billion: tuple[C
 
 
 def test_layers_of_one_kind_are_rehearsed_once(billion: tuple[Checkpoint, ModelSpec]) -> None:
-    _, spec = billion
-    small, formats = start.reduced(spec, ("int8",) * 2 + ("int4",) * 20)
-    assert len(small.layers) == 2
-    assert formats == {0: "int8", 1: "int4"}
+    checkpoint, spec = billion
+    assert start.different_layers(checkpoint, spec, ("int8",) * 2 + ("int4",) * 20) == [0, 2]
 
 
 def test_a_missing_tensor_is_found_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -103,6 +101,6 @@ def test_a_missing_tensor_is_found_before_anything_is_loaded(tmp_path: Path) -> 
     (folder / "config.json").write_text(text)
     checkpoint = open_checkpoint(str(folder))
     spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
-    constraints = Constraints(16 << 30, 128, 1, threads=2, gemm="bfloat16", kv="bfloat16")
+    constraints = Constraints(16 << 30, 128, 1, threads=2, numerics=Numerics(gemm="bfloat16", kv="bfloat16"))
     with pytest.raises(CheckpointError, match=r"layers\.2"):
         start.settle(checkpoint, spec, constraints)

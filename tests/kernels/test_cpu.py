@@ -16,7 +16,7 @@ from tightfit.kernels.weight import Weight
 from tightfit.weights.formats import BF16, F16, F32, Int4, Int8
 
 COMPILED = cpu.supported()[:-1]
-FORMATS = [F32(), F16(), BF16(), Int8(), Int4(), Int8(group=16), Int4(group=128), Int8(group=56), Int4(group=56)]
+FORMATS = [F32(), F16(), BF16(), Int8(), Int4(), Int8(group=16), Int4(group=128), Int8(group=96), Int4(group=48)]
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="installed without the compiled kernels")
@@ -50,7 +50,7 @@ def test_products_agree_with_the_reference(ws, isa, fmt, rows, cols):
     weight, x = weight_of(fmt, rows, cols), torch.randn(7, cols)
     ours, reference = torch.empty(7, rows), torch.empty(7, rows)
     matmul.vector_matmul(x, weight, ours, ws)
-    matmul_reference.vector_matmul(x, weight, reference, ws)
+    matmul_reference.vector_matmul(x, [weight], reference, ws)
     # Sums of n products of magnitude 1 in two orders: rounding errors of 2^-24 that add up like a random walk, where
     # partial sums are of size sqrt(n).
     assert torch.allclose(ours, reference, rtol=1e-5, atol=4 * 2**-24 * cols)
@@ -148,7 +148,7 @@ def test_a_call_from_many_threads_at_once_is_right(ws):
     def work():
         out = torch.empty(4, 1003)
         for _ in range(200):
-            weight.handle.matmul(x.data_ptr(), 4, 300, out.data_ptr(), 1003, 3)
+            weight.product.matmul(x.data_ptr(), 4, 300, out.data_ptr(), 1003, 0.0, False, 0, 3)
             if not torch.equal(out, expected):
                 failures.append(out)
 
@@ -181,7 +181,7 @@ weight = Weight(torch.ones(1000, 200).view(torch.uint8), "f32", 0, 1000, 200)
 x = torch.ones(1, 200)
 def right():
     out = torch.empty(1, 1000)
-    weight.handle.matmul(x.data_ptr(), 1, 200, out.data_ptr(), 1000, 3)
+    weight.product.matmul(x.data_ptr(), 1, 200, out.data_ptr(), 1000, 0.0, False, 0, 3)
     return bool((out == 200).all())
 assert right()
 child = os.fork()

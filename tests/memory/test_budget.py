@@ -95,7 +95,7 @@ def test_a_billion_parameters_stay_inside_the_budget(billion: Path, budget: int)
     formats = {layer["format"] for layer in receipt["plan"]["layers"]}
     # 2 GiB of weights fit into 3 GiB as they are; in 8 bits they take 1.04 GiB and fit into 1.5.
     assert formats == {3 * GIB: {"own"}, 3 * GIB // 2: {"int8"}}.get(budget, formats)
-    assert formats <= {"own", "int8", "int4"}
+    assert formats <= {"own", "int8", "int6", "int5", "int4"}
 
 
 def test_a_long_context_stays_inside_the_budget(billion: Path) -> None:

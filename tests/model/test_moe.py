@@ -19,6 +19,7 @@ from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder
 from tightfit.model.spec import MoeSpec
+from tightfit.plan.schema import Numerics
 from tightfit.plan.search import Constraints, Search
 from tightfit.weights.placement.resident import Experts
 
@@ -41,7 +42,15 @@ class Running:
 
     def __init__(self, folder: Path, family: str, weights: str = "own", **changes: Any) -> None:
         self.checkpoint, self.spec = write(folder, config_of(family, **changes))
-        request = Constraints(1 << 30, CONTEXT, 4, 1, "float32", "float32", weights=weights, chunk=CHUNK)
+        request = Constraints(
+            1 << 30,
+            CONTEXT,
+            4,
+            1,
+            Numerics(gemm="float32", kv="float32", activations="float32"),
+            weights=weights,
+            chunk=CHUNK,
+        )
         self.plan = Search(self.checkpoint, self.spec, request, self._workspace).uniform(weights, CHUNK, 0)
         self.shape = start.Shape.of(self.plan)
         self.decoder: Decoder
@@ -49,9 +58,9 @@ class Running:
         self.load()
 
     def load(self) -> None:
-        formats = dict(enumerate(self.shape.formats))
+        layers = range(len(self.spec.layers))
         arenas = Arena(self.plan.accounts["weights"]), Arena(self.plan.accounts["kv"])
-        self.placement, self.decoder, self.cache = start.build(self.checkpoint, self.spec, formats, self.shape, *arenas)
+        self.placement, self.decoder, self.cache = start.build(self.checkpoint, self.spec, layers, self.shape, *arenas)
         self.placement.load()
 
     def _workspace(self, plan: Any) -> int:
@@ -112,7 +121,7 @@ def test_scratch_is_foreseen_for_experts_that_everyone_wants(family: str, tmp_pa
     for layer in range(len(model.spec.layers)):
         with model.placement.layer(layer) as weights:
             if "router" in weights:
-                weights["router"].data.zero_()
+                weights["router"].weight.data.zero_()
     wanted: list[int] = []
     route = ops.route
 

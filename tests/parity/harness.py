@@ -27,7 +27,8 @@ from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.families import model_spec
 from tightfit.model.spec import LayerSpec, ModelSpec, Param
 from tightfit.weights.placement.read import check
-from tightfit.weights.placement.resident import OWN, Resident
+from tightfit.plan.schema import OWN
+from tightfit.weights.placement.resident import Resident
 
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
 MISSED = 1e-3  # of the largest logit: ten times what two right computations may differ by

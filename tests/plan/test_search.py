@@ -14,12 +14,14 @@ from tightfit.checkpoints.config import Config
 from tightfit.engine.start import workspace_bytes
 from tightfit.errors import BudgetError
 from tightfit.model.families import model_spec
-from tightfit.plan.schema import Plan
-from tightfit.plan.search import Constraints, Search
+from tightfit.plan.schema import Numerics, Plan
+from tightfit.plan.search import LEVELS, Constraints, Search
 
 MIB = 1 << 20
 RUNTIME = 200 * MIB
-CONSTRAINTS = Constraints(budget=0, context=1024, sequences=1, threads=2, gemm="bfloat16", kv="bfloat16")
+CONSTRAINTS = Constraints(
+    budget=0, context=1024, sequences=1, threads=2, numerics=Numerics(gemm="bfloat16", kv="bfloat16")
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def test_plenty_of_memory_keeps_the_weights_as_they_are(nano: Checkpoint) -> Non
 
 
 def test_less_memory_takes_fewer_bits_and_the_sum_always_fits(nano: Checkpoint) -> None:
-    seen, precision = set(), {"own": 0, "int8": 1, "int4": 2, "int4(group=64)": 3, "int4(group=128)": 4}
+    seen, precision = set(), {level: place for place, level in enumerate(LEVELS)}
     worst = 0
     for tenths in range(2400, 2100, -5):
         budget = tenths * MIB // 10
@@ -66,13 +68,13 @@ def test_less_memory_takes_fewer_bits_and_the_sum_always_fits(nano: Checkpoint) 
     assert seen >= {0, 1, 2}
 
 
-def test_room_between_four_and_eight_bits_is_spent_on_some_layers(nano: Checkpoint) -> None:
+def test_room_between_two_formats_is_spent_on_some_layers(nano: Checkpoint) -> None:
     small = search(nano).uniform("int4", 512, RUNTIME)
-    large = search(nano).uniform("int8", 512, RUNTIME)
+    large = search(nano).uniform("int5", 512, RUNTIME)
     plan = search(nano, budget=(small.total + 3 * large.total) // 4, chunk=512).best(RUNTIME)
-    assert plan.outer.format == "int8"
-    assert plan.layers[0].format == "int8"
-    assert {layer.format for layer in plan.layers} == {"int4", "int8"}
+    assert plan.outer.format == "int5"
+    assert plan.layers[0].format == "int5"
+    assert {layer.format for layer in plan.layers} == {"int4", "int5"}
     assert plan.layers[len(plan.layers) // 2].format == "int4"  # the middle loses least
 
 

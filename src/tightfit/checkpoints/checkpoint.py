@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tightfit.checkpoints import layout
+from tightfit.checkpoints.compressed import Compressed, read_compressed
 from tightfit.checkpoints.files import read_json
 from tightfit.checkpoints.generation import GenerationDefaults, read_generation_defaults
 from tightfit.checkpoints.hub import RemoteHeader, fetch
@@ -35,8 +36,8 @@ class Checkpoint:
     """An open model. Made by :func:`open_checkpoint`; close it, or use it in a ``with`` statement.
 
     ``name``: the hub name, or the folder's own name; ``path``: the folder; ``config``: config.json as it is;
-    ``tensors``: by name; ``quantization``: how the stored weights are quantised, None for plain ones;
-    ``generation``: recommended sampling and end tokens.
+    ``tensors``: by name; ``quantization``: how the stored weights are quantised, None for plain ones; ``compressed``:
+    how a folder of `tightfit compress` was made, None for others; ``generation``: recommended sampling and end tokens.
     """
 
     def __init__(self, name: str, path: Path, config: dict[str, Any], weights: TensorFiles) -> None:
@@ -44,7 +45,12 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.tensors: dict[str, TensorInfo] = weights.tensors
-        self.quantization: Quantization | None = read_quantization(config, self.tensors, name)
+        self.compressed: Compressed | None = None
+        self.quantization: Quantization | None = None
+        if layout.COMPRESSED in weights.metadata:
+            self.compressed = read_compressed(weights.metadata[layout.COMPRESSED], self.tensors, name)
+        else:
+            self.quantization = read_quantization(config, self.tensors, name)
         self.generation: GenerationDefaults = read_generation_defaults(path / "generation_config.json", config, name)
         self._weights = weights
 
@@ -55,7 +61,8 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the configuration, the tensors' names, types and shapes, and the sizes of the files.
+        """A hash of the configuration, the tensors' names, types and shapes, the sizes of the files, and how a
+        compressed folder was made.
 
         The same for a folder, a cached model and a model of which only the headers were read.
         """
@@ -63,18 +70,21 @@ class Checkpoint:
         for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.name):
             digest.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode())
         digest.update(json.dumps(self._weights.sizes, sort_keys=True).encode())
+        if self.compressed is not None:
+            digest.update(json.dumps(self.compressed.metadata(), sort_keys=True).encode())
         return digest.hexdigest()
 
-    def read_into(self, info: TensorInfo, start_byte: int, buffer: WriteableBuffer) -> None:
+    def read_into(self, info: TensorInfo, start_byte: int, buffer: WriteableBuffer, again: bool = False) -> None:
         """Fill ``buffer`` (writable, contiguous) with the bytes of a tensor from ``start_byte`` on.
 
-        May be called from several threads. Raises CheckpointError where the file cannot be read or has shrunk,
-        ValueError where the range lies outside the tensor.
+        What is not in the page cache is read past it where the file system can, unless the same bytes will be asked for
+        ``again``. May be called from several threads. Raises CheckpointError where the file cannot be read or has
+        shrunk, ValueError where the range lies outside the tensor.
         """
         view = memoryview(buffer).cast("B")
         if not 0 <= start_byte <= info.nbytes - len(view):
             raise ValueError(f"bytes [{start_byte}, {start_byte + len(view)}) of '{info.name}' ({info.nbytes} bytes)")
-        self._weights.read(info.file, info.offset + start_byte, view)
+        self._weights.read(info.file, info.offset + start_byte, view, again)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, read on the first call. Raises CheckpointError where there is none that can be used."""
@@ -133,13 +143,16 @@ def _open_folder(path: Path, name: str, remote: Mapping[str, RemoteHeader]) -> C
         layout.refuse_folder(names, str(path))
     config = read_json(path / layout.CONFIG)
     weights = TensorFiles(path, remote)
+    files = layout.weight_files(names, str(path))
     try:
-        files = layout.weight_files(names, str(path))
         if files == [layout.INDEX]:
             weights.open_index(path / layout.INDEX)
         else:
             weights.open_all(files)
         return Checkpoint(name, path, config, weights)
-    except BaseException:
+    except BaseException as error:
         weights.close()
+        if isinstance(error, CheckpointError) and files == [layout.COMPRESSED]:
+            hint = error.hint.replace("download it again", "compress the model again")
+            raise CheckpointError(error.message, hint) from error
         raise

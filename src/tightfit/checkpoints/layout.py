@@ -10,6 +10,7 @@ from tightfit.checkpoints.files import DOWNLOAD_AGAIN, read_json
 from tightfit.errors import CheckpointError
 
 CONFIG = "config.json"
+COMPRESSED = "tightfit.safetensors"  # a name of its own: no other program can use it
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Everything but the weights, as patterns of huggingface_hub.
@@ -28,10 +29,11 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def weight_files(names: Collection[str], where: str) -> list[str]:
-    """The files that hold the weights among the file ``names`` of a folder: the single file, the index, or all
-    ``*.safetensors``. transformers looks in the same order. Raises CheckpointError, naming what there is instead.
+    """The files that hold the weights among the file ``names`` of a folder: what `tightfit compress` wrote, or as
+    transformers looks for them the single file, the index, or all ``*.safetensors``. Raises CheckpointError, naming
+    what there is instead.
     """
-    for name in (SINGLE, INDEX):
+    for name in (COMPRESSED, SINGLE, INDEX):
         if name in names:
             return [name]
     shards = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)

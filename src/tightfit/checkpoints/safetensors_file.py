@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensor lies where. The data is never mapped or read here.
+"""The header of a safetensors file: which tensor lies where. The data is never mapped, read or written here.
 
 Format: 8 bytes with the length of the header (little endian), the header (JSON), the data. The data is covered by the
 tensors without overlaps and without holes. https://huggingface.co/docs/safetensors
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -49,8 +50,16 @@ class TensorInfo:
     nbytes: int
 
 
-def read_header(stream: BinaryIO, size: int, file: str, where: str) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file of ``size`` bytes, read from the start of ``stream``.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The tensors of a file by name, and what its writer added (texts by name; empty for most files)."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, Any]
+
+
+def read_header(stream: BinaryIO, size: int, file: str, where: str) -> Header:
+    """The header of a safetensors file of ``size`` bytes, read from the start of ``stream``.
 
     ``stream`` need not hold more than the header. ``file`` goes into each TensorInfo, ``where`` into messages.
     Raises CheckpointError where the file is truncated, is something else, or contradicts itself.
@@ -75,7 +84,20 @@ def read_header(stream: BinaryIO, size: int, file: str, where: str) -> dict[str,
         raise CheckpointError(f"the '__metadata__' of {where} is not an object", DOWNLOAD_AGAIN)
     tensors = [_tensor(name, entry, 8 + length, file, where) for name, entry in header.items()]
     _check_cover(tensors, 8 + length, size, where)
-    return {tensor.name: tensor for tensor in tensors}
+    return Header({tensor.name: tensor for tensor in tensors}, metadata)
+
+
+def header_bytes(sizes: Mapping[str, int], metadata: Mapping[str, str], alignment: int) -> bytes:
+    """The beginning of a file of byte tensors (U8) with ``sizes`` in bytes, which follow one after the other; a
+    multiple of ``alignment`` long."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, nbytes in sizes.items():
+        header[name] = {"dtype": "U8", "shape": [nbytes], "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _parse(content: bytes, length: int, where: str) -> dict[str, Any]:

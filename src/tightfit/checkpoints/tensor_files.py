@@ -7,16 +7,19 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tightfit.checkpoints.files import DOWNLOAD_AGAIN
 from tightfit.checkpoints.hub import RemoteHeader
 from tightfit.checkpoints.layout import read_index
-from tightfit.checkpoints.safetensors_file import TensorInfo, read_header
+from tightfit.checkpoints.positioned import PositionedFile
+from tightfit.checkpoints.safetensors_file import Header, TensorInfo, read_header
 from tightfit.errors import CheckpointError
 
 
 class TensorFiles:
-    """``tensors`` by name, and ``sizes`` of their files in bytes. Each file is opened once and stays open.
+    """``tensors`` by name, and of their files ``sizes`` in bytes and the ``metadata`` of their headers. Each file is
+    opened once and stays open.
 
     A file that is not in the ``folder`` but among the ``remote`` headers contributes its tensors and cannot be read.
     """
@@ -24,9 +27,10 @@ class TensorFiles:
     def __init__(self, folder: Path, remote: Mapping[str, RemoteHeader]) -> None:
         self.tensors: dict[str, TensorInfo] = {}
         self.sizes: dict[str, int] = {}
+        self.metadata: dict[str, dict[str, Any]] = {}
         self._folder = folder
         self._remote = remote
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[str, PositionedFile] = {}
         self._closed = False
 
     def open_all(self, files: list[str]) -> None:
@@ -59,25 +63,25 @@ class TensorFiles:
                 )
             self.tensors[name] = contents[file][name]
 
-    def read(self, file: str, position: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes of ``file`` from ``position`` on."""
+    def read(self, file: str, position: int, view: memoryview, again: bool) -> None:
+        """Fill ``view`` with the bytes of ``file`` from ``position`` on, which will be read ``again`` or not."""
         if self._closed:
             raise ValueError("the checkpoint is closed")
-        if file not in self._descriptors:
+        if file not in self._files:
             raise CheckpointError(
                 f"{file} was not downloaded: the model was opened by its headers only", "Open it without headers_only."
             )
         done = 0
         while done < len(view):
             try:
-                count = os.preadv(self._descriptors[file], [view[done:]], position + done)
+                count = self._files[file].read_some(position + done, view[done:], again)
             except OSError as error:
                 raise CheckpointError(
                     f"{self._folder / file} cannot be read at byte {position + done}: {error.strerror}",
                     "Check the disk, then download the file again.",
                 ) from error
             if count == 0:
-                found = os.fstat(self._descriptors[file]).st_size
+                found = os.fstat(self._files[file].descriptor).st_size
                 raise CheckpointError(
                     f"{self._folder / file} shrank while in use: expected {self.sizes[file]} bytes, found {found}",
                     DOWNLOAD_AGAIN,
@@ -86,8 +90,8 @@ class TensorFiles:
 
     def close(self) -> None:
         self._closed = True
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._files:
+            self._files.popitem()[1].close()
 
     def _is_there(self, file: str) -> bool:
         return file in self._remote or (self._folder / file).exists()
@@ -96,17 +100,22 @@ class TensorFiles:
         if file in self._remote:
             header = self._remote[file]
             self.sizes[file] = header.size
-            return read_header(io.BytesIO(header.content), header.size, file, f"{file} on the hub")
+            return self._take(file, read_header(io.BytesIO(header.content), header.size, file, f"{file} on the hub"))
         path = self._folder / file
         try:
             # A pipe would block the open, so look before.
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise CheckpointError(f"{path} is not a regular file", DOWNLOAD_AGAIN)
-            descriptor = self._descriptors[file] = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY)
+            self._files[file] = PositionedFile(descriptor)
             size = self.sizes[file] = os.fstat(descriptor).st_size
             with open(descriptor, "rb", closefd=False) as stream:
-                return read_header(stream, size, file, str(path))
+                return self._take(file, read_header(stream, size, file, str(path)))
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be read: {error.strerror}", "Check the file and its permissions."
             ) from error
+
+    def _take(self, file: str, header: Header) -> dict[str, TensorInfo]:
+        self.metadata[file] = header.metadata
+        return header.tensors

@@ -42,6 +42,14 @@ Chunk = Annotated[
         "--chunk", metavar="TOKENS", help="Prompt tokens computed at once. Default: up to 512, as many as fit."
     ),
 ]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        "--activations",
+        metavar="TYPE",
+        help="What decoding multiplies low-bit weights with: int8 (rounded, the default) or float32 (exact, slower).",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", "-t", metavar="N", help="Cores to use. Default: all that this process may use."),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tightfit.cli.options import Chunk, Context, Debug, Json, Memory, Model, Threads, Weights
+from tightfit.cli.options import Activations, Chunk, Context, Debug, Json, Memory, Model, Threads, Weights
 from tightfit.cli.output import print_json
 from tightfit.errors import BudgetError
 
@@ -25,6 +25,7 @@ def plan(
     weights: Weights = None,
     batch: Batch = None,
     chunk: Chunk = None,
+    activations: Activations = None,
     threads: Threads = None,
     out: Out = None,
     json: Json = False,
@@ -38,7 +39,7 @@ def plan(
     from tightfit.cli.planfile import write_plan
     from tightfit.engine.opening import Wish, open_model, survey
 
-    wish = Wish(model, memory, context, batch, weights, chunk, threads)
+    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations)
     opened = open_model(wish, headers_only=True)
     with opened.checkpoint:
         answer = survey(wish, opened)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.cli.options import Chunk, Context, Debug, Json, Memory, Model, Threads, Weights
+from tightfit.cli.options import Activations, Chunk, Context, Debug, Json, Memory, Model, Threads, Weights
 from tightfit.cli.output import print_json, write
 from tightfit.cli.prompts import read_prompts
 from tightfit.errors import UsageError
@@ -88,6 +89,7 @@ def run(
     weights: Weights = None,
     batch: Batch = None,
     chunk: Chunk = None,
+    activations: Activations = None,
     threads: Threads = None,
     plan: PlanFile = None,
     json: Json = False,
@@ -126,12 +128,12 @@ def run(
     from tightfit.engine.following import planned
     from tightfit.engine.opening import Wish, open_model
 
-    wish = Wish(model, memory, context, batch, weights, chunk, threads)
+    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations)
     followed = None if plan is None else read_plan(plan)
     if followed is not None:
         wish = planned(wish, followed)
     elif batch is None:
-        wish = Wish(model, memory, context, max(min(len(prompts), MOST_AT_ONCE), 1), weights, chunk, threads)
+        wish = replace(wish, batch=max(min(len(prompts), MOST_AT_ONCE), 1))
 
     opened = open_model(wish)
     with opened.checkpoint:

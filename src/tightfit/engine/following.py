@@ -39,6 +39,11 @@ def follow(plan: Plan, opened: Opened) -> Plan:
             f"the plan has {len(plan.layers)} layers, and {checkpoint.name} has {len(spec.layers)}", MAKE_A_PLAN
         )
     for part in (plan.outer, *plan.layers):
+        if checkpoint.compressed is not None and part.format != checkpoint.compressed.weights:
+            raise UsageError(
+                f"the plan has weights in {part.format}, and {checkpoint.name} keeps {checkpoint.compressed.weights}",
+                MAKE_A_PLAN,
+            )
         if part.format != OWN:
             parse_one("weights", part.format)
 

@@ -6,7 +6,12 @@ from collections.abc import Collection
 
 import torch
 
-from tightfit.plan.schema import GemmType, KvType
+from tightfit.plan.schema import ActivationType, GemmType, KvType, Numerics
+
+
+def numerics(stored: Collection[str], activations: ActivationType) -> Numerics:
+    """What a checkpoint of types ``stored`` is computed in here."""
+    return Numerics(gemm=gemm_dtype(stored), activations=activations, kv=kv_dtype(stored))
 
 
 def gemm_dtype(stored: Collection[str]) -> GemmType:

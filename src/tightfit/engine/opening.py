@@ -8,21 +8,21 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tightfit import child, zoo
 from tightfit.budget import malloc
 from tightfit.budget.machine import usable_cores
 from tightfit.budget.meter import machine_memory, resident_set
 from tightfit.budget.units import format_bytes, parse_budget
-from tightfit.catalog import parse_one
+from tightfit.catalog import parse_one, spec_string
 from tightfit.checkpoints.checkpoint import HUB_NAME, Checkpoint, open_checkpoint
 from tightfit.checkpoints.config import Config
 from tightfit.engine.request import Requests
 from tightfit.errors import BudgetError, CheckpointError, TightfitError, UsageError
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec
-from tightfit.plan.schema import Plan
+from tightfit.plan.schema import ActivationType, Plan
 
 if TYPE_CHECKING:
     from tightfit.engine.start import Settled
@@ -47,6 +47,7 @@ class Wish:
     weights: str | None = None
     chunk: int | None = None
     threads: int | None = None
+    activations: str | None = None
 
     @property
     def sequences(self) -> int:
@@ -98,9 +99,14 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
         parse_one("weights", wish.weights)
     if wish.context is not None and wish.context < 2:
         raise UsageError(f"a context of {wish.context} tokens holds no prompt and answer", "Use --context 2 or more.")
+    if wish.activations is not None and wish.activations not in get_args(ActivationType):
+        known = " or ".join(get_args(ActivationType))
+        raise UsageError(f"there are no activations {wish.activations!r}", f"Use --activations {known}.")
     checkpoint = _open(wish.model, headers_only)
     try:
         spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
+        if wish.weights is not None:
+            _check_weights(wish.weights, checkpoint)
         context = wish.context if wish.context is not None else min(spec.context, DEFAULT_CONTEXT)
         if context > spec.context:
             raise UsageError(
@@ -111,6 +117,16 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
     except BaseException:
         checkpoint.close()
         raise
+
+
+def _check_weights(weights: str, checkpoint: Checkpoint) -> None:
+    """Raises UsageError if a compressed folder keeps other weights."""
+    compressed = checkpoint.compressed
+    if compressed is not None and spec_string(parse_one("weights", weights)) != compressed.weights:
+        raise UsageError(
+            f"{checkpoint.name} is compressed with {compressed.weights}, and {weights} was asked for",
+            f"Leave --weights out, or take the model that it was made from: {compressed.source}.",
+        )
 
 
 def _open(model: str, headers_only: bool) -> Checkpoint:
@@ -182,18 +198,18 @@ def survey(wish: Wish, opened: Opened) -> dict[str, Any]:
 
 
 def _constraints(wish: Wish, opened: Opened) -> Constraints:
-    from tightfit.engine.numerics import gemm_dtype, kv_dtype
+    from tightfit.engine.numerics import numerics
     from tightfit.plan.search import Constraints
 
-    types = {info.dtype for info in opened.checkpoint.tensors.values()}
+    compressed = opened.checkpoint.compressed
+    types = set(compressed.types if compressed else (info.dtype for info in opened.checkpoint.tensors.values()))
     return Constraints(
         budget=opened.budget,
         context=opened.context,
         sequences=wish.sequences,
         threads=wish.threads or usable_cores(),
-        gemm=gemm_dtype(types),
-        kv=kv_dtype(types),
-        weights=wish.weights,
+        numerics=numerics(types, cast(ActivationType, wish.activations or "int8")),
+        weights=compressed.weights if compressed else wish.weights,
         chunk=wish.chunk,
     )
 

@@ -9,7 +9,7 @@ system says what is resident. Only then are weights loaded.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,9 +29,9 @@ from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
-from tightfit.plan.schema import Plan
+from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.search import Constraints, Search
-from tightfit.weights.placement.read import check
+from tightfit.weights.placement.places import check, group_of, layer_name
 from tightfit.weights.placement.resident import Resident
 
 FIRST_GUESS = 48 << 20  # what running everything once adds to the resident set, at most
@@ -53,38 +53,38 @@ class Shape:
     context: int
     sequences: int
     chunk: int
-    gemm: str
-    kv: str
+    numerics: Numerics
 
     @staticmethod
     def of(plan: Plan) -> Shape:
         formats = tuple(layer.format for layer in plan.layers)
-        numerics = plan.numerics
-        return Shape(plan.outer.format, formats, plan.context, plan.sequences, plan.chunk, numerics.gemm, numerics.kv)
+        return Shape(plan.outer.format, formats, plan.context, plan.sequences, plan.chunk, plan.numerics)
 
 
-def reduced(spec: ModelSpec, formats: tuple[str, ...]) -> tuple[ModelSpec, dict[int, str]]:
-    """The model with only one layer of each kind and format, and the formats of those layers."""
+def different_layers(checkpoint: Checkpoint, spec: ModelSpec, formats: Sequence[str]) -> list[int]:
+    """The first layer of each kind and way of storing it: the others run just as these do."""
     first: dict[tuple[object, ...], int] = {}
-    for index, layer in enumerate(spec.layers):
-        first.setdefault((layer.kind, formats[index]), index)
-    kept = sorted(first.values())
-    small = replace(spec, layers=tuple(spec.layers[index] for index in kept))
-    return small, {place: formats[index] for place, index in enumerate(kept)}
+    for index, (layer, fmt) in enumerate(zip(spec.layers, formats, strict=True)):
+        group = group_of(checkpoint, spec, layer_name(index), fmt)
+        first.setdefault((layer.kind, *(place.format for place in group.places)), index)
+    return list(first.values())
 
 
 def build(
     checkpoint: Checkpoint,
     spec: ModelSpec,
-    formats: Mapping[int, str],
+    layers: Sequence[int],
     shape: Shape,
     weights: Arena,
     kv: Arena,
 ) -> tuple[Resident, Decoder, Cache]:
-    """Weights, decoder and cache in their arenas; nothing is read or written."""
-    placement = Resident(checkpoint, spec, shape.outer, formats, DTYPES[shape.gemm], weights)
+    """Weights, decoder and cache of the given layers in their arenas; nothing is read or written."""
+    kept = {index: shape.formats[index] for index in layers}
+    gemm, kv_type = DTYPES[shape.numerics.gemm], DTYPES[shape.numerics.kv]
+    placement = Resident(checkpoint, spec, shape.outer, kept, gemm, weights, shape.numerics.activations)
+    spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
     layouts = cache_layouts(spec, shape.context, shape.chunk)
-    cache = Cache(layouts, shape.sequences, DTYPES[shape.kv], kv, gemm_dtype=DTYPES[shape.gemm])
+    cache = Cache(layouts, shape.sequences, kv_type, kv, gemm_dtype=gemm)
     return placement, Decoder(spec, placement), cache
 
 
@@ -100,8 +100,9 @@ def largest_step(shape: Shape) -> Batch:
 def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     """Bytes of scratch that the largest step of ``plan`` takes, found by running it dry."""
     shape = Shape.of(plan)
-    small, formats = reduced(spec, shape.formats)
-    _, decoder, cache = build(checkpoint, small, formats, shape, Arena(VIRTUAL), Arena(VIRTUAL))
+    cpu.set_threads(plan.threads)  # each of them has scratch
+    layers = different_layers(checkpoint, spec, shape.formats)
+    _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), Arena(VIRTUAL))
     ws = Workspace(Arena(VIRTUAL))
     with ops.dry(), ws.frame():
         decoder.logits(decoder.hidden(largest_step(shape), cache, ws), ws)
@@ -118,9 +119,9 @@ def rehearse(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     cpu.set_threads(plan.threads)
     gc.collect()
     drop_code_pages()
-    small, formats = reduced(spec, shape.formats)
+    layers = different_layers(checkpoint, spec, shape.formats)
     kv, scratch = Arena(VIRTUAL), Arena(plan.accounts["workspace"])
-    _, decoder, cache = build(checkpoint, small, formats, shape, Arena(VIRTUAL), kv)
+    _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), kv)
     ws = Workspace(scratch)
     length = min(shape.chunk, shape.context)
     sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=0))
@@ -191,8 +192,7 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, el
 
 def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     """``plan`` with the bytes that its choices take here. Raises BudgetError if they exceed the budget it names."""
-    numerics = plan.numerics
-    constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, numerics.gemm, numerics.kv)
+    constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, plan.numerics)
     search = search_for(checkpoint, spec, constraints)
     anew = search.plan(plan.outer.format, [layer.format for layer in plan.layers], plan.chunk, runtime=0)
     anew = anew.model_copy(update={"accounts": anew.accounts | {"runtime": _measured(search, anew)}})
@@ -222,14 +222,15 @@ def start(
     ledger = Ledger(plan.budget)
     ledger.reserve("runtime", plan.accounts["runtime"])
     weights = ledger.arena("weights", plan.accounts["weights"])
+    weights.use_large_pages()
     kv = ledger.arena("kv", plan.accounts["kv"])
     scratch = ledger.arena("workspace", plan.accounts["workspace"])
     cpu.set_threads(plan.threads)
     shape = Shape.of(plan)
-    placement, decoder, cache = build(checkpoint, spec, dict(enumerate(shape.formats)), shape, weights, kv)
+    placement, decoder, cache = build(checkpoint, spec, range(len(spec.layers)), shape, weights, kv)
     drop_code_pages()
     before = resident_set().peak
-    torch.set_num_threads(1)  # blocks are small: waiting for other threads after each operation gains nothing
+    torch.set_num_threads(1)  # every thread that loads converts blocks of its own
     placement.load(progress)
     malloc.trim()
     seen = resident_set()

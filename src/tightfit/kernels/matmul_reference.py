@@ -6,20 +6,27 @@ same scratch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 
 from tightfit.budget.ledger import Workspace
+from tightfit.kernels.codes import levels, unpack
+from tightfit.kernels.layout import TILE_ROWS, code_count, code_nbytes, tile_nbytes
 from tightfit.kernels.ops import op
-from tightfit.kernels.weight import TILE_ROWS, Weight
+from tightfit.kernels.weight import DENSE, Weight
 
 # Of decoded weights at a time. Near a core's second-level cache, and little beside any budget; for many tokens more,
 # since libraries multiply by a few hundred rows at half the speed that they reach by a thousand.
 BLOCK_BYTES, LARGE_BLOCK_BYTES = 4 << 20, 8 << 20
 MANY_TOKENS = 256
 
+# Below it 127 / amax would be infinite.
+SMALLEST_AMAX = 2.0**-100
+
+Activations: TypeAlias = Literal["int8", "float32"]
 Decode: TypeAlias = Callable[[Weight, int, int, torch.Tensor, Workspace], None]
 
 
@@ -59,15 +66,58 @@ def blocks(
             yield start, stop, scratch[: stop - start]
 
 
-def vector_matmul(x: torch.Tensor, weight: Weight, out: torch.Tensor, ws: Workspace) -> None:
-    """``out = x @ W.T``, one token at a time: x (tokens, cols) and out (tokens, rows) float32.
+def vector_matmul(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    out: torch.Tensor,
+    ws: Workspace,
+    activations: Activations = "float32",
+    accumulate: float = 0.0,
+) -> None:
+    """``out = x @ W.T`` of each matrix, side by side, or with ``accumulate`` that many times as much added to ``out``.
 
-    A library's product would be faster, but its bits may depend on threads, shapes and alignment.
+    x is (tokens, cols) and out (tokens, rows of all), float32. One token at a time: a library's product would be
+    faster, but its bits may depend on threads, shapes and alignment.
     """
+    first = 0
+    for weight in weights:
+        columns = out[:, first : first + weight.rows]
+        first += weight.rows
+        with ws.frame():
+            inputs = x
+            if activations == "int8" and takes_int8(weight):
+                inputs = ws.empty(*x.shape)
+                quantize(x, activation_block(weight), inputs, ws)
+            results = ws.empty(*columns.shape) if accumulate else columns
+            products = ws.empty(min(block_rows(weight.cols, 4), weight.rows), weight.cols)
+            for start, stop, block in blocks(weight, torch.float32, ws, decode_block):
+                _multiply_each(block, inputs, products[: stop - start], results[:, start:stop])
+            if accumulate:
+                _add(columns, results, accumulate)
+
+
+def takes_int8(weight: Weight) -> bool:
+    """Whether a matrix is multiplied with activations in int8 where they are asked for."""
+    return weight.kind not in DENSE and weight.kind != "fp8"
+
+
+def activation_block(weight: Weight) -> int:
+    """How many inputs share a scale when activations are rounded to int8: 48 for ternary weights, else 32 or 16."""
+    return 48 if weight.kind == "ternary" else 32 if weight.group % 32 == 0 else 16
+
+
+def quantize(x: torch.Tensor, block: int, out: torch.Tensor, ws: Workspace) -> None:
+    """``out`` = x (tokens, cols) rounded to 8 bits and back, in blocks of ``block`` inputs.
+
+    With ``amax`` the largest magnitude of a block, codes are ``round(x * (127 / amax))``, to nearest even, and the
+    scale is ``amax / 127``. A block without a number above SMALLEST_AMAX is zeros; one with a number that is not finite
+    becomes NaN.
+    """
+    tokens, cols = x.shape
     with ws.frame():
-        products = ws.empty(min(block_rows(weight.cols, 4), weight.rows), weight.cols)
-        for start, stop, block in blocks(weight, torch.float32, ws, decode_block):
-            _multiply_each(block, x, products[: stop - start], out[:, start:stop])
+        padded = ws.empty(tokens, -(-cols // block), block)
+        scales, inverses = ws.empty(tokens, padded.shape[1], 1), ws.empty(tokens, padded.shape[1], 1)
+        _quantize(x, padded, scales, inverses, out)
 
 
 def decode_block(weight: Weight, start: int, stop: int, out: torch.Tensor, ws: Workspace) -> None:
@@ -77,11 +127,13 @@ def decode_block(weight: Weight, start: int, stop: int, out: torch.Tensor, ws: W
         _copy(dense[start:stop], out)
         return
     first, last = weight.row_offset + start, weight.row_offset + stop
-    tile, tile_end = first // TILE_ROWS, -(-last // TILE_ROWS)
     with ws.frame():
-        values, nibbles = _tile_scratch(weight, tile_end - tile, ws)
-        _unpack(weight, tile, values, nibbles)
-        _copy(values.flatten(0, 1)[first - tile * TILE_ROWS : last - tile * TILE_ROWS, : weight.cols], out)
+        scratch = TileScratch.of(weight, ws)
+        for tile in range(first // TILE_ROWS, -(-last // TILE_ROWS)):
+            _decode_tiles(weight, tile, scratch)
+            top = tile * TILE_ROWS
+            begin, end = max(first, top), min(last, top + TILE_ROWS)
+            _copy(scratch.values[begin - top : end - top, : weight.cols], out[begin - first : end - first])
 
 
 def decode_rows(weight: Weight, indices: torch.Tensor, out: torch.Tensor, ws: Workspace) -> None:
@@ -93,35 +145,46 @@ def decode_rows(weight: Weight, indices: torch.Tensor, out: torch.Tensor, ws: Wo
             _gather(dense, indices, scratch)
             _copy(scratch, out)
         else:
-            _gather_tiles(weight, indices, *_tile_scratch(weight, 1, ws), out)
+            _gather_tiles(weight, indices, TileScratch.of(weight, ws), out)
 
 
-def _tile_scratch(weight: Weight, tiles: int, ws: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for decoded tiles (tiles, 16, padded cols), and for half of their codes where a byte holds two."""
-    cols = -(-weight.cols // weight.group) * weight.group
-    values = ws.empty(tiles, TILE_ROWS, cols)
-    nibbles = ws.empty(tiles, TILE_ROWS, cols // 2 if weight.kind == "int4" else 0, dtype=torch.uint8)
-    return values, nibbles
+@dataclass(frozen=True)
+class TileScratch:
+    """Room to decode 16 rows of tiles."""
+
+    codes: torch.Tensor  # (16, groups, codes of a group), int32
+    planes: torch.Tensor  # as many bytes as the codes have in tiles
+    levels: torch.Tensor  # (codes, levels of a code)
+    values: torch.Tensor  # (16, padded cols)
+
+    @staticmethod
+    def of(weight: Weight, ws: Workspace) -> TileScratch:
+        groups = -(-weight.cols // weight.group)
+        codes = ws.empty(TILE_ROWS, groups, code_count(weight.kind, weight.group), dtype=torch.int32)
+        planes = ws.empty(groups * code_nbytes(weight.kind, weight.group), dtype=torch.uint8)
+        values = ws.empty(TILE_ROWS, groups * weight.group)
+        return TileScratch(codes, planes, ws.empty(codes.numel(), values.numel() // codes.numel()), values)
 
 
 @op
-def _unpack(weight: Weight, tile: int, values: torch.Tensor, nibbles: torch.Tensor) -> None:
-    """``values`` = the row tiles from ``tile`` on, decoded: codes times scales, in float32."""
-    tiles, _, cols = values.shape
-    group, groups = weight.group, cols // weight.group
-    row_tiles = -(-(weight.row_offset + weight.rows) // TILE_ROWS)
-    stored = weight.data.view(row_tiles, groups, -1)[tile : tile + tiles]
-    codes, scales = stored[..., : -2 * TILE_ROWS], stored[..., -2 * TILE_ROWS :].view(torch.bfloat16)
-    if weight.kind == "int8":
-        lines = codes.view(torch.int8).view(tiles, groups, group // 4, TILE_ROWS, 4).permute(0, 3, 1, 2, 4)
-        values.view(tiles, TILE_ROWS, groups, group // 4, 4).copy_(lines)
+def _decode_tiles(weight: Weight, tile: int, scratch: TileScratch) -> None:
+    """``values`` = the 16 rows of a row of tiles: levels times scales, plus offsets, in float32."""
+    group, asymmetric = weight.group, weight.asymmetric
+    groups = scratch.codes.shape[1]
+    stored = weight.data.view(-1, groups, tile_nbytes(weight.kind, group, asymmetric))[tile]  # (groups, bytes)
+    unpack(stored[:, : code_nbytes(weight.kind, group)], weight.kind, scratch.planes, scratch.codes)
+    table = levels(weight.kind, weight.exponent)
+    torch.index_select(table.view(len(table), -1), 0, scratch.codes.flatten(), out=scratch.levels)
+    values = scratch.values.view(TILE_ROWS, groups, group)
+    if weight.kind == "ternary":
+        triples = scratch.levels.view(TILE_ROWS, groups, -1, 4, 3)  # 12 inputs: 4 codes, each of every fourth input
+        values.unflatten(-1, (-1, 3, 4)).copy_(triples.transpose(-1, -2))
     else:
-        lines = codes.view(tiles, groups, group // 8, TILE_ROWS, 4).permute(0, 3, 1, 2, 4)
-        halves, scratch = values.view(tiles, TILE_ROWS, groups, group // 8, 2, 4), nibbles.view(lines.shape)
-        halves[..., 0, :].copy_(torch.bitwise_and(lines, 15, out=scratch))
-        halves[..., 1, :].copy_(torch.bitwise_right_shift(lines, 4, out=scratch))
-        values.sub_(8)
-    values.view(tiles, TILE_ROWS, groups, group).mul_(scales.transpose(1, 2).unsqueeze(-1))
+        values.copy_(scratch.levels.view(values.shape))
+    numbers = stored[:, code_nbytes(weight.kind, group) :].view(torch.bfloat16).view(groups, -1, TILE_ROWS)
+    values.mul_(numbers[:, 0].T.unsqueeze(-1))
+    if asymmetric:
+        values.add_(numbers[:, 1].T.unsqueeze(-1))
 
 
 @op
@@ -130,20 +193,39 @@ def _gather(dense: torch.Tensor, indices: torch.Tensor, out: torch.Tensor) -> No
 
 
 @op
-def _gather_tiles(
-    weight: Weight, indices: torch.Tensor, values: torch.Tensor, nibbles: torch.Tensor, out: torch.Tensor
-) -> None:
+def _gather_tiles(weight: Weight, indices: torch.Tensor, scratch: TileScratch, out: torch.Tensor) -> None:
     for i, index in enumerate(indices.tolist()):
         if not 0 <= index < weight.rows:
             raise IndexError(f"row {index} of a matrix of {weight.rows} rows")
         tile, row = divmod(weight.row_offset + index, TILE_ROWS)
-        _unpack(weight, tile, values, nibbles)
-        out[i].copy_(values[0, row, : weight.cols])
+        _decode_tiles(weight, tile, scratch)
+        out[i].copy_(scratch.values[row, : weight.cols])
+
+
+@op
+def _quantize(
+    x: torch.Tensor, padded: torch.Tensor, scales: torch.Tensor, inverses: torch.Tensor, out: torch.Tensor
+) -> None:
+    cols = x.shape[1]
+    flat = padded.flatten(1)
+    flat[:, :cols].copy_(x)
+    flat[:, cols:].zero_()
+    torch.linalg.vector_norm(padded, torch.inf, dim=-1, keepdim=True, out=scales)
+    scales.add_(torch.mul(scales, 0, out=inverses))  # infinite ones become NaN
+    torch.threshold_(scales, SMALLEST_AMAX, 0.0)
+    inverses.fill_(127).div_(scales).clamp_(max=torch.finfo(torch.float32).max)
+    padded.mul_(inverses).round_().mul_(scales.div_(127))
+    out.copy_(flat[:, :cols])
 
 
 @op
 def _copy(source: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(source)
+
+
+@op
+def _add(x_: torch.Tensor, y: torch.Tensor, scale: float) -> None:
+    x_.add_(y, alpha=scale)
 
 
 @op

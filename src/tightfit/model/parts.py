@@ -23,8 +23,8 @@ def project(
     ws: Workspace,
     split: Split,
 ) -> tuple[torch.Tensor, ...]:
-    """``x @ W.T + bias`` for matrices of one input: one (tokens, *shape) for each, side by side in scratch memory of the
-    enclosing frame."""
+    """``x @ W.T + bias`` for matrices of one input: one (tokens, *shape) for each, side by side in scratch memory of
+    the enclosing frame."""
     whole, *parts = ws.columns(x.shape[0], *shapes)
     weights.joined(*names).matmul(x, whole, ws, split)
     for name, part in zip(names, parts, strict=True):

@@ -10,6 +10,7 @@ VERSION: Literal[1] = 1
 OWN = "own"  # as a format: the precision of the checkpoint, tensor by tensor
 Bytes = Annotated[int, Field(ge=0)]
 GemmType = Literal["bfloat16", "float32"]
+ActivationType = Literal["int8", "float32"]
 KvType = Literal["bfloat16", "float16", "float32"]
 
 
@@ -38,7 +39,9 @@ class Numerics(Strict):
     """What fixes the bits of a result, beside the formats."""
 
     gemm: GemmType = Field(description="type that prefill multiplies in")
-    activations: Literal["float32"] = "float32"
+    activations: ActivationType = Field(
+        default="int8", description="what decoding multiplies low-bit weights with: float32, or rounded to int8"
+    )
     kv: KvType = Field(description="type of the cached keys and values")
 
 

@@ -1,7 +1,7 @@
 """Chooses a plan: the most precise weights that fit, then the largest chunk.
 
-Weights stay in their own precision if they fit, or are rounded to 8 bits, or to 4 bits with as many layers in 8 bits as
-there is room for. Of two plans with equal weights the one with larger chunks is faster.
+Weights stay in their own precision if they fit, or are rounded to 8, 6, 5 or 4 bits, with as many layers in the next
+more precise format as there is room for. Of two plans with equal weights the one with larger chunks is faster.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.errors import BudgetError
 from tightfit.kv.cache import Cache
 from tightfit.model.decoder import cache_layouts
-from tightfit.model.spec import ModelSpec, Param
-from tightfit.plan.schema import OWN, GemmType, KvType, LayerPlan, ModelRef, Numerics, Plan
-from tightfit.weights.placement.resident import param_nbytes
+from tightfit.model.spec import ModelSpec
+from tightfit.plan.schema import OWN, LayerPlan, ModelRef, Numerics, Plan
+from tightfit.weights.placement.fill import scratch_bytes
+from tightfit.weights.placement.places import EMBEDDINGS, HEAD, group_of, layer_name, params_of
 
-INT8, INT4 = "int8", "int4"
-LEVELS = (OWN, INT8, INT4, "int4(group=64)", "int4(group=128)")  # from the most precise to the smallest
+# From the most precise to the smallest. Fewer than 4 bits lose so much that they must be asked for.
+LEVELS = (OWN, "int8", "int6", "int5", "int4", "int4(group=64)", "int4(group=128)")
+# What is left of a budget is spent on the next more precise level for some of the layers.
+BETTER = {"int6": "int8", "int5": "int6", "int4": "int5"}
 CHUNKS = (512, 256, 128, 64, 32, 16)
-LOAD_SCRATCH = 12 << 20  # what converting a block while loading takes beside the weights, measured
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -36,8 +38,7 @@ class Constraints:
     context: int
     sequences: int
     threads: int
-    gemm: GemmType
-    kv: KvType
+    numerics: Numerics
     weights: str | None = None
     chunk: int | None = None
 
@@ -58,7 +59,7 @@ class Search:
         self.spec = spec
         self.constraints = constraints
         self._workspace = workspace
-        self._sizes: dict[tuple[Param, str], int] = {}
+        self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
 
     def best(self, runtime: int) -> Plan:
         """The plan to run where the interpreter and its libraries take ``runtime`` bytes.
@@ -69,7 +70,7 @@ class Search:
             for chunk in self.chunks():
                 plan = self.uniform(level, chunk, runtime)
                 if plan.total <= plan.budget:
-                    return self._upgrade(plan) if level == INT4 and self.constraints.weights is None else plan
+                    return plan if self.constraints.weights is not None else self._upgrade(plan)
         raise self.refusal(runtime)
 
     def smallest(self, runtime: int) -> Plan:
@@ -84,7 +85,9 @@ class Search:
         parts = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in plan.accounts.items())
         advice = [f"The smallest budget that works is {format_bytes(plan.total, ceil=True)} ({parts})."]
         advice.append(f"Type --memory {format_bytes(plan.total, ceil=True).replace(' ', '')}")
-        if constraints.weights is not None:
+        if self.checkpoint.compressed is not None:
+            advice.append("or compress the model in fewer bits (`tightfit compress`)")
+        elif constraints.weights is not None:
             advice.append("or leave out --weights, so that fewer bits can be chosen")
         if constraints.sequences > 1:
             advice.append("or run fewer sequences at once (--batch)")
@@ -103,7 +106,7 @@ class Search:
         levels: list[str] = []
         smallest = math.inf
         for level in LEVELS:
-            nbytes = sum(self._size(param, level) for _, param in self.spec.all_params())
+            nbytes = sum(self._size(group, level)[0] for group in params_of(self.spec))
             if nbytes < smallest:
                 levels.append(level)
                 smallest = nbytes
@@ -121,17 +124,20 @@ class Search:
         return self.plan(level, [level] * len(self.spec.layers), chunk, runtime)
 
     def _upgrade(self, plan: Plan) -> Plan:
-        """Spends what is left on 8 bits instead of 4: the embeddings and the head first, then layers from both ends
-        (the first and last layers lose most when they are rounded)."""
+        """Spends what is left on more bits: for the embeddings and the head first, then for layers from both ends (the
+        first and last layers lose most when they are rounded)."""
+        better = BETTER.get(plan.outer.format)
+        if better is None:
+            return plan
         count = len(self.spec.layers)
         order = sorted(range(count), key=lambda index: min(index, count - 1 - index))
         outer, formats = plan.outer.format, [layer.format for layer in plan.layers]
         best = plan
         for index in (None, *order):
             if index is None:
-                outer = INT8
+                outer = better
             else:
-                formats[index] = INT8
+                formats[index] = better
             bigger = self.plan(outer, formats, plan.chunk, plan.accounts["runtime"])
             if bigger.total > plan.budget:
                 break
@@ -143,12 +149,10 @@ class Search:
         not."""
         spec, constraints = self.spec, self.constraints
         layouts = cache_layouts(spec, constraints.context, chunk)
-        kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.kv])
-        outer_bytes = sum(self._size(param, outer) for param in spec.params)
-        layer_bytes = [
-            sum(self._size(param, fmt) for param in layer.params)
-            for layer, fmt in zip(spec.layers, formats, strict=True)
-        ]
+        kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.numerics.kv])
+        outer_sizes = [self._size(group, outer) for group in (EMBEDDINGS, HEAD)]
+        layer_sizes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
+        outer_bytes, layer_bytes = sum(size for size, _ in outer_sizes), [size for size, _ in layer_sizes]
         plan = Plan(
             model=ModelRef(
                 name=self.checkpoint.name,
@@ -171,16 +175,19 @@ class Search:
             ),
             chunk=chunk,
             threads=constraints.threads,
-            numerics=Numerics(gemm=constraints.gemm, kv=constraints.kv),
+            numerics=constraints.numerics,
         )
         # While loading, cache and scratch are not in use yet: they leave room for what converting takes.
-        workspace = max(self._workspace(plan), LOAD_SCRATCH - plan.accounts["kv"])
+        loading = max(scratch for _, scratch in (*outer_sizes, *layer_sizes))
+        workspace = max(self._workspace(plan), loading - plan.accounts["kv"])
         return plan.model_copy(update={"accounts": plan.accounts | {"workspace": workspace}})
 
-    def _size(self, param: Param, fmt: str) -> int:
-        key = (param, fmt)
+    def _size(self, group: str, stored_as: str) -> tuple[int, int]:
+        """Bytes of a group of parameters, and of scratch while it is loaded."""
+        key = (group, stored_as)
         if key not in self._sizes:
-            self._sizes[key] = param_nbytes(self.checkpoint, param, fmt)
+            found = group_of(self.checkpoint, self.spec, group, stored_as)
+            self._sizes[key] = found.nbytes, scratch_bytes(self.checkpoint, found, self.constraints.threads)
         return self._sizes[key]
 
 

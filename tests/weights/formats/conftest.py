@@ -20,5 +20,10 @@ def ws():
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def settings():
+    """The same numbers in each run; and one thread, since these tensors are too small to share."""
     torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -2,21 +2,17 @@
 
 import pytest
 import torch
+from tests.weights.formats import stored
 
-from tightfit.budget.ledger import Arena, Workspace
-from tightfit.weights.formats import BF16, F32, Int4, Int8
+from tightfit.weights.formats import BF16, F32, FP8, NF4, Int3, Int4, Int8, LlmInt8, Ternary
 from tightfit.weights.formats.linear import linear
 
 ROWS, COLS, RANK = 75, 90, 4
 
 
 def matrix_and_dense(fmt, gemm_dtype=None):
-    data = torch.empty(fmt.nbytes(ROWS, COLS), dtype=torch.uint8)
-    fmt.encode(torch.randn(ROWS, COLS) / COLS**0.5, data, 0)
-    matrix = fmt.matrix(data, ROWS, COLS, gemm_dtype)
-    dense = torch.empty(ROWS, COLS)
-    matrix.decode(torch.arange(ROWS), dense, Workspace(Arena(1 << 20)))
-    return matrix, dense
+    matrix = stored.matrix_of(fmt, torch.randn(ROWS, COLS) / COLS**0.5, gemm_dtype)
+    return matrix, stored.dense(matrix)
 
 
 def lora_gradients(base, x, a, b):
@@ -28,7 +24,9 @@ def lora_gradients(base, x, a, b):
     return y, loss, x.grad, a.grad, b.grad
 
 
-@pytest.mark.parametrize("fmt", [F32(), BF16(), Int8(), Int4(), Int4(group=128)], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [F32(), BF16(), Int8(), Int4(0), Int3(48, symmetric=False), NF4(), FP8(), Ternary(), LlmInt8()], ids=str
+)
 @pytest.mark.parametrize("shape", [(COLS,), (5, COLS), (2, 3, COLS)], ids=str)
 def test_lora_on_a_stored_matrix_learns_as_on_the_decoded_one(kernels, fmt, shape):
     matrix, dense = matrix_and_dense(fmt)

@@ -16,8 +16,8 @@ from tightfit.checkpoints.config import Config
 from tightfit.checkpoints.safetensors_file import TensorInfo
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec, Param, Source
-from tightfit.weights.placement.read import check
-from tightfit.weights.placement.resident import Resident, param_nbytes
+from tightfit.weights.placement.places import check, groups
+from tightfit.weights.placement.resident import Resident
 
 # Qwen3-30B-A3B: 128 experts in each of 48 layers, 18432 matrices.
 QWEN3_30B: dict[str, Any] = {
@@ -44,7 +44,7 @@ def headers(spec: ModelSpec) -> Any:
         for expert in range(max(param.experts, 1))
     ]
     tensors = {key: TensorInfo(key, "BF16", shape, "f", 0, 2 * math.prod(shape)) for key, shape in keys}
-    return SimpleNamespace(name="x", tensors=tensors, quantization=None, config={})
+    return SimpleNamespace(name="x", tensors=tensors, quantization=None, compressed=None, config={})
 
 
 def test_a_model_of_18432_expert_matrices_is_described_and_placed_in_a_moment() -> None:
@@ -53,11 +53,12 @@ def test_a_model_of_18432_expert_matrices_is_described_and_placed_in_a_moment() 
     checkpoint = headers(spec)
     before, start = resident_set().current, time.perf_counter()
     check(checkpoint, spec)
-    nbytes = sum(param_nbytes(checkpoint, param, "int4") for _, param in spec.all_params())
-    placement = Resident(checkpoint, spec, "int4", dict.fromkeys(range(48), "int4"), torch.float32, Arena(nbytes))
+    formats = dict.fromkeys(range(48), "int4")
+    nbytes = sum(group.nbytes for group in groups(checkpoint, spec, "int4", formats))
+    placement = Resident(checkpoint, spec, "int4", formats, torch.float32, Arena(nbytes))
     assert time.perf_counter() - start < 2.0  # a tenth of a second on an idle core
     assert resident_set().current - before < 8 << 20  # kept, the matrices alone would take about 18 MB
-    assert placement.nbytes <= nbytes
+    assert placement.nbytes == nbytes
 
 
 @pytest.mark.parametrize("fmt", ["own", "int8"])
@@ -69,13 +70,13 @@ def test_each_expert_is_the_matrix_that_the_checkpoint_holds(fmt: str, write: An
         Param("b", (10,), Source("b", stacked=True), experts=3),
     )
     spec = ModelSpec("x", 1, 1, (), params, 1, 1e-6)
-    arena = Arena(sum(param_nbytes(checkpoint, param, fmt) for param in params))
-    placement = Resident(checkpoint, spec, fmt, {}, torch.float32, arena)
+    placement = Resident(checkpoint, spec, fmt, {}, torch.float32, Arena(1 << 16))
     loaded: list[int] = []
     placement.load(loaded.append)
     assert sum(loaded) == placement.nbytes
     assert torch.equal(placement.model["b"], biases)
-    tolerance = 0.0 if fmt == "own" else float(stored.abs().max()) / 127 * 0.51  # half a step of 8 bits
+    # Half a step of 8 bits, which the search for the smallest error may make an eighth longer.
+    tolerance = 0.0 if fmt == "own" else float(stored.abs().max()) / 127 * 0.57
     for expert in range(3):
         found = torch.empty(10, 32)
         placement.model["e"][expert].decode(torch.arange(10), found, Workspace(Arena(1 << 20)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -44,6 +45,11 @@ def available() -> bool:
     return _compiled
 
 
+def has_gemm() -> bool:
+    """Whether the kernels in use multiply with many vectors themselves, in bfloat16 through AMX."""
+    return _compiled and bool(_cpu.has_gemm())
+
+
 def features() -> dict[str, Any]:
     """``compiled``: whether the extension was built; ``supported``: what can run here; ``chosen``; ``threads``."""
     return {
@@ -67,9 +73,18 @@ def set_threads(count: int) -> None:
     _threads = count
 
 
-def handle(kind: str, group: int, address: int, rows: int, cols: int, row_offset: int) -> Any:
+def handle(
+    kind: str, group: int, asymmetric: bool, address: int, rows: int, cols: int, row_offset: int, settings: int
+) -> Any:
     """The compiled kernels' view of the matrix at ``address`` (see ``kernels/weight.py``); None if there are none."""
-    return None if _cpu is None else _cpu.Weight(kind, group, address, rows, cols, row_offset)
+    if _cpu is None:
+        return None
+    return _cpu.Weight(kind, group, asymmetric, address, rows, cols, row_offset, settings)
+
+
+def joined(handles: Sequence[Any]) -> Any:
+    """The compiled kernels' view of matrices that are multiplied together, of their :func:`handle`\\ s; or None."""
+    return None if _cpu is None else _cpu.Joined(list(handles))
 
 
 if "TIGHTFIT_CPU" in os.environ:

@@ -105,7 +105,7 @@ void pack_keys(const BlockRows<T>& keys, size_t dim, size_t steps, BF16* out) {
             __m512i rows[TILE];
             for (size_t i = 0; i < TILE; i++)
                 rows[i] = keys.halves(tile * TILE + i, step * STEP, std::min(STEP, dim - step * STEP));
-            Avx512::transpose(rows);
+            Avx512::transpose_words(rows);
             for (size_t i = 0; i < TILE; i++) _mm512_store_si512(out + i * STEP, rows[i]);
         }
 }

@@ -62,12 +62,15 @@ struct Ahead {
 constexpr size_t FEATURES = 64;  // of the keys of a tile that are held as columns at once
 constexpr size_t LINES = 2;      // vectors of keys in a tile
 
+template <class Isa>
+constexpr size_t ROWS_AT_ONCE = Isa::LANES == 16 ? 8 : 4;  // their sums, of two vectors each, fit the registers
+
 // columns[f * stride + i] = keys[i][f] for f below `count`; further columns up to a whole line may be written.
 template <class Isa, class T>
 inline void to_columns(const T* const* keys, size_t count, size_t stride, float* columns) {
     constexpr size_t LANES = Isa::LANES, STEP = LANES * sizeof(float) / sizeof(T);
     for (size_t f = 0; f < count; f += STEP) {
-        typename Isa::Line words[LANES];
+        typename Isa::Bytes words[LANES];
         for (size_t i = 0; i < LANES; i++) {
             T padded[STEP];
             const T* features = keys[i] + f;
@@ -76,9 +79,9 @@ inline void to_columns(const T* const* keys, size_t count, size_t stride, float*
                 std::memcpy(padded, features, (count - f) * sizeof(T));
                 features = padded;
             }
-            words[i] = Isa::load_line(reinterpret_cast<const uint8_t*>(features));
+            words[i] = Isa::load_bytes(reinterpret_cast<const uint8_t*>(features));
         }
-        Isa::transpose(words);
+        Isa::transpose_words(words);
         for (size_t i = 0; i < LANES; i++) {
             if constexpr (sizeof(T) == sizeof(float)) {
                 std::memcpy(columns + (f + i) * stride, &words[i], sizeof words[i]);
@@ -114,9 +117,10 @@ inline void score_rows(const float* columns, size_t count, Rows<const float> q, 
 // Calls work(row, number of rows as a constant) for all rows, as many at once as the registers hold.
 template <class Isa, class Work>
 inline void for_rows(size_t rows, Work work) {
+    constexpr size_t MOST = ROWS_AT_ONCE<Isa>;
     size_t r = 0;
-    for (; r + Isa::ROWS <= rows; r += Isa::ROWS) work(r, std::integral_constant<size_t, Isa::ROWS>());
-    if (Isa::ROWS > 4 && rows - r >= 4) work(r, std::integral_constant<size_t, 4>()), r += 4;
+    for (; r + MOST <= rows; r += MOST) work(r, std::integral_constant<size_t, MOST>());
+    if (MOST > 4 && rows - r >= 4) work(r, std::integral_constant<size_t, 4>()), r += 4;
     if (rows - r >= 2) work(r, std::integral_constant<size_t, 2>()), r += 2;
     if (rows - r >= 1) work(r, std::integral_constant<size_t, 1>());
 }

@@ -1,6 +1,9 @@
 // Stored matrices as handles, built once, that take addresses.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <iterator>
 
 #include "bind.h"
 #include "dispatch.h"
@@ -8,23 +11,32 @@
 namespace nb = nanobind;
 using namespace tightfit;
 
-namespace {
+constexpr const char* KINDS[] = {"f32",  "f16",  "bf16", "int8", "int6", "int5",   "int4",
+                                 "int3", "int2", "nf4",  "fp4",  "fp8",  "ternary"};
 
-Kind kind_of(const std::string& name) {
-    if (name == "f32") return Kind::f32;
-    if (name == "f16") return Kind::f16;
-    if (name == "bf16") return Kind::bf16;
-    if (name == "int8") return Kind::int8;
-    if (name == "int4") return Kind::int4;
+Kind tightfit::kind_of(const std::string& name) {
+    for (size_t i = 0; i < std::size(KINDS); i++)
+        if (name == KINDS[i]) return static_cast<Kind>(i);
     throw nb::value_error(("no kernel for matrices of kind " + name).c_str());
 }
 
-Weight make_weight(const std::string& kind, size_t group, uintptr_t address, size_t rows, size_t cols,
-                   size_t row_offset) {
-    const Weight weight{kind_of(kind), group, false, reinterpret_cast<const uint8_t*>(address), rows, cols, row_offset, nullptr};
-    if (weight.tiled() && (group == 0 || group % 8 || group > 128 || row_offset >= TILE_ROWS))
-        throw nb::value_error("groups are multiples of 8 up to 128, and the row offset is below 16");
+namespace {
+
+Weight make_weight(const std::string& kind, size_t group, bool asymmetric, uintptr_t address, size_t rows, size_t cols,
+                   size_t row_offset, uintptr_t settings) {
+    const Weight weight{kind_of(kind), group,      asymmetric, reinterpret_cast<const uint8_t*>(address), rows, cols,
+                        row_offset,    reinterpret_cast<const uint8_t*>(settings)};
+    const size_t multiple = weight.kind == Kind::ternary ? 48 : 16;
+    if (weight.tiled() && (group == 0 || group % multiple || row_offset >= TILE_ROWS))
+        throw nb::value_error("groups are multiples of 16, of ternary codes of 48, and the row offset is below 16");
     return weight;
+}
+
+Joined make_joined(const std::vector<Weight>& weights) {
+    if (weights.empty()) throw nb::value_error("no matrices");
+    for (const Weight& weight : weights)
+        if (weight.cols != weights[0].cols) throw nb::value_error("matrices of different numbers of columns");
+    return Joined(weights);
 }
 
 template <class T>
@@ -35,14 +47,18 @@ Rows<T> rows_at(uintptr_t address, size_t stride) {
 }  // namespace
 
 void tightfit::bind_matmul(nb::module_& m) {
+    nb::class_<Joined>(m, "Joined")
+        .def(nb::new_(&make_joined))
+        .def("scratch_nbytes",
+             [](const Joined& matrices, size_t tokens, bool int8) { return int8 ? matrices.scratch_nbytes(tokens) : 0; })
+        .def("matmul", [](const Joined& matrices, uintptr_t x, size_t tokens, size_t x_stride, uintptr_t out,
+                          size_t out_stride, float accumulate, bool int8, uintptr_t scratch, size_t threads) {
+            nb::gil_scoped_release release;
+            matmul(matrices, rows_at<const float>(x, x_stride), tokens, rows_at<float>(out, out_stride), accumulate,
+                   int8, reinterpret_cast<uint8_t*>(scratch), threads);
+        });
     nb::class_<Weight>(m, "Weight")
         .def(nb::new_(&make_weight))
-        .def("matmul",
-             [](const Weight& w, uintptr_t x, size_t tokens, size_t x_stride, uintptr_t out, size_t out_stride,
-                size_t threads) {
-                 nb::gil_scoped_release release;
-                 matmul(w, rows_at<const float>(x, x_stride), tokens, rows_at<float>(out, out_stride), threads);
-             })
         .def("decode_block",
              [](const Weight& w, size_t start, size_t stop, uintptr_t out, size_t out_stride, bool bf16,
                 size_t threads) {

@@ -12,7 +12,7 @@ template <class Isa>
 inline typename Isa::Vector exp(typename Isa::Vector x) {
     const auto constant = [](float value) { return Isa::broadcast(value); };
     x = Isa::max(Isa::min(x, constant(88.0f)), constant(-87.0f));
-    const auto n = Isa::round(Isa::mul(x, constant(1.44269504f)));
+    const auto n = Isa::whole(Isa::mul(x, constant(1.44269504f)));
     // x - n ln 2, with ln 2 in two parts of which the first times n is exact.
     auto r = Isa::fma(n, constant(-0.693359375f), x);
     r = Isa::fma(n, constant(2.12194440e-4f), r);
@@ -28,7 +28,7 @@ template <class Isa>
 inline typename Isa::Vector exp2(typename Isa::Vector x) {
     const auto constant = [](float value) { return Isa::broadcast(value); };
     x = Isa::max(constant(-127.0f), x);  // in this order a NaN stays one
-    const auto n = Isa::round(x);
+    const auto n = Isa::whole(x);
     const auto r = Isa::sub(x, n);
     auto p = constant(1.535336188e-4f);  // the polynomial of Cephes' exp2f
     for (float coefficient : {1.339887440e-3f, 9.618437357e-3f, 5.550332471e-2f, 2.402264791e-1f, 6.931472028e-1f, 1.0f})

@@ -20,4 +20,6 @@ NB_MODULE(_cpu, m) {
     bind_matmul(m);
     bind_attention(m);
     bind_rows(m);
+    bind_encode(m);
+    bind_gemm(m);
 }

@@ -73,9 +73,8 @@ void glu_row(const float* gate, const float* up, size_t cols, Activation activat
         case Activation::gelu_pytorch_tanh:
             return each([&](auto g, auto u) {
                 const auto cube = Isa::mul(Isa::mul(g, g), g);
-                const auto inner = Isa::mul(constant(0.7978845608f), Isa::fma(cube, constant(0.044715f), g));
-                const auto half = Isa::mul(constant(0.5f), g);
-                return Isa::mul(Isa::fma(half, tanh<Isa>(inner), half), u);
+                const auto inner = Isa::mul(constant(1.5957691216f), Isa::fma(cube, constant(0.044715f), g));
+                return Isa::mul(Isa::mul(g, sigmoid<Isa>(inner)), u);  // (1 + tanh(x)) / 2 = sigmoid(2 x)
             });
         case Activation::relu:
             return each([&](auto g, auto u) { return Isa::mul(Isa::max(g, Isa::zero()), u); });

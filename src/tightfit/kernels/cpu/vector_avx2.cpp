@@ -1,9 +1,8 @@
 #include "isa_avx2.h"
-#include "kernels.h"
 #include "vector.h"
 
 namespace tightfit {
 
-const Kernels avx2_kernels = kernels_of<Avx2>("avx2");
+const Kernels avx2_kernels = kernels_of<Avx2>();
 
 }  // namespace tightfit

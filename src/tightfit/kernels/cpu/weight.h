@@ -1,4 +1,4 @@
-// A stored matrix, and the table of kernels that one instruction set provides for it.
+// A stored matrix.
 #pragma once
 
 #include <cstddef>
@@ -32,9 +32,10 @@ struct Weight {
     size_t code_bytes() const { return code_bytes_of(kind, group); }
     size_t tile_bytes() const { return code_bytes() + TILE_ROWS * sizeof(BF16) * (asymmetric ? 2 : 1); }
     size_t tile_row_bytes() const { return groups() * tile_bytes(); }
+    int exponent_bits() const { return settings && *settings ? *settings : 4; }  // of fp8
 
     // Bytes of the codes of 16 rows by `inputs`.
-    static size_t code_bytes_of(Kind kind, size_t inputs) {
+    static constexpr size_t code_bytes_of(Kind kind, size_t inputs) {
         switch (kind) {
             case Kind::int8:
             case Kind::fp8: return 16 * inputs;
@@ -58,15 +59,6 @@ struct Rows {
     size_t stride;
 
     T* operator[](size_t row) const { return data + row * stride; }
-};
-
-struct Kernels {
-    const char* name;
-    // out[t][row] = W[row] . x[t] for the rows [first, last). The order of additions within a row is fixed.
-    void (*matmul)(const Weight&, size_t first, size_t last, Rows<const float> x, size_t tokens, Rows<float> out);
-    // out[row - first] = W[row] for the rows [first, last) of a tiled matrix.
-    void (*decode)(const Weight&, size_t first, size_t last, Rows<float> out);
-    void (*decode_bf16)(const Weight&, size_t first, size_t last, Rows<BF16> out);
 };
 
 }  // namespace tightfit

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 if TYPE_CHECKING:
     import torch
 
     from tightfit.budget.ledger import Workspace
+    from tightfit.kernels.weight import Weight
+    from tightfit.plan.schema import ActivationType
 
-TILE_ROWS = 16
+# Goes through all rows of a matrix: (first row, block), a block (n, cols) of any floating type.
+Blocks: TypeAlias = "Callable[[], Iterator[tuple[int, torch.Tensor]]]"
 
 
 @dataclass(frozen=True)
@@ -47,20 +50,34 @@ class Split:
         return Split(counts[0], tuple((start, stop) for start, stop in pairwise(counts) if stop > start))
 
 
-class Format(ABC):
-    """How a matrix of weights is stored. Subclasses are frozen dataclasses; their fields are their settings.
-
-    A matrix takes one contiguous run of bytes, which is used where it lies. ``kind`` and ``group`` tell the kernels the
-    layout; ``group`` is 0 where there are no groups. Importing a format does not import torch.
-    """
+class Scheme(ABC):
+    """In which format each matrix of a model is stored. A format is the scheme that stores them all in it."""
 
     name: ClassVar[str]  # set by the catalog
-    kind: ClassVar[str]
-    group: int
+
+    @abstractmethod
+    def of(self, param: str, layer: int | None, layers: int) -> Format:
+        """The format of the parameter named ``param`` in layer ``layer`` of ``layers`` (None: outside of them)."""
+
+
+class Format(Scheme):
+    """How a matrix of weights is stored. Subclasses are frozen dataclasses; their fields are their settings.
+
+    A matrix takes one contiguous run of bytes, which is used where it lies. Importing a format does not import torch.
+    """
+
+    def of(self, param: str, layer: int | None, layers: int) -> Format:
+        return self
 
     @abstractmethod
     def nbytes(self, rows: int, cols: int) -> int:
         """The exact size of a matrix in bytes."""
+
+    def begin(self, data: torch.Tensor, shape: tuple[int, int], blocks: Blocks) -> None:
+        """Write the header of a matrix of ``shape`` to ``data``; called once, before any of its rows is encoded.
+
+        A block of ``blocks`` is valid until the next one is asked for. Most formats have no header.
+        """
 
     @abstractmethod
     def encode(self, block: torch.Tensor, data: torch.Tensor, row: int) -> None:
@@ -71,10 +88,18 @@ class Format(ABC):
         values that the format cannot hold.
         """
 
-    def matrix(self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype | None = None) -> Matrix:
+    def matrix(
+        self,
+        data: torch.Tensor,
+        rows: int,
+        cols: int,
+        gemm_dtype: torch.dtype | None = None,
+        activations: ActivationType = "float32",
+    ) -> Matrix:
         """The matrix that lies in ``data`` (uint8, contiguous, ``nbytes(rows, cols)`` long), without a copy.
 
         ``gemm_dtype`` is what gemm ranges are computed in: torch.bfloat16 or torch.float32 (the default).
+        ``activations`` is what the vector kernel rounds its input to: "int8", or "float32" for not at all.
         """
         import torch
 
@@ -83,84 +108,102 @@ class Format(ABC):
                 f"a {rows} x {cols} matrix in {self.name} takes {self.nbytes(rows, cols)} contiguous bytes, "
                 f"not {tuple(data.shape)} of {data.dtype}"
             )
-        return Matrix(data, rows, cols, self, gemm_dtype or torch.float32)
+        return self._matrix(data, rows, cols, gemm_dtype or torch.float32, activations)
+
+    @abstractmethod
+    def _matrix(
+        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: ActivationType
+    ) -> Matrix:
+        """:meth:`matrix` for bytes of the right size."""
 
 
-class Matrix:
-    """``rows`` outputs by ``cols`` inputs in ``format``, over the bytes of ``data`` (uint8).
+class Matrix(ABC):
+    """``rows`` outputs by ``cols`` inputs in ``format``.
 
     All scratch comes from the workspace, and a dry run (:func:`tightfit.kernels.ops.dry`) takes the same. Made by
-    :meth:`Format.matrix`; ``row_offset`` is the first row's place in its tile.
+    :meth:`Format.matrix`.
     """
 
     def __init__(
-        self, data: torch.Tensor, rows: int, cols: int, format: Format, gemm_dtype: torch.dtype, row_offset: int = 0
+        self, rows: int, cols: int, format: Format, gemm_dtype: torch.dtype, activations: ActivationType
     ) -> None:
-        from tightfit.kernels import matmul
-        from tightfit.kernels.weight import Weight
+        self.rows, self.cols, self.format = rows, cols, format
+        self.gemm_dtype, self.activations = gemm_dtype, activations
 
-        self.data, self.rows, self.cols, self.format, self.gemm_dtype = data, rows, cols, format, gemm_dtype
-        self._weight = Weight(data, format.kind, format.group, rows, cols, row_offset)
-        self._kernels = matmul
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.numel()
-
+    @abstractmethod
     def matmul(
         self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split | None = None, accumulate: float = 0.0
     ) -> None:
-        """``out = x @ W.T``: x (tokens, cols), out (tokens, rows), float32 with any row stride.
+        """``out = x @ W.T``, or ``out += accumulate * (x @ W.T)`` where that is not 0.
 
-        ``split`` says which tokens go through the vector kernel and which through gemm; None is the vector kernel for
-        all.
+        ``x`` is (tokens, cols), ``out`` (tokens, rows), float32 with any row stride. ``split`` says which tokens go
+        through the vector kernel and which through gemm; None is the vector kernel for all.
         """
-        if accumulate:
-            from tightfit.kernels import ops
 
-            with ws.frame():
-                product = ws.empty(*out.shape)
-                self.matmul(x, product, ws, split)
-                ops.add_(out, product, accumulate)
-            return
-        if split is None or split.vector == x.shape[0]:
-            self._kernels.vector_matmul(x, self._weight, out, ws)
-            return
-        if split.vector:
-            self._kernels.vector_matmul(x[: split.vector], self._weight, out[: split.vector], ws)
-        if split.gemm:
-            self._kernels.gemm(x, self._weight, out, split.gemm, self.gemm_dtype, ws)
-
+    @abstractmethod
     def matmul_t(self, g: torch.Tensor, out: torch.Tensor, ws: Workspace) -> None:
         """``out = g @ W`` in float32: g (tokens, rows), out (tokens, cols)."""
-        self._kernels.matmul_t(g, self._weight, out, ws)
 
+    @abstractmethod
     def decode(self, indices: torch.Tensor, out: torch.Tensor, ws: Workspace) -> None:
         """``out[i] = W[indices[i]]``: indices int64 (n,), out (n, cols) float32 with any row stride.
 
         Raises IndexError for an index outside of the rows.
         """
-        self._kernels.decode_rows(self._weight, indices, out, ws)
 
+    @abstractmethod
     def slice(self, start: int, stop: int) -> Matrix:
-        """The rows [start, stop) as a matrix over the same bytes; ``start`` need not be a multiple of 16."""
-        if not 0 <= start <= stop <= self.rows:
-            raise IndexError(f"rows {start} to {stop} of a matrix of {self.rows} rows")
-        first = self._weight.row_offset + start
-        offset = first % TILE_ROWS if self.format.group else 0
-        begin = self.format.nbytes(first - offset, self.cols)
-        data = self.data[begin : begin + self.format.nbytes(offset + stop - start, self.cols)]
-        return Matrix(data, stop - start, self.cols, self.format, self.gemm_dtype, offset)
+        """The rows [start, stop) as a matrix over the same bytes; ``start`` need not be a multiple of 16.
+
+        Raises IndexError if there are no such rows.
+        """
 
 
-class Joined:
-    def __init__(self, matrices: Sequence[Matrix]) -> None:
-        self.matrices = tuple(matrices)
-        self.rows = sum(matrix.rows for matrix in matrices)
+class PlainMatrix(Matrix):
+    """A matrix that the kernels read as it is."""
+
+    def __init__(self, weight: Weight, format: Format, gemm_dtype: torch.dtype, activations: ActivationType) -> None:
+        from tightfit.kernels import matmul
+
+        super().__init__(weight.rows, weight.cols, format, gemm_dtype, activations)
+        self.weight = weight
+        self._kernels = matmul
 
     def matmul(
         self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split | None = None, accumulate: float = 0.0
     ) -> None:
+        self._kernels.matmul(x, self.weight, out, ws, split, self.gemm_dtype, self.activations, accumulate)
+
+    def matmul_t(self, g: torch.Tensor, out: torch.Tensor, ws: Workspace) -> None:
+        self._kernels.matmul_t(g, self.weight, out, ws)
+
+    def decode(self, indices: torch.Tensor, out: torch.Tensor, ws: Workspace) -> None:
+        self._kernels.decode_rows(self.weight, indices, out, ws)
+
+    def slice(self, start: int, stop: int) -> Matrix:
+        return PlainMatrix(self.weight.slice(start, stop), self.format, self.gemm_dtype, self.activations)
+
+
+class Joined:
+    """Matrices of the same ``cols`` and settings, multiplied with the same input: a product has theirs side by side."""
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        from tightfit.kernels import matmul, weight
+
+        self.matrices = tuple(matrices)
+        self.rows = sum(matrix.rows for matrix in matrices)
+        self._kernels = matmul
+        plain = [matrix.weight for matrix in matrices if isinstance(matrix, PlainMatrix)]
+        self._weights = weight.Joined(plain) if len(plain) == len(matrices) else None
+
+    def matmul(
+        self, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split | None = None, accumulate: float = 0.0
+    ) -> None:
+        """As :meth:`Matrix.matmul`, for ``out`` (tokens, the rows of all matrices)."""
+        if self._weights is not None:
+            first = self.matrices[0]
+            self._kernels.matmul(x, self._weights, out, ws, split, first.gemm_dtype, first.activations, accumulate)
+            return
         row = 0
         for matrix in self.matrices:
             matrix.matmul(x, out[:, row : row + matrix.rows], ws, split, accumulate)

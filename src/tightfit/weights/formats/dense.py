@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
 from tightfit.errors import CheckpointError
-from tightfit.weights.formats.base import Format
+from tightfit.weights.formats.base import Format, Matrix, PlainMatrix
 
 if TYPE_CHECKING:
     import torch
+
+    from tightfit.plan.schema import ActivationType
 
 F16_MAX = 65504.0
 
@@ -18,8 +20,9 @@ F16_MAX = 65504.0
 class Dense(Format):
     """Numbers of ``itemsize`` bytes, row-major, without padding."""
 
+    kind: ClassVar[str]
     itemsize: ClassVar[int]
-    group = 0
+    group: ClassVar[int] = 0  # there are no groups
 
     def nbytes(self, rows: int, cols: int) -> int:
         return rows * cols * self.itemsize
@@ -31,6 +34,13 @@ class Dense(Format):
         start = self.nbytes(row, cols)
         stored = data[start : start + self.nbytes(rows, cols)]
         stored.view(DENSE[self.kind]).view(rows, cols).copy_(block)
+
+    def _matrix(
+        self, data: torch.Tensor, rows: int, cols: int, gemm_dtype: torch.dtype, activations: ActivationType
+    ) -> Matrix:
+        from tightfit.kernels.weight import Weight
+
+        return PlainMatrix(Weight(data, self.kind, self.group, rows, cols), self, gemm_dtype, activations)
 
 
 @technique(seam="weights", name="f32", paper="", exact=True, summary="float32, 4 bytes per weight")

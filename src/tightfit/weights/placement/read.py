@@ -1,11 +1,12 @@
 """Reads rows of a parameter from a checkpoint, a block at a time: no tensor is ever held whole.
 
-A block is at most 1 MiB of float32 numbers (more only where 16 rows are more). Beside it, rows that do not stand one
-after the other take up to 1 MiB, decoding codes up to 2 MiB, and tensors that are stored transposed up to 3 MiB.
+A block takes at most 2 MiB (more only where 16 rows are more). Beside it, rows that do not stand one after the other
+take up to 2 MiB for a moment, decoding codes up to 4 MiB, and tensors that are stored transposed 1 MiB.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -16,9 +17,8 @@ from tightfit.errors import CheckpointError
 from tightfit.model.spec import ModelSpec, Param
 from tightfit.weights.placement import blockscaled
 
-BLOCK_BYTES = 1 << 20  # of float32 numbers converted at once
-GATHER_BYTES = 2 << 20  # of a transposed tensor: what is wanted of it is read as often as this fits into a matrix
-SLAB_BYTES = 1 << 20  # of a transposed tensor read at once
+BLOCK_BYTES = 2 << 20  # of rows read at once, large enough for a disk and small enough for a core's cache
+SLAB_BYTES = 1 << 20  # of a transposed tensor read at once: all of it goes by for every block
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What a tensor is kept in that stays in its own precision. bfloat16 holds every number of MXFP4 exactly, and is what
 # fp8 checkpoints were rounded from.
@@ -111,64 +111,83 @@ def is_plain(param: Param, info: TensorInfo) -> bool:
     return info.dtype in DTYPES and not param.source.transposed and param.source.step == 1
 
 
-def read_plain(checkpoint: Checkpoint, param: Param, expert: int, out: torch.Tensor) -> None:
-    """Fills ``out`` (contiguous) with the bytes of a parameter for which :func:`is_plain` holds."""
+def read_plain(checkpoint: Checkpoint, param: Param, expert: int, start: int, out: torch.Tensor) -> None:
+    """Fills ``out`` (contiguous, whole rows) with the bytes from row ``start`` of a parameter for which
+    :func:`is_plain` holds."""
     info = tensor_of(checkpoint, param, expert)
-    row_bytes = out.nbytes // param.shape[0]
-    start = _expert_byte(param, info, expert) + param.source.start * row_bytes
-    checkpoint.read_into(info, start, _bytes(out))
+    row_bytes = math.prod(param.shape[1:]) * DTYPES[info.dtype].itemsize
+    begin = _expert_byte(param, info, expert) + (param.source.start + start) * row_bytes
+    checkpoint.read_into(info, begin, _bytes(out))
 
 
-def blocks(checkpoint: Checkpoint, param: Param, expert: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, block) over all rows of a matrix or vector. A block is (n, cols), for vectors (n, 1), in the tensor's
-    own type or, if that is a code, in float32. It is valid until the next one is asked for."""
+def block_rows(checkpoint: Checkpoint, param: Param, expert: int = 0) -> int:
+    """How many rows of a parameter make a block: a multiple of 16, or all of them."""
+    return min(param.shape[0], max(TILE, BLOCK_BYTES // _row_bytes(checkpoint, param, expert) // TILE * TILE))
+
+
+def block_scratch(checkpoint: Checkpoint, param: Param) -> int:
+    """Bytes that reading a block takes for a moment, the block included."""
+    info, source = tensor_of(checkpoint, param), param.source
+    block = block_rows(checkpoint, param) * _row_bytes(checkpoint, param)
+    if source.transposed:
+        return block + max(SLAB_BYTES, info.shape[-1] * DTYPES[info.dtype].itemsize)
+    if info.dtype not in DTYPES:
+        return 3 * block  # scales as wide as the block, codes, and what they index
+    return block * (1 if source.step == 1 else 1 + source.step)
+
+
+def _row_bytes(checkpoint: Checkpoint, param: Param, expert: int = 0) -> int:
     info = tensor_of(checkpoint, param, expert)
-    rows, cols = param.shape[0], param.shape[1] if param.is_matrix else 1
-    at_once = min(rows, max(TILE, BLOCK_BYTES // (4 * cols) // TILE * TILE))
-    if param.source.transposed:
-        yield from _transposed_blocks(checkpoint, param, info, expert, at_once)
-        return
+    return math.prod(param.shape[1:]) * (DTYPES[info.dtype].itemsize if info.dtype in DTYPES else 4)
+
+
+def read_rows(checkpoint: Checkpoint, param: Param, expert: int, start: int, stop: int) -> torch.Tensor:
+    """The rows [start, stop) of a matrix, (n, cols), or of a vector, (n, 1), in the tensor's own type or, if that is a
+    code, in float32."""
+    info, source = tensor_of(checkpoint, param, expert), param.source
     coded = info.dtype not in DTYPES
-    buffer = torch.empty(at_once, cols, dtype=torch.float32 if coded else DTYPES[info.dtype])
-    for row in range(0, rows, at_once):
-        block = buffer[: min(at_once, rows - row)]
-        start, step = param.source.start + row * param.source.step, param.source.step
-        if coded:
-            blockscaled.read_rows(checkpoint, info, expert if param.source.stacked else 0, start, step, block)
-        else:
-            _read_rows(checkpoint, info, _expert_byte(param, info, expert), start, step, block)
-        yield row, block
+    block = torch.empty(stop - start, math.prod(param.shape[1:]), dtype=torch.float32 if coded else DTYPES[info.dtype])
+    first = source.start + start * source.step
+    if source.transposed:
+        _read_transposed(checkpoint, info, _expert_byte(param, info, expert), first, source.step, block)
+    elif coded:
+        blockscaled.read_rows(checkpoint, info, expert if source.stacked else 0, first, source.step, block)
+    else:
+        _read_rows(checkpoint, info, _expert_byte(param, info, expert), first, source.step, block)
+    return block
+
+
+def blocks(
+    checkpoint: Checkpoint, param: Param, expert: int, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, block) over the rows [start, stop) of a matrix or vector, as :func:`read_rows` gives them."""
+    at_once, end = block_rows(checkpoint, param, expert), param.shape[0] if stop is None else stop
+    for row in range(start, end, at_once):
+        yield row, read_rows(checkpoint, param, expert, row, min(row + at_once, end))
 
 
 def _read_rows(checkpoint: Checkpoint, info: TensorInfo, base: int, start: int, step: int, out: torch.Tensor) -> None:
     """``out`` = every ``step``-th row from ``start`` of the matrix that begins at byte ``base``."""
     span = (len(out) - 1) * step + 1
     lines = out if step == 1 else torch.empty(span, out.shape[1], dtype=out.dtype)
-    checkpoint.read_into(info, base + start * out.shape[1] * out.element_size(), _bytes(lines))
+    # The rows between are another parameter's.
+    checkpoint.read_into(info, base + start * out.shape[1] * out.element_size(), _bytes(lines), again=step != 1)
     if step != 1:
         out.copy_(lines[::step])
 
 
-def _transposed_blocks(
-    checkpoint: Checkpoint, param: Param, info: TensorInfo, expert: int, at_once: int
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Blocks of a matrix whose rows are the columns of a tensor: a stack of them is gathered from slabs of whole lines,
-    which go through all of the tensor."""
-    dtype, (rows, cols), width = DTYPES[info.dtype], param.shape, info.shape[-1]
-    line_bytes = width * dtype.itemsize
-    base = _expert_byte(param, info, expert)
-    fitting = GATHER_BYTES // (cols * dtype.itemsize) // at_once * at_once
-    gathered = torch.empty(min(rows, max(fitting, at_once)), cols, dtype=dtype)
-    slab = torch.empty(min(cols, max(SLAB_BYTES // line_bytes, 1)), width, dtype=dtype)
-    for top in range(0, rows, len(gathered)):
-        stack = gathered[: min(len(gathered), rows - top)]
-        start, step = param.source.start + top * param.source.step, param.source.step
-        for col in range(0, cols, len(slab)):
-            lines = slab[: min(len(slab), cols - col)]
-            checkpoint.read_into(info, base + col * line_bytes, _bytes(lines))
-            stack[:, col : col + len(lines)] = lines[:, start : start + len(stack) * step : step].T
-        for row in range(0, len(stack), at_once):
-            yield top + row, stack[row : row + at_once]
+def _read_transposed(
+    checkpoint: Checkpoint, info: TensorInfo, base: int, start: int, step: int, out: torch.Tensor
+) -> None:
+    """The same of the matrix whose columns stand one after the other from byte ``base``: gathered from slabs of whole
+    lines, which go through all of the tensor."""
+    (rows, cols), width = out.shape, info.shape[-1]
+    line_bytes = width * out.element_size()
+    slab = torch.empty(min(cols, max(SLAB_BYTES // line_bytes, 1)), width, dtype=out.dtype)
+    for line in range(0, cols, len(slab)):
+        lines = slab[: min(len(slab), cols - line)]
+        checkpoint.read_into(info, base + line * line_bytes, _bytes(lines), again=True)
+        out[:, line : line + len(lines)] = lines[:, start : start + (rows - 1) * step + 1 : step].T
 
 
 def _expert_byte(param: Param, info: TensorInfo, expert: int) -> int:
