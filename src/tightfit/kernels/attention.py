@@ -1,117 +1,225 @@
-"""Attention as a fold over blocks of keys: scratch does not grow with the context.
+"""Attention over cached keys and values, and what writes them: compiled where that was built, else in torch.
 
-After FlashAttention (https://arxiv.org/abs/2205.14135) with the online softmax of https://arxiv.org/abs/1805.02867.
-Blocks start at fixed places and are combined in order, so the bits depend only on what a query sees.
+What a token gets depends on its own query and the keys that it sees only, not on the other tokens of the call nor on
+threads: keys are taken in blocks at fixed positions and combined in order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from tightfit.budget.ledger import Workspace
-from tightfit.kernels import ops
+from tightfit.kernels import attention_reference as reference
+from tightfit.kernels import cpu, ops
+from tightfit.kernels.ops import op
 
-KEY_BLOCK = 512  # keys folded at once
-SCORE_BYTES = 4 << 20  # float32 scores held at once: they should stay in the cache of a core
+KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+ALL = 1 << 62  # a window that hides nothing
 
 
-@dataclass(frozen=True)
-class Slots:
-    """Which positions the slots of a cache hold: a ring of ``size`` slots into which ``length`` tokens were written."""
+@dataclass(eq=False)
+class KeysValues:
+    """``keys`` (sequences, kv_heads, slots, key_dim) and ``values`` (sequences, kv_heads, slots, value_dim) of a layer.
 
-    length: int
-    size: int
+    Both are float32, float16 or bfloat16 and contiguous, unless ``values`` are the first features of ``keys``. The
+    token at position p lies in slot ``p % slots``.
+    """
 
-    @property
-    def used(self) -> int:
-        return min(self.length, self.size)
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_shape: tuple[int, int] = field(init=False)  # of one token
+    value_shape: tuple[int, int] = field(init=False)
+    handle: Any = field(init=False)  # the compiled kernels' view of both
 
-    def position(self, slot: int) -> int:
-        return self.length - 1 - (self.length - 1 - slot) % self.size
+    def __post_init__(self) -> None:
+        sequences, kv_heads, slots, key_dim = self.keys.shape
+        value_dim = self.values.shape[3]
+        self.key_shape, self.value_shape = (kv_heads, key_dim), (kv_heads, value_dim)
+        if cpu.module is not None:
+            kind, keys, values = KINDS[self.keys.dtype], self.keys.data_ptr(), self.values.data_ptr()
+            sizes = sequences, kv_heads, slots, key_dim, value_dim
+            self.handle = cpu.module.KeysValues(kind, keys, values, *sizes)
 
-    def span(self, start: int, stop: int) -> tuple[int, int]:
-        """The lowest and the highest position in slots ``start`` to ``stop``."""
-        seam = self.length % self.size  # the next slot to be written: positions fall there
-        if self.length > self.size and start < seam < stop:
-            return self.position(seam), self.position(seam - 1)
-        return self.position(start), self.position(stop - 1)
 
-    def positions(self, start: int, stop: int) -> torch.Tensor:
-        """(stop - start,) int64"""
-        slots = torch.arange(start, stop)
-        if self.length <= self.size:
-            return slots
-        return self.length - 1 - (self.length - 1 - slots) % self.size
+class Scoring(NamedTuple):
+    """How queries look at keys: scores are ``q . k * scale``.
+
+    ``window``: how many keys a query sees, its own included. ``softcap`` limits the scores (Gemma 2); ``sinks``
+    (heads,) are logits that take part in the sum only (gpt-oss).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    def arguments(self) -> tuple[float, int, float, int]:
+        """What the compiled kernels take."""
+        sinks = 0 if self.sinks is None else self.sinks.data_ptr()
+        return self.scale, self.window or ALL, self.softcap or 0.0, sinks
+
+
+def rotate_(x_: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, ws: Workspace) -> None:
+    """Rotates the first ``2 * cos.shape[-1]`` features of ``x`` (tokens, heads, features) in place.
+
+    ``cos`` and ``sin`` (tokens, features / 2) are those of the angles by which pairs of features turn: the i-th of each
+    half, or neighbours if ``interleaved``.
+    """
+    tokens, heads, features = x_.shape
+    if cpu.available():
+        tables = _tables(cos, sin, tokens, features)
+        _run(cpu.module.rotate, *_block(x_, x_.shape), tokens, heads, *tables, interleaved, cpu.threads())
+        return
+    with ws.frame():
+        a, b = ws.empty(2, tokens, heads, cos.shape[-1])
+        ops.rotate_(x_, cos, sin, interleaved, a, b)
+
+
+def append(cache: KeysValues, places: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> None:
+    """Keeps ``k`` (n, kv_heads, key_dim) and ``v`` (n, kv_heads, value_dim) at ``places`` (n, 2) int32: sequences and
+    positions. No ``v`` where values are a view of keys."""
+    if not cpu.available():
+        _run(reference.append, cache.keys, cache.values, places, k, v)
+        return
+    tokens = k.shape[0]
+    _run(
+        cache.handle.append,
+        _places(places, tokens),
+        tokens,
+        *_block(k, (tokens, *cache.key_shape)),
+        *((0, 0, 0) if v is None else _block(v, (tokens, *cache.value_shape))),
+        cpu.threads(),
+    )
+
+
+def rotate_append(
+    cache: KeysValues,
+    places: torch.Tensor,
+    q_: torch.Tensor,
+    k_: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    ws: Workspace,
+) -> None:
+    """:func:`rotate_` of ``q`` and ``k``, and :func:`append` of ``k`` and ``v``, in one call."""
+    if not cpu.available():
+        rotate_(q_, cos, sin, interleaved, ws)
+        rotate_(k_, cos, sin, interleaved, ws)
+        append(cache, places, k_, v)
+        return
+    tokens, heads, features = q_.shape
+    _run(
+        cache.handle.rotate_append,
+        _places(places, tokens),
+        tokens,
+        *_block(q_, (tokens, heads, cache.key_shape[1])),
+        heads,
+        *_block(k_, (tokens, *cache.key_shape)),
+        *_block(v, (tokens, *cache.value_shape)),
+        *_tables(cos, sin, tokens, features),
+        interleaved,
+        cpu.threads(),
+    )
+
+
+def attend_rows(
+    cache: KeysValues, places: torch.Tensor, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
+) -> None:
+    """Attention of ``q`` (n, heads, key_dim), each row alone over the sequence and up to the position that ``places``
+    (n or more, 2) names, into ``out`` (n, heads, value_dim); in float32, whatever the cache's type.
+
+    Raises ValueError for a row that sees more than the cache keeps.
+    """
+    rows, heads, _ = q.shape
+    if not cpu.available():
+        for row, (sequence, position) in enumerate(places[:rows].tolist()):
+            one = slice(row, row + 1)
+            reference.attend(q[one], cache.keys[sequence], cache.values[sequence], position, out[one], ws, *scoring)
+        return
+    with ws.frame():
+        scratch = ws.empty(cache.handle.attend_rows_scratch(rows, heads, cpu.threads()), dtype=torch.uint8)
+        _run(
+            cache.handle.attend_rows,
+            _places(places, rows),
+            rows,
+            *_block(q, (rows, heads, cache.key_shape[1])),
+            heads,
+            *_block(out, (rows, heads, cache.value_shape[1])),
+            *scoring.arguments(),
+            scratch.data_ptr(),
+            cpu.threads(),
+        )
 
 
 def attend(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slots: Slots,
+    cache: KeysValues,
+    sequence: int,
     start: int,
+    q: torch.Tensor,
     out: torch.Tensor,
     ws: Workspace,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    gemm_dtype: torch.dtype = torch.float32,
+    scoring: Scoring,
+    bf16: bool = False,
 ) -> None:
-    """Causal attention of one sequence's new tokens over its cached keys and values, the new tokens' included.
+    """:func:`attend_rows` for consecutive positions of one sequence, from ``start`` on.
 
-    ``q`` (n, heads, key_dim) float32, for positions ``start`` onwards; ``keys`` (kv_heads, slots, key_dim) and
-    ``values`` (kv_heads, slots, value_dim) of any float type, ``values`` possibly the first features of ``keys``;
-    ``out`` (n, heads, value_dim) float32. ``window``: how many keys a query sees, its own included. ``softcap`` limits
-    the scores (Gemma 2); ``sinks`` (heads,) are logits that take part in the sum only (gpt-oss). With ``gemm_dtype``
-    bfloat16, blocks of a bfloat16 cache that all queries see are multiplied as they are, several times faster.
+    ``bf16`` allows products in bfloat16, summed in float32, where the processor has AMX: several times faster.
     """
-    n, heads, key_dim = q.shape
-    kv_heads, value_dim = keys.shape[0], values.shape[-1]
-    groups = heads // kv_heads
-    fused = gemm_dtype == keys.dtype == torch.bfloat16 and softcap is None and key_dim == value_dim
-    rows = max(1, min(n, SCORE_BYTES // (heads * KEY_BLOCK * 4)))  # queries folded at once
-    for at in range(0, n, rows):
-        count = min(rows, n - at)
-        first, last = start + at, start + at + count - 1
-        with ws.frame():
-            query = ws.empty(kv_heads, groups * count, key_dim)
-            acc, part = ws.empty(2, kv_heads, groups * count, value_dim)
-            top, total, new_top = ws.empty(3, kv_heads, groups * count, 1)
-            ops.load_queries(q[at : at + count], scale, query, top, total, acc)
-            if fused:
-                rounded = ws.empty(*query.shape, dtype=torch.bfloat16)
-                ops.copy_(rounded, query)
-            seen = slots.used if slots.length > slots.size else last + 1
-            for a in range(0, seen, KEY_BLOCK):
-                b = min(a + KEY_BLOCK, seen)
-                low, high = slots.span(a, b)
-                if low > last or (window is not None and high <= first - window):
-                    continue
-                visible = high <= first and (window is None or low > last - window)
-                visible = visible and not ops.is_dry()  # a dry run takes the scratch of the worst block for each
-                if visible and fused:
-                    ops.fold_block_bf16(rounded, keys[:, a:b], values[:, a:b], top, total, acc, new_top)
-                    continue
-                with ws.frame():
-                    k = _float32(keys[:, a:b], ws)
-                    shared = values.data_ptr() == keys.data_ptr()
-                    v = k[..., :value_dim] if shared else _float32(values[:, a:b], ws)
-                    scores, mask = ws.empty(kv_heads, groups * count, b - a), None
-                    if not visible:
-                        mask = ws.empty(count, b - a, dtype=torch.bool)
-                        ops.causal_mask(slots.positions(a, b), first, window, mask)
-                    ops.fold_block(query, k, v, mask, softcap, scores, top, total, acc, new_top, part)
-            ops.finish_fold(top, total, acc, sinks, out[at : at + count])
+    count, heads, _ = q.shape
+    if not cpu.available():
+        reference.attend(q, cache.keys[sequence], cache.values[sequence], start, out, ws, *scoring)
+        return
+    with ws.frame():
+        scratch = ws.empty(cache.handle.attend_scratch(count, heads, bf16, cpu.threads()), dtype=torch.uint8)
+        _run(
+            cache.handle.attend,
+            sequence,
+            start,
+            count,
+            *_block(q, (count, heads, cache.key_shape[1])),
+            heads,
+            *_block(out, (count, heads, cache.value_shape[1])),
+            *scoring.arguments(),
+            bf16,
+            scratch.data_ptr(),
+            cpu.threads(),
+        )
 
 
-def _float32(cached: torch.Tensor, ws: Workspace) -> torch.Tensor:
-    """``cached`` as float32, itself if it is already."""
-    if cached.dtype == torch.float32:
-        return cached
-    block = ws.empty(*cached.shape)
-    ops.copy_(block, cached)
-    return block
+@op
+def _run(kernel: Callable[..., None], *arguments: Any) -> None:
+    kernel(*arguments)
+
+
+def _block(x: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Address and strides of tokens and heads of ``x`` (tokens, heads, features). Compiled kernels rely on what is
+    checked here."""
+    if x.shape != shape or x.dtype is not torch.float32 or x.stride(2) != 1:
+        raise ValueError(
+            f"expected float32 {tuple(shape)} without gaps in a head, found {x.dtype} {tuple(x.shape)} with strides "
+            f"{x.stride()}"
+        )
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _tables(cos: torch.Tensor, sin: torch.Tensor, tokens: int, features: int) -> tuple[int, int, int, int]:
+    """Addresses of a rotation's cosines and sines (tokens, half), their stride, and half."""
+    half = cos.shape[1]
+    if cos.shape[0] != tokens or 2 * half > features or sin.shape != cos.shape or sin.stride() != cos.stride():
+        raise ValueError(
+            f"expected cosines and sines for {tokens} tokens of at most {features} features, found "
+            f"{tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    return cos.data_ptr(), sin.data_ptr(), cos.stride(0), half
+
+
+def _places(places: torch.Tensor, rows: int) -> int:
+    if places.dtype is not torch.int32 or places.shape[0] < rows or not places.is_contiguous():
+        raise ValueError(f"expected int32 places of {rows} rows, found {places.dtype} {tuple(places.shape)}")
+    return places.data_ptr()

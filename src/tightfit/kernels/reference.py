@@ -170,29 +170,6 @@ def fold_block(
     top_.copy_(new_top)
 
 
-def fold_block_bf16(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    top_: torch.Tensor,
-    total_: torch.Tensor,
-    acc_: torch.Tensor,
-    new_top: torch.Tensor,
-) -> None:
-    """:func:`fold_block` of keys that every query sees, for ``q``, ``k`` and ``v`` in bfloat16: products in bfloat16,
-    sums in float32, by torch's fused kernel. That allocates a block's output and packed keys and values itself.
-    """
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    part, lse = flash(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), scale=math.log(2))  # its powers are of e
-    weight = lse.view(top_.shape).mul_(LOG2_E)
-    torch.maximum(weight, top_, out=new_top)
-    weight.sub_(new_top).exp2_()
-    top_.sub_(new_top).exp2_()
-    total_.mul_(top_).add_(weight)
-    acc_.mul_(top_).addcmul_(part.squeeze(0), weight)
-    top_.copy_(new_top)
-
-
 def finish_fold(
     top: torch.Tensor, total_: torch.Tensor, acc_: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
 ) -> None:

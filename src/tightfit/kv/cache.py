@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from tightfit.budget.ledger import ALIGNMENT, Arena, Workspace
-from tightfit.kernels import ops
-from tightfit.kernels.attention import Slots, attend
+from tightfit.kernels import attention
+from tightfit.kernels.attention import KeysValues, Scoring
 
 
 @dataclass(frozen=True)
@@ -50,31 +50,45 @@ class Cache:
         self.layouts = layouts
         self.sequences = sequences
         self.gemm_dtype = gemm_dtype
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
+        self.layers: list[KeysValues] = []
         for layout in layouts:
             shape = (sequences, layout.kv_heads, layout.slots)
             keys = _place(arena, (*shape, layout.key_dim), dtype)
             shared = keys[..., : layout.value_dim]
-            self._keys.append(keys)
-            self._values.append(shared if layout.shared else _place(arena, (*shape, layout.value_dim), dtype))
+            values = shared if layout.shared else _place(arena, (*shape, layout.value_dim), dtype)
+            self.layers.append(KeysValues(keys, values))
 
     @staticmethod
     def nbytes(layouts: list[LayerLayout], sequences: int, itemsize: int) -> int:
         """Bytes that a cache of these layouts takes."""
         return sum(sequences * layout.nbytes(itemsize) + 2 * ALIGNMENT for layout in layouts)
 
-    def append(self, layer: int, sequence: int, start: int, k: torch.Tensor, v: torch.Tensor | None) -> None:
-        """Keeps ``k`` (n, kv_heads, key_dim) and ``v`` (n, kv_heads, value_dim) of the tokens at ``start`` onwards;
-        no ``v`` where values are a view of keys."""
-        size, done = self.layouts[layer].slots, 0
-        while done < k.shape[0]:  # a ring may wrap
-            slot = (start + done) % size
-            count = min(k.shape[0] - done, size - slot)
-            ops.copy_(self._keys[layer][sequence, :, slot : slot + count], k[done : done + count].transpose(0, 1))
-            if v is not None:
-                ops.copy_(self._values[layer][sequence, :, slot : slot + count], v[done : done + count].transpose(0, 1))
-            done += count
+    def append(self, layer: int, places: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> None:
+        """Keeps ``k`` (n, kv_heads, key_dim) and ``v`` (n, kv_heads, value_dim) of the tokens at ``places`` (n, 2), which
+        are pairs of sequence and position; no ``v`` where values are a view of keys."""
+        attention.append(self.layers[layer], places, k, v)
+
+    def rotate_append(
+        self,
+        layer: int,
+        places: torch.Tensor,
+        q_: torch.Tensor,
+        k_: torch.Tensor,
+        v: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        interleaved: bool,
+        ws: Workspace,
+    ) -> None:
+        """:meth:`append` after the first features of ``q`` (n, heads, key_dim) and ``k`` were rotated in place by
+        ``tables``, the cosines and sines of :func:`tightfit.model.rope.tables`."""
+        attention.rotate_append(self.layers[layer], places, q_, k_, v, *tables, interleaved, ws)
+
+    def attend_rows(
+        self, layer: int, places: torch.Tensor, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
+    ) -> None:
+        """Attention of tokens that decode, ``q`` (n, heads, key_dim), which were appended at ``places``, each alone,
+        into ``out`` (n, heads, value_dim); see :func:`tightfit.kernels.attention.attend_rows`."""
+        attention.attend_rows(self.layers[layer], places, q, out, ws, scoring)
 
     def attend(
         self,
@@ -84,39 +98,16 @@ class Cache:
         q: torch.Tensor,
         out: torch.Tensor,
         ws: Workspace,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-        gemm: bool = False,
+        scoring: Scoring,
     ) -> None:
-        """Attention of the newest tokens, ``q`` (n, heads, key_dim), whose keys were appended at ``start`` onwards,
-        into ``out`` (n, heads, value_dim); see :func:`tightfit.kernels.attention.attend`. ``gemm`` is for prefill:
-        products are then made in ``gemm_dtype`` where that is faster.
+        """Attention of tokens that are prefilled, ``q`` (n, heads, key_dim), which were appended at ``start`` onwards,
+        into ``out`` (n, heads, value_dim). Products are made in ``gemm_dtype`` where that is faster.
 
         Raises ValueError where the cache no longer holds all that they see: the context is full, or a layer with a
         window was given more tokens at once than its ring was made for.
         """
-        slots = Slots(start + q.shape[0], self.layouts[layer].slots)
-        seen = slots.length if window is None else min(slots.length, window - 1 + q.shape[0])
-        if seen > slots.size:
-            raise ValueError(f"attention over {seen} tokens in layer {layer}, which keeps {slots.size}")
-        keys, values = self._keys[layer][sequence], self._values[layer][sequence]
-        attend(
-            q,
-            keys,
-            values,
-            slots,
-            start,
-            out,
-            ws,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            gemm_dtype=self.gemm_dtype if gemm else torch.float32,
-        )
+        bf16 = self.gemm_dtype == torch.bfloat16
+        attention.attend(self.layers[layer], sequence, start, q, out, ws, scoring, bf16)
 
 
 def _place(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

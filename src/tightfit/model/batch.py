@@ -62,8 +62,14 @@ class Batch:
         return tuple(ranges)
 
     @cached_property
+    def prefills(self) -> tuple[tuple[Segment, int, int], ...]:
+        """(segment, first row, last row + 1) for the segments that are prefilled."""
+        both = zip(self.segments, self.ranges, strict=True)
+        return tuple((segment, start, stop) for segment, (start, stop) in both if not segment.decode)
+
+    @cached_property
     def pieces(self) -> tuple[tuple[Segment, int, int], ...]:
-        """(segment, first row, last row + 1) for what attends together: a prefill segment whole, of one that decodes
+        """(segment, first row, last row + 1) for what is rotated together: a prefill segment whole, of one that decodes
         each token alone, so that its bits do not depend on how many are verified at once."""
         pieces = []
         for segment, (start, stop) in zip(self.segments, self.ranges, strict=True):
@@ -79,8 +85,7 @@ class Batch:
     def split(self) -> Split:
         """Which rows are multiplied by the vector kernel, and which by one gemm each."""
         vector = sum(len(segment.tokens) for segment in self.segments if segment.decode)
-        prefill = (r for segment, r in zip(self.segments, self.ranges, strict=True) if not segment.decode)
-        return Split(vector, tuple(prefill))
+        return Split(vector, tuple((start, stop) for _, start, stop in self.prefills))
 
     @cached_property
     def tokens(self) -> torch.Tensor:
@@ -92,6 +97,12 @@ class Batch:
         """(tokens,) float32: positions are exact up to 2**24."""
         parts = [torch.arange(segment.start, segment.stop, dtype=torch.float32) for segment in self.segments]
         return torch.cat(parts)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """(tokens, 2) int32: of each token its sequence's place in the cache, and its position."""
+        places = [(segment.slot, at) for segment in self.segments for at in range(segment.start, segment.stop)]
+        return torch.tensor(places, dtype=torch.int32).view(-1, 2)
 
     @cached_property
     def logit_rows(self) -> torch.Tensor:

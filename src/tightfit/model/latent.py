@@ -10,10 +10,11 @@ import torch
 
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops
+from tightfit.kernels.attention import Scoring, rotate_
 from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch
-from tightfit.model.parts import project, project_into
-from tightfit.model.rope import Tables, rotate_
+from tightfit.model.parts import attend, project, project_into
+from tightfit.model.rope import Tables
 from tightfit.model.spec import LatentAttentionSpec
 from tightfit.weights.placement.base import Parameters
 
@@ -55,9 +56,8 @@ def latent_attention(
             for a, b in split.parts:
                 up.slice(row, row + nope).matmul_t(heads[a:b, head, :nope], query[a:b, head, :rank], ws)
         mixed = ws.empty(tokens, spec.heads, rank)
-        for segment, a, b in batch.pieces:
-            cache.append(layer, segment.slot, segment.start, key[a:b], None)
-            cache.attend(layer, segment.slot, segment.start, query[a:b], mixed[a:b], ws, scale=spec.scale)
+        cache.append(layer, batch.places, key, None)
+        attend(cache, layer, batch, query, mixed, ws, Scoring(spec.scale))
         values = ws.empty(tokens, spec.heads, width)
         for head in range(spec.heads):
             row = head * (nope + width) + nope

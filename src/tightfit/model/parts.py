@@ -6,9 +6,10 @@ import torch
 
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops
+from tightfit.kernels.attention import Scoring
 from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch
-from tightfit.model.rope import Tables, rotate_
+from tightfit.model.rope import Tables
 from tightfit.model.spec import AttentionSpec, MlpSpec
 from tightfit.weights.formats.base import Split
 from tightfit.weights.placement.base import Parameters
@@ -78,25 +79,25 @@ def attention(
             ops.rms_norm(q, weights["q_norm"], eps, q)
             ops.rms_norm(k, weights["k_norm"], eps, k)
         if spec.rope is not None and tables is not None:
-            rotate_(q, *tables, spec.rope.interleaved, ws)
-            rotate_(k, *tables, spec.rope.interleaved, ws)
+            cache.rotate_append(layer, batch.places, q, k, v, tables, spec.rope.interleaved, ws)
+        else:
+            cache.append(layer, batch.places, k, v)
         attended, heads = ws.columns(x.shape[0], (spec.heads, width))
-        for segment, a, b in batch.pieces:
-            cache.append(layer, segment.slot, segment.start, k[a:b], v[a:b])
-            cache.attend(
-                layer,
-                segment.slot,
-                segment.start,
-                q[a:b],
-                heads[a:b],
-                ws,
-                scale=spec.scale,
-                window=spec.window,
-                softcap=spec.softcap,
-                sinks=weights.get("sinks"),
-                gemm=not segment.decode,
-            )
+        scoring = Scoring(spec.scale, spec.window, spec.softcap, weights.get("sinks"))
+        attend(cache, layer, batch, q, heads, ws, scoring)
         project_into(weights, "o_proj", attended, out, ws, batch.split, accumulate)
+
+
+def attend(
+    cache: Cache, layer: int, batch: Batch, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
+) -> None:
+    """Attention of ``q`` (tokens, heads, key_dim), whose keys are in the cache, into ``out`` (tokens, heads,
+    value_dim)."""
+    rows = batch.split.vector
+    if rows:
+        cache.attend_rows(layer, batch.places, q[:rows], out[:rows], ws, scoring)
+    for segment, a, b in batch.prefills:
+        cache.attend(layer, segment.slot, segment.start, q[a:b], out[a:b], ws, scoring)
 
 
 def mlp(

@@ -99,11 +99,3 @@ def tables(rope: RopeSpec, batch: Batch, ws: Workspace) -> Tables:
             inv_freq, scaling = frequencies(rope, segment.length or segment.stop)
         ops.rotation(batch.positions[start:stop], inv_freq, scaling, cos[start:stop], sin[start:stop])
     return cos, sin
-
-
-def rotate_(x_: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, ws: Workspace) -> None:
-    """Rotates the first features of ``x`` (tokens, heads, features) in place; the rest of the features stay."""
-    with ws.frame():
-        a = ws.empty(x_.shape[0], x_.shape[1], cos.shape[-1])
-        b = ws.empty(*a.shape)
-        ops.rotate_(x_, cos, sin, interleaved, a, b)

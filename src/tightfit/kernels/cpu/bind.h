@@ -12,6 +12,7 @@ namespace tightfit {
 Kind kind_of(const std::string& name);  // raises ValueError for an unknown one
 
 void bind_matmul(nanobind::module_& m);
+void bind_attention(nanobind::module_& m);
 void bind_rows(nanobind::module_& m);
 void bind_encode(nanobind::module_& m);
 void bind_gemm(nanobind::module_& m);

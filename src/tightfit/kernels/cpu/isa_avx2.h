@@ -32,18 +32,13 @@ struct Avx2 {
     static Vector div(Vector a, Vector b) { return _mm256_div_ps(a, b); }
     static Vector min(Vector a, Vector b) { return _mm256_min_ps(a, b); }
     static Vector max(Vector a, Vector b) { return _mm256_max_ps(a, b); }
-    // To the nearest whole number; and two to the power of a whole number from -126 to 127.
+    // To the nearest whole number; and two to the power of a whole number from -126 to 127, or 0 for -127.
     static Vector whole(Vector a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static Vector power_of_two(Vector n) {
         const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
         return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
     }
     static void store(float* address, Vector value) { _mm256_storeu_ps(address, value); }
-    static void store_part(float* address, Vector value, size_t count) {
-        float values[LANES];
-        store(values, value);
-        std::memcpy(address, values, count * sizeof(float));
-    }
 
     static void store(BF16* address, Vector value) {
         const __m256i bits = _mm256_castps_si256(value);
@@ -72,6 +67,52 @@ struct Avx2 {
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
     }
+
+    static float largest(Vector v) {
+        const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+    }
+
+    static void store(F16* address, Vector value) {
+        const __m128i halves = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(address), halves);
+    }
+    template <class T>
+    static void store_part(T* address, Vector value, size_t count) {
+        T values[LANES];
+        store(values, value);
+        std::memcpy(address, values, count * sizeof(T));
+    }
+
+    // ---- words of four bytes: floats, or two halves ----
+
+    static void transpose_words(Bytes (&rows)[LANES]) {
+        Bytes pairs[LANES], fours[LANES];
+        for (size_t i = 0; i < LANES; i += 2) {
+            pairs[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+            pairs[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+        }
+        for (size_t i = 0; i < LANES; i += 4)
+            for (size_t j = 0; j < 2; j++) {
+                fours[i + 2 * j] = _mm256_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+                fours[i + 2 * j + 1] = _mm256_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+            }
+        for (size_t j = 0; j < 4; j++) {
+            rows[j] = _mm256_permute2x128_si256(fours[j], fours[4 + j], 0x20);
+            rows[4 + j] = _mm256_permute2x128_si256(fours[j], fours[4 + j], 0x31);
+        }
+    }
+
+    static Vector lower(Bytes words, BF16) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+    static Vector upper(Bytes words, BF16) {
+        return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+    }
+    static Vector lower(Bytes words, F16) {
+        const __m256i halves = _mm256_and_si256(words, _mm256_set1_epi32(0xffff));
+        return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
+    }
+    static Vector upper(Bytes words, F16) { return lower(_mm256_srli_epi32(words, 16), F16()); }
 
     // ---- codes: four bytes to a lane ----
 

@@ -32,7 +32,7 @@ struct Avx512 {
     static Vector div(Vector a, Vector b) { return _mm512_div_ps(a, b); }
     static Vector min(Vector a, Vector b) { return _mm512_min_ps(a, b); }
     static Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
-    // To the nearest whole number; and two to the power of a whole number from -126 to 127.
+    // To the nearest whole number; and two to the power of a whole number from -126 to 127, or 0 for -127.
     static Vector whole(Vector a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static Vector power_of_two(Vector n) {
         const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
@@ -70,6 +70,52 @@ struct Avx512 {
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
     }
+
+    static float largest(Vector v) { return _mm512_reduce_max_ps(v); }
+
+    static void store(F16* address, Vector value) { store_part(address, value, LANES); }
+    static void store_part(F16* address, Vector value, size_t count) {
+        const __m256i halves = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm256_mask_storeu_epi16(address, first_lanes(count), halves);
+    }
+    static void store_part(BF16* address, Vector value, size_t count) {
+        BF16 halves[LANES];
+        store(halves, value);
+        std::memcpy(address, halves, count * sizeof(BF16));
+    }
+
+    // ---- words of four bytes: floats, or two halves ----
+
+    static void transpose_words(Bytes (&rows)[LANES]) {
+        Bytes pairs[LANES], fours[LANES];
+        for (size_t i = 0; i < LANES; i += 2) {
+            pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+            pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+        }
+        for (size_t i = 0; i < LANES; i += 4)
+            for (size_t j = 0; j < 2; j++) {
+                fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+                fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+            }
+        // Quarter q of fours[4 i + j] now holds column 4 q + j of the rows 4 i to 4 i + 3.
+        for (size_t j = 0; j < 4; j++) {
+            const __m512i even = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88);
+            const __m512i odd = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xdd);
+            const __m512i even_high = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
+            const __m512i odd_high = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xdd);
+            rows[j] = _mm512_shuffle_i32x4(even, even_high, 0x88);
+            rows[4 + j] = _mm512_shuffle_i32x4(odd, odd_high, 0x88);
+            rows[8 + j] = _mm512_shuffle_i32x4(even, even_high, 0xdd);
+            rows[12 + j] = _mm512_shuffle_i32x4(odd, odd_high, 0xdd);
+        }
+    }
+
+    static Vector lower(Bytes words, BF16) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+    static Vector upper(Bytes words, BF16) {
+        return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+    }
+    static Vector lower(Bytes words, F16) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)); }
+    static Vector upper(Bytes words, F16) { return lower(_mm512_srli_epi32(words, 16), F16()); }
 
     // ---- codes: four bytes to a lane ----
 

@@ -31,17 +31,12 @@ struct Portable {
     static Vector div(Vector a, Vector b) { return a / b; }
     static Vector min(Vector a, Vector b) { return a < b ? a : b; }
     static Vector max(Vector a, Vector b) { return a > b ? a : b; }
-    // To the nearest whole number, for |a| < 2^22; and two to the power of a whole number from -126 to 127.
+    // To the nearest whole number, for |a| < 2^22; and two to the power of one from -126 to 127, or 0 for -127.
     static Vector whole(Vector a) { return a + 0x1.8p23f - 0x1.8p23f; }
     static Vector power_of_two(Vector n) {
         return as<Vector>((__builtin_convertvector(n, Sums) + 127) << 23);
     }
     static void store(float* address, Vector value) { std::memcpy(address, &value, sizeof value); }
-    static void store_part(float* address, Vector value, size_t count) {
-        float values[LANES];
-        store(values, value);
-        std::memcpy(address, values, count * sizeof(float));
-    }
 
     static void store(BF16* address, Vector value) {
         const Unsigned bits = as<Unsigned>(value);
@@ -52,15 +47,7 @@ struct Portable {
     static Vector load(const float* address) { return load_as<Vector>(address); }
     static Vector load(const BF16* address) { return as<Vector>(widen(address) << 16); }
 
-    // Shifting a half's exponent and fraction into a float's leaves an exponent that is too small by 112, which a
-    // multiplication mends, subnormal numbers included; infinities and NaNs get their exponent set.
-    static Vector load(const F16* address) {
-        const Unsigned half = widen(address);
-        const Unsigned bits = (half & 0x7fff) << 13;
-        const Unsigned special = static_cast<Unsigned>(bits >= 0x0f800000) & 0x7f800000;
-        const Unsigned value = as<Unsigned>(as<Vector>(bits) * 0x1p112f) | special;
-        return as<Vector>(value | (half & 0x8000) << 16);
-    }
+    static Vector load(const F16* address) { return from_f16(widen(address)); }
 
     template <class T>
     static Vector load_part(const T* address, size_t count) {
@@ -70,6 +57,34 @@ struct Portable {
     }
 
     static float sum(Vector v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+    static float largest(Vector v) { return std::max(std::max(v[0], v[1]), std::max(v[2], v[3])); }
+
+    // A float below the normal halves is rounded by adding one half, whose last place is that of the smallest halves.
+    static void store(F16* address, Vector value) {
+        const Unsigned bits = as<Unsigned>(value), size = bits & 0x7fffffff;
+        const Unsigned normal = (size - 0x37fff001 + (size >> 13 & 1)) >> 13;
+        const Unsigned subnormal = as<Unsigned>(as<Vector>(size) + 0.5f) - 0x3f000000;
+        const Unsigned infinite = size > 0x7f800000 ? Unsigned{} + 0x7e00 : Unsigned{} + 0x7c00;
+        const Unsigned half = size < 0x38800000 ? subnormal : size >= 0x47800000 ? infinite : normal;
+        const Halves halves = __builtin_convertvector(half | (bits >> 16 & 0x8000), Halves);
+        std::memcpy(address, &halves, sizeof halves);
+    }
+    template <class T>
+    static void store_part(T* address, Vector value, size_t count) {
+        T values[LANES];
+        store(values, value);
+        std::memcpy(address, values, count * sizeof(T));
+    }
+
+    // ---- words of four bytes: floats, or two halves ----
+
+    static void transpose_words(Bytes (&rows)[LANES]) { transpose(rows); }
+
+    static Vector lower(Bytes words, BF16) { return as<Vector>(as<Unsigned>(words) << 16); }
+    static Vector upper(Bytes words, BF16) { return as<Vector>(as<Unsigned>(words) & 0xffff0000); }
+    static Vector lower(Bytes words, F16) { return from_f16(as<Unsigned>(words) & 0xffff); }
+    static Vector upper(Bytes words, F16) { return from_f16(as<Unsigned>(words) >> 16); }
 
     // ---- codes: four bytes to a lane ----
 
@@ -209,6 +224,14 @@ private:
     template <class T>
     static Unsigned widen(const T* address) {
         return __builtin_convertvector(load_as<Halves>(address), Unsigned);
+    }
+    // Shifting a half's exponent and fraction into a float's leaves an exponent that is too small by 112, which a
+    // multiplication mends, subnormal numbers included; infinities and NaNs get their exponent set.
+    static Vector from_f16(Unsigned half) {
+        const Unsigned bits = (half & 0x7fff) << 13;
+        const Unsigned special = static_cast<Unsigned>(bits >= 0x0f800000) & 0x7f800000;
+        const Unsigned value = as<Unsigned>(as<Vector>(bits) * 0x1p112f) | special;
+        return as<Vector>(value | (half & 0x8000) << 16);
     }
     static Unsigned spread(const uint8_t* codes) { return Unsigned{codes[0], codes[1], codes[2], codes[3]}; }
     static Shorts low_half(Shorts pairs) { return as<Shorts>(as<UnsignedShorts>(pairs) << 8) >> 8; }

@@ -23,6 +23,19 @@ inline typename Isa::Vector exp(typename Isa::Vector x) {
     return Isa::mul(p, Isa::power_of_two(n));
 }
 
+// 2^x for x below 127, within two units in the last place of a float; below -126.5 it is 0.
+template <class Isa>
+inline typename Isa::Vector exp2(typename Isa::Vector x) {
+    const auto constant = [](float value) { return Isa::broadcast(value); };
+    x = Isa::max(constant(-127.0f), x);  // in this order a NaN stays one
+    const auto n = Isa::whole(x);
+    const auto r = Isa::sub(x, n);
+    auto p = constant(1.535336188e-4f);  // the polynomial of Cephes' exp2f
+    for (float coefficient : {1.339887440e-3f, 9.618437357e-3f, 5.550332471e-2f, 2.402264791e-1f, 6.931472028e-1f, 1.0f})
+        p = Isa::fma(p, r, constant(coefficient));
+    return Isa::mul(p, Isa::power_of_two(n));
+}
+
 // tanh(x), with an absolute error of a few units in the last place of 1.
 template <class Isa>
 inline typename Isa::Vector tanh(typename Isa::Vector x) {

@@ -18,6 +18,7 @@ NB_MODULE(_cpu, m) {
     m.def("chosen", [] { return std::string(name_of(level())); });
     m.def("choose", &choose);
     bind_matmul(m);
+    bind_attention(m);
     bind_rows(m);
     bind_encode(m);
     bind_gemm(m);
