@@ -7,6 +7,10 @@
 #include "pool.h"
 
 namespace tightfit {
+
+bool has_gemm() { return level() == Level::amx; }
+
+#ifdef TIGHTFIT_X86
 namespace {
 
 // What stays in a core's second-level cache (2 MiB where there is AMX): the sums of WIDTH pairs of tile rows and at most
@@ -57,14 +61,11 @@ size_t block_of(const Joined& matrices) {
 
 }  // namespace
 
-bool has_gemm() { return level() == Level::amx; }
-
 size_t gemm_scratch_nbytes(size_t cols, size_t tokens, size_t threads) {
     const Scratch sizes(cols, tokens);
     return sizes.packed + threads * sizes.own;
 }
 
-#ifdef TIGHTFIT_X86
 void gemm(const Joined& matrices, Rows<const float> x, size_t tokens, Rows<float> out, float accumulate,
           uint8_t* scratch, size_t threads) {
     if (matrices.rows == 0 || tokens == 0) return;
