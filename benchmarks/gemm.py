@@ -88,7 +88,9 @@ def main() -> None:
         print(json.dumps({"processor": processor()[0], "threads": arguments.threads, "results": results}))
         return
     kernels = cpu.features()["chosen"] if cpu.has_gemm() else f"torch, decoding by {cpu.features()['chosen']}"
-    print(f"{processor()[0]}, {arguments.threads} threads, {platform.system()}, kernels: {kernels}, torch {torch.__version__}")
+    print(
+        f"{processor()[0]}, {arguments.threads} threads, {platform.system()}, kernels: {kernels}, torch {torch.__version__}"
+    )
     print(f"\n| {'matrix':9} | {'tokens':>6} | {'format':8} | TFLOP/s | torch bf16 | ratio |")
     print("|---|---|---|---|---|---|")
     for row in results:

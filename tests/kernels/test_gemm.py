@@ -82,7 +82,9 @@ def test_weights_are_rounded_once(fmt, scale):
     assert torch.equal(product(weight, torch.eye(150)), rounded(weight).float().T)
 
 
-@pytest.mark.parametrize(("rows", "cols", "tokens"), [(600, 100, 70), (40, 2600, 300), (300, 1100, 530), (16, 16, 1100)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "tokens"), [(600, 100, 70), (40, 2600, 300), (300, 1100, 530), (16, 16, 1100)]
+)
 @pytest.mark.parametrize("fmt", [BF16(), Int4(), Ternary(48)], ids=str)
 def test_matrices_and_prompts_of_many_blocks_add_up(fmt, rows, cols, tokens):
     weight, x = weight_of(fmt, rows, cols), normal(tokens, cols)
