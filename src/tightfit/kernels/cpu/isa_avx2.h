@@ -22,6 +22,7 @@ struct Avx2 {
 
     static Vector zero() { return _mm256_setzero_ps(); }
     static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+    static Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
     static Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
     static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
     static float fma(float a, float b, float c) {

@@ -23,6 +23,7 @@ struct Portable {
 
     static Vector zero() { return Vector{}; }
     static Vector add(Vector a, Vector b) { return a + b; }
+    static Vector sub(Vector a, Vector b) { return a - b; }
     static Vector mul(Vector a, Vector b) { return a * b; }
     static Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
     static float fma(float a, float b, float c) { return a * b + c; }
