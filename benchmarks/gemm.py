@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/gemm.py [--formats bf16 int4] [--tokens 512 64] [--shapes 2048x2048] [--threads 2]
 
 `TFLOP/s` is the product of a stored matrix with float32 activations into float32 results, with all rounding and
-decoding; `torch` is torch.mm of factors and results that are bfloat16 already. Each number is the best of many calls, in
-turns with the others. What bounds them: for many tokens AMX, which does 1024 operations a cycle on each core (at the
+decoding; `torch` is torch.mm of factors and results that are bfloat16 already. Each number is the best of many calls,
+in turns with the others. What bounds them: for many tokens AMX, which does 1024 operations a cycle on each core (at the
 clock that it leaves, about 2.6 TFLOP/s with real data where this was written); for few, how fast weights are read, and
 those in few bits decoded.
 """
@@ -88,9 +88,7 @@ def main() -> None:
         print(json.dumps({"processor": processor()[0], "threads": arguments.threads, "results": results}))
         return
     kernels = cpu.features()["chosen"] if cpu.has_gemm() else f"torch, decoding by {cpu.features()['chosen']}"
-    print(
-        f"{processor()[0]}, {arguments.threads} threads, {platform.system()}, kernels: {kernels}, torch {torch.__version__}"
-    )
+    print(f"{processor()[0]}, {arguments.threads} threads, kernels: {kernels}, torch {torch.__version__}")
     print(f"\n| {'matrix':9} | {'tokens':>6} | {'format':8} | TFLOP/s | torch bf16 | ratio |")
     print("|---|---|---|---|---|---|")
     for row in results:
