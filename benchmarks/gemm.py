@@ -1,18 +1,18 @@
 """Matrices times many vectors (prefill) beside torch's own bfloat16 product, in one process.
 
-    .venv/bin/python benchmarks/gemm.py [--formats bf16 int4] [--tokens 512 64] [--shapes 2048x2048] [--threads 2] [--json]
+    .venv/bin/python benchmarks/gemm.py [--formats bf16 int4] [--tokens 512 64] [--shapes 2048x2048] [--threads 2]
 
-`tightfit` is the product of a stored matrix with float32 activations into float32 results, rounding to bfloat16
-included; `torch` is torch.mm of factors and results that are bfloat16 already. Each number is the best of many calls, for
-which both take turns: other processes on the machine slow down whoever runs at the moment. The limits: AMX multiplies
-1024 floats a cycle and core; and for few tokens, how fast weights are read (and decoded).
+`TFLOP/s` is the product of a stored matrix with float32 activations into float32 results, with all rounding and
+decoding; `torch` is torch.mm of factors and results that are bfloat16 already. Each number is the best of many calls,
+in turns with the others. What bounds them: for many tokens AMX, which does 1024 operations a cycle on each core (at the
+clock that it leaves, about 2.6 TFLOP/s with real data where this was written); for few, how fast weights are read, and
+those in few bits decoded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -23,13 +23,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.weights.formats.stored import matrix_of, normal
+
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.budget.machine import processor
 from tightfit.catalog import parse_one
 from tightfit.kernels import cpu, matmul
 
 SHAPES = ("2048x2048", "5632x2048", "2048x5632", "8192x3072")
-FORMATS = ("bf16", "f32", "int8", "int6", "int5", "int4", "int3", "int2", "nf4", "fp4", "fp8", "ternary")
 
 
 def best(calls: list[Callable[[], object]], seconds: float) -> list[float]:
@@ -72,7 +72,7 @@ def measure(rows: int, cols: int, formats: list[str], tokens: list[int], seconds
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="rows x columns of the matrix")
-    parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int4"], help=", ".join(FORMATS))
+    parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int4"], help="spec strings")
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 256, 128, 64, 32, 16])
     parser.add_argument("--threads", type=int, default=cpu.threads())
     parser.add_argument("--seconds", type=float, default=0.5, help="for each number")
@@ -88,9 +88,7 @@ def main() -> None:
         print(json.dumps({"processor": processor()[0], "threads": arguments.threads, "results": results}))
         return
     kernels = cpu.features()["chosen"] if cpu.has_gemm() else f"torch, decoding by {cpu.features()['chosen']}"
-    print(
-        f"{processor()[0]}, {arguments.threads} threads, {platform.system()}, kernels: {kernels}, torch {torch.__version__}"
-    )
+    print(f"{processor()[0]}, {arguments.threads} threads, kernels: {kernels}, torch {torch.__version__}")
     print(f"\n| {'matrix':9} | {'tokens':>6} | {'format':8} | TFLOP/s | torch bf16 | ratio |")
     print("|---|---|---|---|---|---|")
     for row in results:

@@ -1,4 +1,4 @@
-"""Matrices times many vectors in bfloat16 through AMX: right, reproducible, and inside the scratch that was promised."""
+"""Matrices times many vectors in bfloat16 through AMX: right, reproducible, inside the scratch that was promised."""
 
 import os
 import random
@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tests.weights.formats.stored import TILED, matrix_of, normal
+
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import cpu, matmul
 from tightfit.kernels.ops import dry
