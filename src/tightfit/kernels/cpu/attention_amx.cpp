@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 
 #include "attention_tasks.h"
 #include "isa_avx512.h"
@@ -258,7 +259,8 @@ void weigh(float* scores, float* tops, float* totals, float* outputs, size_t val
     const __mmask16 changed = _mm512_cmp_ps_mask(before, top, _CMP_NEQ_UQ);
     if (changed) {
         alignas(64) float shrink[TILE];
-        _mm512_store_ps(shrink, power(_mm512_sub_ps(before, top)));
+        const __m512 ones = _mm512_set1_ps(1.0f);  // exactly: the others' bits do not depend on those that changed
+        _mm512_store_ps(shrink, _mm512_mask_mov_ps(ones, changed, exp2<Avx512>(_mm512_sub_ps(before, top))));
         total = _mm512_mul_ps(total, _mm512_load_ps(shrink));
         for (size_t r = 0; r < TILE; r++) {
             if (!(changed >> r & 1)) continue;
@@ -309,8 +311,8 @@ void write(const Prefill& p, const Sizes& sizes, const Scratch& s) {
         float top = s.tops[row], total = s.totals[row], shrink = 1.0f;
         if (p.sinks) {
             const float sink = p.sinks[head] * 1.44269504f, new_top = std::max(top, sink);
-            shrink = _mm512_cvtss_f32(power(_mm512_set1_ps(top - new_top)));
-            total = total * shrink + _mm512_cvtss_f32(power(_mm512_set1_ps(sink - new_top)));
+            shrink = std::exp2(top - new_top);
+            total = total * shrink + std::exp2(sink - new_top);
         }
         const __m512 scale = _mm512_set1_ps(shrink / total);
         const float* from = s.outputs + (row / TILE * sizes.value_tiles * TILE + row % TILE) * TILE;

@@ -5,8 +5,8 @@
 
 namespace tightfit {
 
-constexpr size_t KEY_BLOCK = 128;  // keys that are folded at once, at multiples of it
-constexpr float LOWEST = -1e30f;   // the maximum before any score: finite, so that scores minus it are numbers
+constexpr size_t KEY_BLOCK = 128;   // keys that are folded at once, at multiples of it
+constexpr float LOWEST = -3.4e38f;  // the maximum before any score: finite, so that scores minus it are no NaNs
 
 // The keys and values of one sequence and key-value head.
 struct HeadCache {
