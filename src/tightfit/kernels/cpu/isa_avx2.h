@@ -276,12 +276,11 @@ private:
         return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(indices, 28)));
     }
 
-    // Codes in the upper byte of each half become float16 numbers whose exponent is as it is stored: too small by
-    // 15 less the format's bias.
+    // Codes in the upper byte of each half become float16 numbers whose exponent is as it is stored, and so too small by
+    // 15 less the format's bias: a shift, and the copies of the sign that it makes are taken away.
     static __m256i fp8_halves(__m256i codes, int exponent_bits) {
-        const __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7fff));
-        const __m256i sign = _mm256_and_si256(codes, _mm256_set1_epi16(static_cast<short>(0x8000)));
-        return _mm256_or_si256(sign, _mm256_srl_epi16(magnitude, _mm_cvtsi32_si128(5 - exponent_bits)));
+        const __m256i kept = _mm256_set1_epi16(static_cast<short>(0x8000 | 0x7fff >> (5 - exponent_bits)));
+        return _mm256_and_si256(_mm256_sra_epi16(codes, _mm_cvtsi32_si128(5 - exponent_bits)), kept);
     }
 };
 

@@ -266,10 +266,9 @@ private:
 
     // As in isa_avx2.h.
     static __m512i fp8_halves(__m512i codes, int exponent_bits) {
-        const __m512i magnitude = _mm512_and_si512(codes, _mm512_set1_epi16(0x7fff));
-        const __m512i shifted = _mm512_srl_epi16(magnitude, _mm_cvtsi32_si128(5 - exponent_bits));
-        // shifted | (codes & 0x8000)
-        return _mm512_ternarylogic_epi32(shifted, codes, _mm512_set1_epi16(static_cast<short>(0x8000)), 0xf8);
+        const __m512i shift = _mm512_set1_epi16(static_cast<short>(5 - exponent_bits));
+        const __m512i kept = _mm512_set1_epi16(static_cast<short>(0x8000 | 0x7fff >> (5 - exponent_bits)));
+        return _mm512_and_si512(_mm512_srav_epi16(codes, shift), kept);
     }
 };
 

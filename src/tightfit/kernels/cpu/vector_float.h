@@ -15,19 +15,22 @@ inline void dense_block(const T* w, size_t cols, Rows<const float> x, Rows<float
     typename Isa::Vector sums[ROWS][TOKENS];
     for (auto& row : sums)
         for (auto& sum : row) sum = Isa::zero();
-
-    size_t col = 0;
-    for (; col + Isa::LANES <= cols; col += Isa::LANES) {
+    const auto add = [&](size_t col) {
         typename Isa::Vector weights[ROWS];
-        for (size_t r = 0; r < ROWS; r++) {
-            prefetch(w + r * cols + col);
-            weights[r] = Isa::load(w + r * cols + col);
-        }
+        for (size_t r = 0; r < ROWS; r++) weights[r] = Isa::load(w + r * cols + col);
         for (size_t t = 0; t < TOKENS; t++) {
             const auto inputs = Isa::load(x[t] + col);
             for (size_t r = 0; r < ROWS; r++) sums[r][t] = Isa::fma(weights[r], inputs, sums[r][t]);
         }
+    };
+
+    constexpr size_t VECTORS = LINE / (Isa::LANES * sizeof(T)) > 1 ? LINE / (Isa::LANES * sizeof(T)) : 1;
+    size_t col = 0;
+    for (; col + VECTORS * Isa::LANES <= cols; col += VECTORS * Isa::LANES) {
+        for (size_t r = 0; r < ROWS; r++) prefetch(w + r * cols + col);
+        for (size_t v = 0; v < VECTORS; v++) add(col + v * Isa::LANES);
     }
+    for (; col + Isa::LANES <= cols; col += Isa::LANES) add(col);
     if (col < cols) {
         typename Isa::Vector weights[ROWS];
         for (size_t r = 0; r < ROWS; r++) weights[r] = Isa::load_part(w + r * cols + col, cols - col);
@@ -43,23 +46,21 @@ inline void dense_block(const T* w, size_t cols, Rows<const float> x, Rows<float
         }
 }
 
-template <class Isa, class T, size_t ROWS>
-inline void dense_rows(const T* w, size_t cols, Rows<const float> x, size_t tokens, Rows<float> out, float accumulate) {
-    for_chunks<std::min<size_t>(Isa::TOKENS, 4)>(tokens, [&](size_t t, auto count) {
-        dense_block<Isa, T, ROWS, count>(w, cols, {x[t], x.stride}, {out[t], out.stride}, accumulate);
-    });
-}
-
+// Several tokens share each vector of weights, and several rows each vector of a token; one token's weights are read
+// fastest from front to end.
 template <class Isa, class T>
 void dense_matmul(const Weight& w, size_t first, size_t last, Rows<const float> x, size_t tokens, Rows<float> out,
                   float accumulate) {
-    constexpr size_t ROWS = 4;
     const T* data = reinterpret_cast<const T*>(w.data);
-    size_t row = first;
-    for (; row + ROWS <= last; row += ROWS)
-        dense_rows<Isa, T, ROWS>(data + row * w.cols, w.cols, x, tokens, {out.data + row, out.stride}, accumulate);
-    for (; row < last; row++)
-        dense_rows<Isa, T, 1>(data + row * w.cols, w.cols, x, tokens, {out.data + row, out.stride}, accumulate);
+    const auto block = [&](size_t row, auto rows) {
+        for_chunks<std::min<size_t>(Isa::TOKENS, 4)>(tokens, [&](size_t t, auto count) {
+            const Rows<float> columns{out[t] + row, out.stride};
+            dense_block<Isa, T, rows, count>(data + row * w.cols, w.cols, {x[t], x.stride}, columns, accumulate);
+        });
+    };
+    if (tokens > 1)
+        for (; first + 4 <= last; first += 4) block(first, std::integral_constant<size_t, 4>());
+    for (; first < last; first++) block(first, std::integral_constant<size_t, 1>());
 }
 
 // ---- tiles: a lane per row; within a group four partial sums (inputs modulo 4), then the scale ----
@@ -118,6 +119,7 @@ inline void tile_row(const Weight& w, const Code& code, const uint8_t* tile, Row
                         for (size_t j = 0; j < Code::INPUTS; j += Isa::LANES)
                             input_sums[t] = Isa::add(input_sums[t], Isa::load(next[t] + j));
             }
+            if (span == 0) prefetch(tile + code_bytes);
             const BF16* scales = reinterpret_cast<const BF16*>(tile + code_bytes) + span * Isa::LANES;
             const Vector scale = Isa::load(scales);
             for (size_t t = 0; t < TOKENS; t++) {

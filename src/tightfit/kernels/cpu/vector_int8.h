@@ -54,11 +54,9 @@ inline void tile_row_int8(const Weight& w, const Code& code, const uint8_t* tile
                 Sums dots[Code::DIGITS][TOKENS];
                 for (auto& digit : dots)
                     for (size_t t = 0; t < TOKENS; t++) digit[t] = Isa::template times<Code::ZERO>(ends.sums[t]);
-                for (size_t u = 0; u < UNITS; u++) {
-                    const size_t unit = b * UNITS + u;
-                    if (span == 0) prefetch<Code::UNIT_BYTES>(tile + unit * Code::UNIT_BYTES);
-                    add_unit<Isa>(code, tile, unit, span, reinterpret_cast<const Inputs*>(block)[u], dots);
-                }
+                if (span == 0) prefetch<UNITS * Code::UNIT_BYTES>(tile + b * UNITS * Code::UNIT_BYTES);
+                for (size_t u = 0; u < UNITS; u++)
+                    add_unit<Isa>(code, tile, b * UNITS + u, span, reinterpret_cast<const Inputs*>(block)[u], dots);
                 for (size_t t = 0; t < TOKENS; t++) {
                     if constexpr (Code::DIGITS == 2) dots[0][t] = Isa::template shift_add<7>(dots[1][t], dots[0][t]);
                     const Vector scale = Isa::broadcast(ends.scales[t]);
@@ -69,6 +67,7 @@ inline void tile_row_int8(const Weight& w, const Code& code, const uint8_t* tile
                     }
                 }
             }
+            if (span == 0) prefetch(tile + code_bytes);
             const BF16* scales = reinterpret_cast<const BF16*>(tile + code_bytes) + span * Isa::LANES;
             const Vector scale = Isa::load(scales);
             for (size_t t = 0; t < TOKENS; t++) results[span][t] = Isa::fma(sums[t], scale, results[span][t]);
