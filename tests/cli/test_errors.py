@@ -201,7 +201,7 @@ WISHES = {
     "no chunk": (USAGE, ["--chunk", "0"], "a chunk of 0 tokens", "--chunk 16"),
     "no threads": (USAGE, ["-t", "0"], "0 threads", "--threads 1"),
     "more threads than cores": (USAGE, ["-t", "100000"], "100000 threads", "leave it out"),
-    "an unknown format": (USAGE, ["--weights", "int7"], "unknown technique 'int7'", "int4", "int8"),
+    "an unknown format": (USAGE, ["--weights", "int1"], "unknown technique 'int1'", "int4", "int8"),
     "an unknown setting": (USAGE, ["--weights", "int4(size=3)"], "no setting 'size'", "group=32"),
     "an impossible setting": (USAGE, ["--weights", "int4(group=7)"], "groups of 7", "16 to 128"),
     "two formats": (USAGE, ["--weights", "int4+int8"], "names 2 techniques", "one"),
