@@ -58,7 +58,9 @@ def fill(checkpoint: Checkpoint, parts: Iterable[tuple[Group, torch.Tensor]], th
         return
     memory = BlockMemory()
     with malloc.large_blocks_apart():
-        yield from in_parallel(_rows(checkpoint, parts), lambda rows: _place(checkpoint, rows, memory), workers(threads))
+        yield from in_parallel(
+            _rows(checkpoint, parts), lambda rows: _place(checkpoint, rows, memory), workers(threads)
+        )
 
 
 def workers(threads: int) -> int:
