@@ -130,3 +130,15 @@ def test_the_receipt_gives_runtime_what_is_in_no_arena() -> None:
     ledger.measure(250 * MIB)
     ledger.measure(220 * MIB)
     assert ledger.receipt()["runtime"]["peak_bytes"] == 242 * MIB  # the largest is kept
+
+
+def test_large_pages_change_nothing_but_their_size() -> None:
+    arena = Arena(64 << 20)
+    arena.use_large_pages()
+    data = arena.take(40 << 20)
+    assert arena.resident() == 0
+    data.fill_(3)
+    assert 40 << 20 <= arena.resident() <= 44 << 20  # a page that is begun is resident whole
+    assert int(data.sum()) == 3 * (40 << 20)
+    arena.release()
+    assert arena.resident() == 0

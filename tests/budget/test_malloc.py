@@ -58,6 +58,28 @@ print(tuned, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert int(faults) < 5000  # 125 pages of 4 KiB once; 62,500 if each block were given back
 
 
+def test_large_blocks_that_come_and_go_leave_no_holes_while_they_are_apart() -> None:
+    code = """
+import random
+def holes():
+    before, small, rng, held = resident_set().current, [], random.Random(0), [b""] * 9
+    for _ in range(1000):
+        place = rng.randrange(9)
+        held[place] = b""
+        held[place] = bytearray(b"1") * rng.randrange(300 << 10, 4 << 20)
+        small.append(bytearray(b"1") * 5000)
+    return resident_set().current - before - sum(map(len, held)) - sum(map(len, small))
+with large_blocks_apart():
+    print(tuned, holes())
+print(holes())
+"""
+    tuned, apart, together = run(code)
+    if tuned == "False":
+        pytest.skip("another allocator than glibc's")
+    assert int(apart) < 2 << 20
+    assert int(together) > 8 << 20  # 16 MiB on the heap: afterwards the allocator is as before
+
+
 def test_trim_gives_back_the_middle_of_the_heap() -> None:
     code = """
 blocks = [bytearray(b"1") * (100 << 10) for _ in range(400)]

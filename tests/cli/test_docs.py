@@ -49,6 +49,11 @@ def test_keys_of_a_plan(tiny: Path) -> None:
     assert set(paths(tightfit("plan", tiny, "--json").json["plan"], known)) == known
 
 
+def test_keys_of_compress(tiny: Path, tmp_path: Path) -> None:
+    receipt = tightfit("compress", tiny, "--weights", "int4", "--out", tmp_path / "out", "--json").json
+    assert documented("`tightfit compress --json`:") == set(receipt)
+
+
 def test_keys_of_doctor() -> None:
     from tightfit.cli.doctor import collect
 
@@ -60,7 +65,7 @@ def test_keys_of_techniques() -> None:
     assert set(paths(tightfit("techniques", "--json").json, known)) == known
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "doctor", "techniques"])
+@pytest.mark.parametrize("command", ["run", "plan", "compress", "doctor", "techniques"])
 def test_every_option_in_the_examples_is_there(command: str) -> None:
     used = {
         option
