@@ -23,6 +23,7 @@ sanitize:
 	cmake -S . -B build/sanitize -DTIGHTFIT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/sanitize --parallel 2
 	build/sanitize/kernel_test
+	build/sanitize/attention_test
 
 clean:
 	rm -rf .venv build

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tightfit.budget.ledger import ALIGNMENT, Arena, Workspace
+from tightfit.kernels.attention import Scoring
 from tightfit.kv.cache import Cache, LayerLayout, window_slots
 
 HEADS, DIM = 2, 4
@@ -27,6 +28,10 @@ def test_a_layer_with_a_window_keeps_the_window_and_a_chunk() -> None:
     assert window_slots(100, 128, 64) == 100
 
 
+def places_of(sequence: int, start: int, stop: int) -> torch.Tensor:
+    return torch.tensor([[sequence, position] for position in range(start, stop)], dtype=torch.int32)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 8])
 def test_a_ring_attends_like_a_cache_that_keeps_everything(chunk: int) -> None:
     """Through five turns of the ring, in chunks that do and do not divide it."""
@@ -38,44 +43,49 @@ def test_a_ring_attends_like_a_cache_that_keeps_everything(chunk: int) -> None:
     ws = Workspace(Arena(1 << 20))
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
-        outs = []
+        places, outs = places_of(0, start, stop), []
         for cache in (whole, ring):
-            cache.append(0, 0, start, k[start:stop], v[start:stop])
-            outs.append(torch.empty(stop - start, HEADS, DIM))
-            cache.attend(0, 0, start, q[start:stop], outs[-1], ws, scale=1.0, window=window)
-        torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-6)  # the same numbers in another order
+            cache.append(0, places, k[start:stop], v[start:stop])
+            together, alone = torch.empty(2, stop - start, HEADS, DIM)
+            cache.attend(0, 0, start, q[start:stop], together, ws, Scoring(1.0, window))
+            cache.attend_rows(0, places, q[start:stop], alone, ws, Scoring(1.0, window))
+            outs += [together, alone]
+        for out in outs:
+            torch.testing.assert_close(out, outs[0], rtol=0, atol=1e-6)  # the same numbers in another order
 
 
 def test_sequences_and_layers_do_not_touch_each_other() -> None:
     torch.manual_seed(0)
     layouts = [LayerLayout(HEADS, DIM, DIM, 8)] * 2
     cache, ws = Cache(layouts, 2, torch.float32, Arena(1 << 20)), Workspace(Arena(1 << 20))
-    places = [(layer, sequence) for layer in range(2) for sequence in range(2)]
-    values = {place: torch.randn(1, HEADS, DIM) for place in places}
-    for place in places:
-        cache.append(*place, 0, torch.randn(1, HEADS, DIM), values[place])
-    for place in places:
+    cells = [(layer, sequence) for layer in range(2) for sequence in range(2)]
+    values = {cell: torch.randn(1, HEADS, DIM) for cell in cells}
+    for layer, sequence in cells:
+        cache.append(layer, places_of(sequence, 0, 1), torch.randn(1, HEADS, DIM), values[layer, sequence])
+    for layer, sequence in cells:
         out = torch.empty(1, HEADS, DIM)
-        cache.attend(*place, 0, torch.randn(1, HEADS, DIM), out, ws, scale=1.0)
-        torch.testing.assert_close(out, values[place])  # one token: its own value
+        cache.attend_rows(layer, places_of(sequence, 0, 1), torch.randn(1, HEADS, DIM), out, ws, Scoring(1.0))
+        torch.testing.assert_close(out, values[layer, sequence])  # one token: its own value
+
+
+def test_keys_are_rotated_before_they_are_kept_and_queries_with_them() -> None:
+    torch.manual_seed(0)
+    cache = Cache([LayerLayout(HEADS, DIM, DIM, 8)], 1, torch.float32, Arena(1 << 20))
+    q, k, v = torch.randn(2, 4, DIM), torch.randn(2, HEADS, DIM), torch.randn(2, HEADS, DIM)
+    quarter = torch.zeros(2, DIM // 2), torch.ones(2, DIM // 2)  # cosine and sine of a quarter of a turn
+    turned = [torch.cat([-x[..., DIM // 2 :], x[..., : DIM // 2]], -1) for x in (q, k)]
+    cache.rotate_append(0, places_of(0, 3, 5), q, k, v, quarter, False, Workspace(Arena(1 << 20)))
+    assert torch.equal(q, turned[0])
+    assert torch.equal(cache.layers[0].keys[0, :, 3:5], turned[1].transpose(0, 1))
+    assert torch.equal(cache.layers[0].values[0, :, 3:5], v.transpose(0, 1))
 
 
 def test_only_prefill_multiplies_in_the_type_of_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     """What decodes is exact, so that its bits do not depend on how many tokens are verified at once."""
-    used = []
-    monkeypatch.setattr("tightfit.kv.cache.attend", lambda *args, gemm_dtype, **kwargs: used.append(gemm_dtype))
-    layouts = [LayerLayout(HEADS, DIM, DIM, 8)]
-    cache = Cache(layouts, 1, torch.bfloat16, Arena(1 << 20), gemm_dtype=torch.bfloat16)
-    q = torch.zeros(2, HEADS, DIM)
-    for gemm in (True, False):
-        cache.attend(0, 0, 0, q, q, Workspace(Arena(1 << 20)), scale=1.0, gemm=gemm)
-    assert used == [torch.bfloat16, torch.float32]
-
-
-def test_asking_for_more_than_is_kept_is_refused() -> None:
-    cache = Cache([LayerLayout(HEADS, DIM, DIM, 10)], 1, torch.float32, Arena(1 << 20))
-    q = torch.zeros(3, HEADS, DIM)
-    with pytest.raises(ValueError, match="11 tokens in layer 0, which keeps 10"):
-        cache.attend(0, 0, 8, q, q, Workspace(Arena(1 << 20)), scale=1.0)
-    with pytest.raises(ValueError, match="11 tokens in layer 0, which keeps 10"):
-        cache.attend(0, 0, 50, q, q, Workspace(Arena(1 << 20)), scale=1.0, window=9)
+    allowed = []
+    monkeypatch.setattr("tightfit.kernels.attention.attend", lambda *args: allowed.append(args[-1]))
+    q, ws = torch.zeros(2, HEADS, DIM), Workspace(Arena(1 << 20))
+    for dtype in (torch.bfloat16, torch.float32):
+        layouts = [LayerLayout(HEADS, DIM, DIM, 8)]
+        Cache(layouts, 1, torch.bfloat16, Arena(1 << 20), dtype).attend(0, 0, 0, q, q, ws, Scoring(1.0))
+    assert allowed == [True, False]

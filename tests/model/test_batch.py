@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from tightfit.model.batch import Batch, Segment
 
 PROMPT = Segment(0, 5, [1, 2, 3])
@@ -25,7 +27,14 @@ def test_decoding_rows_are_multiplied_alone_and_prefill_segments_whole() -> None
     assert split.parts == [(0, 1), (1, 2), (2, 3), (3, 6), (6, 10)]
 
 
-def test_decoding_tokens_attend_alone_and_prefill_segments_whole() -> None:
+def test_every_token_has_a_place_and_prefills_attend_whole() -> None:
+    batch = Batch.of([PROMPT, DRAFT, STEP])
+    assert batch.places.tolist() == [[1, 9], [1, 10], [3, 2], [0, 5], [0, 6], [0, 7]]
+    assert batch.places.dtype == torch.int32
+    assert batch.prefills == ((PROMPT, 3, 6),)
+
+
+def test_decoding_tokens_are_rotated_alone_and_prefill_segments_whole() -> None:
     pieces = Batch.of([PROMPT, DRAFT]).pieces
     assert [(piece.slot, piece.start, list(piece.tokens), a, b) for piece, a, b in pieces] == [
         (1, 9, [4], 0, 1),

@@ -127,7 +127,7 @@ def load_queries(
     kv_heads = query.shape[0]
     grouped = q.view(n, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
     torch.mul(grouped, scale * LOG2_E, out=query.view(kv_heads, heads // kv_heads, n, dim))
-    top.fill_(-1e30)
+    top.fill_(torch.finfo(torch.float32).min)
     total.zero_()
     acc.zero_()
 

@@ -64,8 +64,8 @@ class Cache:
         return sum(sequences * layout.nbytes(itemsize) + 2 * ALIGNMENT for layout in layouts)
 
     def append(self, layer: int, places: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> None:
-        """Keeps ``k`` (n, kv_heads, key_dim) and ``v`` (n, kv_heads, value_dim) of the tokens at ``places`` (n, 2), which
-        are pairs of sequence and position; no ``v`` where values are a view of keys."""
+        """Keeps ``k`` (n, kv_heads, key_dim) and ``v`` (n, kv_heads, value_dim) of the tokens at ``places`` (n, 2):
+        pairs of sequence and position. No ``v`` where values are a view of keys."""
         attention.append(self.layers[layer], places, k, v)
 
     def rotate_append(

@@ -13,7 +13,6 @@
 #include "math.h"
 
 namespace tightfit {
-
 namespace {
 
 // ---- writing ----
@@ -44,11 +43,18 @@ void store(const float* x, size_t count, Kind kind, uint8_t* out) {
     }
 }
 
-// ---- what is read next is asked for a little at each step: a core's own prefetcher reaches half the memory's speed ----
+// ---- scores: a lane for each key, so that no sum crosses lanes ----
 
+constexpr size_t FEATURES = 64;  // of a tile's keys that are held as columns at once
+constexpr size_t VECTORS = 2;    // of keys in a tile, and of features that are summed at once
+
+template <class Isa>
+constexpr size_t ROWS_AT_ONCE = Isa::LANES == 16 ? 8 : 4;  // their sums, of VECTORS each, fit the registers
+
+// What is read next, asked for a little at each step: a core's own prefetcher alone reaches half of the memory's speed.
 struct Ahead {
     const char* next;
-    size_t step;  // bytes, or 0 where nothing more is to come
+    size_t step;  // bytes; 0 where nothing more is to come
 
     template <size_t BYTES>
     void fetch() {
@@ -57,23 +63,29 @@ struct Ahead {
     }
 };
 
-// ---- scores: a lane for each key, so that no sum crosses lanes ----
+// Calls work(row, number of rows as a constant, ahead) for all rows, as many at once as the registers hold; only the
+// first reads ahead.
+template <class Isa, class Work>
+inline void for_rows(size_t rows, Ahead& ahead, Work work) {
+    constexpr size_t MOST = ROWS_AT_ONCE<Isa>;
+    Ahead none{ahead.next, 0};
+    const auto call = [&](size_t row, auto count) { work(row, count, row == 0 ? ahead : none); };
+    size_t r = 0;
+    for (; r + MOST <= rows; r += MOST) call(r, std::integral_constant<size_t, MOST>());
+    if (MOST > 4 && rows - r >= 4) call(r, std::integral_constant<size_t, 4>()), r += 4;
+    if (rows - r >= 2) call(r, std::integral_constant<size_t, 2>()), r += 2;
+    if (rows - r >= 1) call(r, std::integral_constant<size_t, 1>());
+}
 
-constexpr size_t FEATURES = 64;  // of the keys of a tile that are held as columns at once
-constexpr size_t LINES = 2;      // vectors of keys in a tile
-
-template <class Isa>
-constexpr size_t ROWS_AT_ONCE = Isa::LANES == 16 ? 8 : 4;  // their sums, of two vectors each, fit the registers
-
-// columns[f * stride + i] = keys[i][f] for f below `count`; further columns up to a whole line may be written.
+// columns[f * stride + i] = keys[i][at + f] for f below `count`; further columns up to FEATURES may be written.
 template <class Isa, class T>
-inline void to_columns(const T* const* keys, size_t count, size_t stride, float* columns) {
+inline void to_columns(const T* const* keys, size_t at, size_t count, size_t stride, float* columns) {
     constexpr size_t LANES = Isa::LANES, STEP = LANES * sizeof(float) / sizeof(T);
     for (size_t f = 0; f < count; f += STEP) {
         typename Isa::Bytes words[LANES];
         for (size_t i = 0; i < LANES; i++) {
             T padded[STEP];
-            const T* features = keys[i] + f;
+            const T* features = keys[i] + at + f;
             if (f + STEP > count) {
                 std::memset(padded, 0, sizeof padded);
                 std::memcpy(padded, features, (count - f) * sizeof(T));
@@ -97,32 +109,21 @@ inline void to_columns(const T* const* keys, size_t count, size_t stride, float*
 template <class Isa, class T, size_t ROWS>
 inline void score_rows(const float* columns, size_t count, Rows<const float> q, bool add, float* scores, Ahead& ahead) {
     constexpr size_t LANES = Isa::LANES;
-    typename Isa::Vector sums[ROWS][LINES];
+    typename Isa::Vector sums[ROWS][VECTORS];
     for (size_t r = 0; r < ROWS; r++)
-        for (size_t j = 0; j < LINES; j++)
+        for (size_t j = 0; j < VECTORS; j++)
             sums[r][j] = add ? Isa::load(scores + r * KEY_BLOCK + j * LANES) : Isa::zero();
     for (size_t f = 0; f < count; f++) {
-        ahead.fetch<LINES * LANES * sizeof(T)>();
-        typename Isa::Vector keys[LINES];
-        for (size_t j = 0; j < LINES; j++) keys[j] = Isa::load(columns + (f * LINES + j) * LANES);
+        ahead.fetch<VECTORS * LANES * sizeof(T)>();
+        typename Isa::Vector keys[VECTORS];
+        for (size_t j = 0; j < VECTORS; j++) keys[j] = Isa::load(columns + (f * VECTORS + j) * LANES);
         for (size_t r = 0; r < ROWS; r++) {
             const auto feature = Isa::broadcast(q[r][f]);
-            for (size_t j = 0; j < LINES; j++) sums[r][j] = Isa::fma(feature, keys[j], sums[r][j]);
+            for (size_t j = 0; j < VECTORS; j++) sums[r][j] = Isa::fma(feature, keys[j], sums[r][j]);
         }
     }
     for (size_t r = 0; r < ROWS; r++)
-        for (size_t j = 0; j < LINES; j++) Isa::store(scores + r * KEY_BLOCK + j * LANES, sums[r][j]);
-}
-
-// Calls work(row, number of rows as a constant) for all rows, as many at once as the registers hold.
-template <class Isa, class Work>
-inline void for_rows(size_t rows, Work work) {
-    constexpr size_t MOST = ROWS_AT_ONCE<Isa>;
-    size_t r = 0;
-    for (; r + MOST <= rows; r += MOST) work(r, std::integral_constant<size_t, MOST>());
-    if (MOST > 4 && rows - r >= 4) work(r, std::integral_constant<size_t, 4>()), r += 4;
-    if (rows - r >= 2) work(r, std::integral_constant<size_t, 2>()), r += 2;
-    if (rows - r >= 1) work(r, std::integral_constant<size_t, 1>());
+        for (size_t j = 0; j < VECTORS; j++) Isa::store(scores + r * KEY_BLOCK + j * LANES, sums[r][j]);
 }
 
 // Scores of all rows with the keys at [from, to), which lie in the block that starts at `block`, and with neighbours
@@ -130,7 +131,7 @@ inline void for_rows(size_t rows, Work work) {
 template <class Isa, class T>
 void score_block(const HeadCache& head, size_t rows, const float* q, size_t block, size_t from, size_t to,
                  float* scores, Ahead ahead) {
-    constexpr size_t TILE = LINES * Isa::LANES;
+    constexpr size_t LANES = Isa::LANES, TILE = VECTORS * LANES;
     for (size_t tile = from / TILE * TILE; tile < to; tile += TILE) {
         const T* keys[TILE];
         size_t slot = tile % head.slots;
@@ -141,15 +142,13 @@ void score_block(const HeadCache& head, size_t rows, const float* q, size_t bloc
         for (size_t at = 0; at < head.key_dim; at += FEATURES) {
             float columns[FEATURES * TILE];
             const size_t count = std::min(FEATURES, head.key_dim - at);
-            for (size_t j = 0; j < LINES; j++)
-                to_columns<Isa>(keys + j * Isa::LANES, count, TILE, columns + j * Isa::LANES);
-            for_rows<Isa>(rows, [&](size_t r, auto count_of) {
-                Ahead none{ahead.next, 0};
-                score_rows<Isa, T, decltype(count_of)::value>(columns, count, {q + r * head.key_dim + at, head.key_dim},
-                                                              at > 0, scores + r * KEY_BLOCK + tile - block,
-                                                              r == 0 ? ahead : none);
+            for (size_t j = 0; j < VECTORS; j++)
+                to_columns<Isa>(keys + j * LANES, at, count, TILE, columns + j * LANES);
+            for_rows<Isa>(rows, ahead, [&](size_t r, auto rows_at_once, Ahead& after) {
+                score_rows<Isa, T, decltype(rows_at_once)::value>(columns, count,
+                                                                  {q + r * head.key_dim + at, head.key_dim}, at > 0,
+                                                                  scores + r * KEY_BLOCK + tile - block, after);
             });
-            for (auto& key : keys) key += FEATURES;
         }
     }
 }
@@ -189,44 +188,39 @@ float weigh(float* scores, size_t from, size_t to, size_t low, size_t high, floa
 
 // ---- values: a lane for each feature ----
 
-// acc[r] += weights[r][key] * values[key] for ROWS rows and VECTORS vectors of features, or for the `width` features of
-// a last one.
-template <class Isa, class T, size_t ROWS, size_t VECTORS, bool PART>
-inline void add_values(const T* values, size_t stride, size_t count, size_t width, const float* weights,
-                       Rows<float> acc, Ahead& ahead) {
+// acc[r] += weights[r][key] * values[key] for ROWS rows and SPAN vectors of features, or a last one of `width` features.
+template <class Isa, class T, size_t ROWS, size_t SPAN, bool PART>
+inline void add_features(Rows<const T> values, size_t count, size_t width, const float* weights, Rows<float> acc,
+                         Ahead& ahead) {
     constexpr size_t LANES = Isa::LANES;
-    typename Isa::Vector sums[ROWS][VECTORS];
+    typename Isa::Vector sums[ROWS][SPAN];
     for (size_t r = 0; r < ROWS; r++)
-        for (size_t j = 0; j < VECTORS; j++) sums[r][j] = Isa::load(acc[r] + j * LANES);
+        for (size_t j = 0; j < SPAN; j++) sums[r][j] = Isa::load(acc[r] + j * LANES);
     for (size_t key = 0; key < count; key++) {
-        ahead.fetch<VECTORS * LANES * sizeof(T)>();
-        typename Isa::Vector features[VECTORS];
-        for (size_t j = 0; j < VECTORS; j++) {
-            const T* from = values + key * stride + j * LANES;
-            features[j] = PART ? Isa::load_part(from, width) : Isa::load(from);
-        }
+        ahead.fetch<SPAN * LANES * sizeof(T)>();
+        typename Isa::Vector features[SPAN];
+        for (size_t j = 0; j < SPAN; j++)
+            features[j] = PART ? Isa::load_part(values[key], width) : Isa::load(values[key] + j * LANES);
         for (size_t r = 0; r < ROWS; r++) {
             const auto weight = Isa::broadcast(weights[r * KEY_BLOCK + key]);
-            for (size_t j = 0; j < VECTORS; j++) sums[r][j] = Isa::fma(weight, features[j], sums[r][j]);
+            for (size_t j = 0; j < SPAN; j++) sums[r][j] = Isa::fma(weight, features[j], sums[r][j]);
         }
     }
     for (size_t r = 0; r < ROWS; r++)
-        for (size_t j = 0; j < VECTORS; j++) Isa::store(acc[r] + j * LANES, sums[r][j]);
+        for (size_t j = 0; j < SPAN; j++) Isa::store(acc[r] + j * LANES, sums[r][j]);
 }
 
 template <class Isa, class T, size_t ROWS>
-inline void add_features(const T* values, size_t stride, size_t count, size_t dim, const float* weights,
-                         Rows<float> acc, Ahead& ahead) {
+inline void add_rows(Rows<const T> values, size_t count, size_t dim, const float* weights, Rows<float> acc,
+                     Ahead& ahead) {
     constexpr size_t LANES = Isa::LANES;
     size_t d = 0;
-    for (; d + 2 * LANES <= dim; d += 2 * LANES)
-        add_values<Isa, T, ROWS, 2, false>(values + d, stride, count, 0, weights, {acc.data + d, acc.stride}, ahead);
-    if (d + LANES <= dim) {
-        add_values<Isa, T, ROWS, 1, false>(values + d, stride, count, 0, weights, {acc.data + d, acc.stride}, ahead);
-        d += LANES;
-    }
-    if (d < dim)
-        add_values<Isa, T, ROWS, 1, true>(values + d, stride, count, dim - d, weights, {acc.data + d, acc.stride}, ahead);
+    const auto from = [&] { return Rows<const T>{values.data + d, values.stride}; };
+    const auto to = [&] { return Rows<float>{acc.data + d, acc.stride}; };
+    for (; d + VECTORS * LANES <= dim; d += VECTORS * LANES)
+        add_features<Isa, T, ROWS, VECTORS, false>(from(), count, 0, weights, to(), ahead);
+    for (; d + LANES <= dim; d += LANES) add_features<Isa, T, ROWS, 1, false>(from(), count, 0, weights, to(), ahead);
+    if (d < dim) add_features<Isa, T, ROWS, 1, true>(from(), count, dim - d, weights, to(), ahead);
 }
 
 // acc += weights . values of the keys at [from, to)
@@ -236,11 +230,10 @@ void add_block(const HeadCache& head, size_t rows, size_t block, size_t from, si
     while (from < to) {  // a ring may wrap
         const size_t slot = from % head.slots, count = std::min(to - from, head.slots - slot);
         const T* values = reinterpret_cast<const T*>(head.values) + slot * head.value_stride;
-        for_rows<Isa>(rows, [&](size_t r, auto count_of) {
-            Ahead none{ahead.next, 0};
-            add_features<Isa, T, decltype(count_of)::value>(values, head.value_stride, count, head.value_dim,
-                                                            scores + r * KEY_BLOCK + from - block, {acc[r], acc.stride},
-                                                            r == 0 ? ahead : none);
+        for_rows<Isa>(rows, ahead, [&](size_t r, auto rows_at_once, Ahead& after) {
+            add_rows<Isa, T, decltype(rows_at_once)::value>({values, head.value_stride}, count, head.value_dim,
+                                                            scores + r * KEY_BLOCK + from - block,
+                                                            {acc[r], acc.stride}, after);
         });
         from += count;
     }
@@ -249,28 +242,29 @@ void add_block(const HeadCache& head, size_t rows, size_t block, size_t from, si
 template <class Isa, class T>
 void fold_keys(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, float* scores,
                const Folded& folded) {
+    constexpr size_t STEP = VECTORS * Isa::LANES * sizeof(T);
+    const bool shared = head.values == head.keys;
     while (from < to) {
         const size_t block = from / KEY_BLOCK * KEY_BLOCK, end = std::min(block + KEY_BLOCK, to);
-        const size_t row = block % head.slots;
-        const char* next_keys = reinterpret_cast<const char*>(head.keys) + (row + KEY_BLOCK) * head.key_dim * sizeof(T);
-        const char* values = reinterpret_cast<const char*>(head.values) + row * head.value_stride * sizeof(T);
-        const bool shared = head.values == head.keys;
-        score_block<Isa, T>(head, queries.rows, q, block, from, end, scores, {shared ? next_keys : values, LINES * Isa::LANES * sizeof(T)});
+        const size_t slot = block % head.slots;
+        const auto* next_keys = reinterpret_cast<const char*>(head.keys) + (slot + KEY_BLOCK) * head.key_dim * sizeof(T);
+        const auto* values = reinterpret_cast<const char*>(head.values) + slot * head.value_stride * sizeof(T);
+        score_block<Isa, T>(head, queries.rows, q, block, from, end, scores, {shared ? next_keys : values, STEP});
         for (size_t r = 0; r < queries.rows; r++) {
-            const size_t low = std::max(from, queries.lowest(r)), high = std::min(end, queries.position(r) + 1);
             float* row = scores + r * KEY_BLOCK;
+            const size_t low = std::max(from, queries.lowest(r)), high = std::min(end, queries.position(r) + 1);
             if (low >= high) {
                 std::fill(row + from - block, row + end - block, 0.0f);
                 continue;
             }
-            const float shrink = weigh<Isa>(row, from - block, end - block, low - block, high - block,
-                                            queries.softcap, folded.top[r], folded.total[r]);
+            const float shrink = weigh<Isa>(row, from - block, end - block, low - block, high - block, queries.softcap,
+                                            folded.top[r], folded.total[r]);
             float* acc = folded.acc + r * folded.stride;
             if (shrink != 1.0f)
                 for (size_t d = 0; d < folded.stride; d++) acc[d] *= shrink;
         }
         add_block<Isa, T>(head, queries.rows, block, from, end, scores, {folded.acc, folded.stride},
-                          {next_keys, shared ? 0 : 2 * Isa::LANES * sizeof(T)});
+                          {next_keys, shared ? 0 : STEP});
         from = end;
     }
 }
