@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import checked, command, machine, matmul_rate, table
 from tests import random_model
-from tests.measure import Measured, run_measured
+from tests.measure import run_measured
+
+from tightfit.plan.profile import measure_bandwidth
 
 TRANSFORMERS = """
 import json, sys, time
@@ -50,22 +51,7 @@ with torch.inference_mode():
 first, last = clock.times[1], clock.times[-1]
 print(json.dumps({"prefill": ids.shape[1] / (first - before), "decode": (new - 1) / (last - first), "began": before}))
 """
-MATMUL = """
-import time, torch
-torch.set_num_threads(int(__import__("sys").argv[1]))
-a, b = torch.randn(512, 2048).bfloat16(), torch.randn(5632, 2048).bfloat16()
-best = 1e9
-for _ in range(20):
-    start = time.perf_counter(); a @ b.T; best = min(best, time.perf_counter() - start)
-print(2 * 512 * 2048 * 5632 / best)
-"""
 COLUMNS = ("system", "weights", "budget MiB", "peak MiB", "start s", "prefill tok/s", "decode tok/s", "of bandwidth")
-
-
-def checked(done: Measured) -> Measured:
-    if done.exit_code:
-        raise SystemExit(f"exit status {done.exit_code}: {done.stderr}")
-    return done
 
 
 def tightfit_run(folder: Path, prompt: Path, new: int, threads: int, memory: str, context: int) -> dict[str, float]:
@@ -124,46 +110,38 @@ def main() -> None:
             for name, run in systems.items():
                 rows[name].append(run())
                 print(f"{turn + 1}/{arguments.repeat} {name}", file=sys.stderr)
-        from tightfit.budget.machine import processor
-        from tightfit.plan.profile import measure_bandwidth
-
         bandwidth = measure_bandwidth(threads).bytes_per_s
-        products = float(checked(run_measured([sys.executable, "-c", MATMUL, str(threads)])).stdout)
-    lines = [" | ".join(("", *COLUMNS, "")).strip(), "|" + "---|" * len(COLUMNS)]
+        products = matmul_rate(threads)
+    lines = []
     for name, runs in rows.items():
         row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         share = row["decode"] * row["weights"] / bandwidth
         budget = f"{row['budget']:.0f}" if "budget" in row else "none"
-        cells = (
-            name,
-            f"{row['weights'] / 2**20:.0f} MiB",
-            budget,
-            f"{row['peak']:.0f}",
-            f"{row['start']:.1f}",
-            f"{row['prefill']:.0f}",
-            f"{row['decode']:.1f}",
-            f"{share:.0%}",
+        lines.append(
+            (
+                name,
+                f"{row['weights'] / 2**20:.0f} MiB",
+                budget,
+                f"{row['peak']:.0f}",
+                f"{row['start']:.1f}",
+                f"{row['prefill']:.0f}",
+                f"{row['decode']:.1f}",
+                f"{share:.0%}",
+            )
         )
-        lines.append(" | ".join(("", *cells, "")).strip())
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    text = "\n".join(
-        [
-            "# `tightfit run` beside transformers",
-            "",
-            f"Model: {folder.name}. {arguments.prompt} prompt tokens, {arguments.new} new ones, batch 1, "
-            f"{threads} threads, median of {arguments.repeat}",
-            "",
-            *lines,
-            "",
-            f"Limits measured in the same call: memory {bandwidth / 1e9:.1f} GB/s with {threads} threads, "
-            f"torch's bfloat16 products {products / 1e9:.0f} GFLOP/s.",
-            f"Machine: {processor()[0]}, {threads} threads, {platform.system()} {platform.release()}; "
-            f"Python {platform.python_version()}, {versions}.",
-            "",
-            "Command: `" + " ".join(["python", "benchmarks/generate.py", *sys.argv[1:]]) + "`",
-            "",
-        ]
-    )
+    text = f"""# `tightfit run` beside transformers
+
+Model: {folder.name}. {arguments.prompt} prompt tokens, {new} new ones, batch 1, {threads} threads, median of \
+{arguments.repeat}
+
+{table(COLUMNS, lines)}
+
+Limits measured in the same call: memory {bandwidth / 1e9:.1f} GB/s with {threads} threads, torch's bfloat16 products
+{products / 1e9:.0f} GFLOP/s.
+Machine: {machine(threads, "torch", "transformers")}
+
+Command: `{command()}`
+"""
     print(text)
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")

@@ -9,18 +9,20 @@ Markdown. Held-out files are those named in the folder's ``heldout.json`` that t
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
 import transformers
+from benchmarks.common import held_out, machine
 from tokenizers import Tokenizer
 
 from tightfit import zoo
-from tightfit.zoo import corpus, evaluate
+from tightfit.zoo import evaluate
 from tightfit.zoo.tasks import Material
 
 LENGTHS = {
@@ -29,25 +31,6 @@ LENGTHS = {
     "chain": (100, 200, 400, 800),
     "copy": (200, 400, 800, 1500),  # the text; its beginning is read a second time
 }
-
-
-def held_out(folder: Path) -> tuple[list[str], int]:
-    """The texts of the held-out files that are installed here, and how many names there are."""
-    names: list[str] = json.loads((folder / "heldout.json").read_text())
-    texts = []
-    for name in names:
-        found = [root / name for root in corpus.default_folders() if (root / name).is_file()]
-        text = corpus.clean(found[0].read_text(encoding="utf-8")) if found else None
-        if text:
-            texts.append(text)
-    return texts, len(names)
-
-
-def processor() -> str:
-    """The processor's name as Linux tells it, or what Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts, named = held_out(options.folder)
     rows = [next(evaluate.windows([text], tokenizer, options.file_tokens)) for text in texts]
     loss = evaluate.validation_loss(logits, tokenizer, rows)
-    print(f"{processor()}, {options.threads} threads; Python {platform.python_version()}, torch {torch.__version__},")
-    print(f"transformers {transformers.__version__}, float32.\n")
+    print(machine(options.threads, "torch", "transformers"))
+    print("Computed in float32.\n")
     print(f"Held-out text ({len(texts)} of {named} files are installed here; the first {options.file_tokens} tokens of")
     print(f"each, {loss.tokens} tokens, {loss.bytes} bytes): {loss.nats_per_token:.3f} nats per token,")
     print(f"{loss.bits_per_byte:.3f} bits per byte.\n")

@@ -129,3 +129,29 @@ def test_a_container_smaller_than_the_machine_is_respected(billion: Path, cache:
     assert receipt["budget_bytes"] < limit  # found without being told
     assert done.peak_bytes <= receipt["budget_bytes"]
     assert receipt["budget_bytes"] > 0.85 * limit  # and most of it is used
+
+
+def compress(model: Path, out: Path, *options: object) -> list[str]:
+    return command("compress", model, "--weights", "int4", "--out", out, "--json", *options)
+
+
+def test_compressing_a_billion_parameters_takes_the_largest_layer_and_no_more(billion: Path, tmp_path: Path) -> None:
+    refused = run_measured(compress(billion, tmp_path / "out", "--memory", "100MiB"))
+    assert refused.exit_code == BUDGETERROR, refused.stderr
+    smallest = json.loads(refused.stdout)["smallest_bytes"]
+    # The largest group is a layer, 46 million parameters in 4.5 bits; the rest is torch, and blocks that are converted.
+    assert smallest < 300 * MIB
+    done = run_measured(compress(billion, tmp_path / "out", "--memory", smallest), timeout=300)
+    assert done.exit_code == 0, done.stderr
+    assert 0.93 * smallest <= done.peak_bytes <= smallest
+    assert json.loads(done.stdout)["peak_rss_bytes"] <= done.peak_bytes
+    less = run_measured(compress(billion, tmp_path / "other", "--memory", smallest * 95 // 100))
+    assert less.exit_code == BUDGETERROR
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    # And what was written runs inside the smallest budget that is stated for it.
+    enough = smallest_bytes(tmp_path / "out", "--context", 512)
+    assert enough < (tmp_path / "out" / "tightfit.safetensors").stat().st_size + 300 * MIB
+    check(run_measured(generate(tmp_path / "out", 480, 8, "--context", 512, "--memory", enough)), enough, 0.95)
+    small = run_measured(generate(tmp_path / "out", 480, 8, "--context", 512, "--memory", enough * 95 // 100))
+    assert small.exit_code == BUDGETERROR

@@ -26,8 +26,8 @@ from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.families import model_spec
 from tightfit.model.spec import LayerSpec, ModelSpec, Param
-from tightfit.weights.placement.read import check
 from tightfit.plan.schema import OWN
+from tightfit.weights.placement.read import check
 from tightfit.weights.placement.resident import Resident
 
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order

@@ -17,12 +17,15 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from tightfit.budget.units import MiB
+from tightfit.budget.units import KiB, MiB
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 MMAP_THRESHOLD, TRIM_THRESHOLD = 8 * MiB, 8 * MiB
+LARGE_BLOCK = 256 * KiB
 
 # Read by the libraries when torch is imported. A value that the user has set stays.
 ENVIRONMENT = {
@@ -46,6 +49,21 @@ def tune_malloc() -> bool:
         return False
     settings = (_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, MMAP_THRESHOLD), (_M_TRIM_THRESHOLD, TRIM_THRESHOLD)
     return all(libc.mallopt(parameter, value) == 1 for parameter, value in settings)
+
+
+@contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """While inside, blocks of 256 KiB and more are mapped one by one and go back to the operating system when they are
+    freed: threads that take and free them in turn would leave holes in the heap, several times what they hold."""
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
 def trim() -> bool:

@@ -36,10 +36,10 @@ def compress(
     from tightfit.engine.compress import compress as write
     from tightfit.engine.opening import Wish, open_model
 
-    wish = Wish(model, memory, weights=weights, threads=threads)
+    wish = Wish(model, memory, threads=threads)
     opened = open_model(wish)
     with opened.checkpoint, loading("compressing") as progress:
-        receipt = write(wish, opened, out, force, progress)
+        receipt = write(wish, opened, weights, out, force, progress)
     if json:
         print_json(receipt)
     else:

@@ -26,15 +26,18 @@ PEAK_MARGIN = 1 << 20  # what importing may still add to a peak that it has alre
 def compress(
     wish: Wish,
     opened: Opened,
+    weights: str,
     out: Path,
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Writes the model in the format ``wish.weights`` to the folder ``out``; gives a receipt, JSON-ready.
+    """Writes the model in the format ``weights`` to the folder ``out``, with the memory and the threads that ``wish``
+    names; gives a receipt, JSON-ready.
 
     Raises BudgetError with the smallest budget that works, FileError where the folder cannot be written, UsageError
     where there is something that ``force`` does not replace.
     """
+    weights = spec_string(parse_one("weights", weights))  # as it is kept: settings at their default are left out
     if opened.checkpoint.compressed is not None:
         raise CheckpointError(
             f"{opened.checkpoint.name} is compressed already, with {opened.checkpoint.compressed.weights}",
@@ -42,8 +45,8 @@ def compress(
         )
     if opened.budget < CHILD_BELOW and "torch" not in sys.modules:
         # Importing torch to find out what is needed would take more than the budget.
-        _check(opened, _needed_by_child(wish))
-    needed = needed_bytes(wish, opened)
+        _check(opened, _needed_by_child(wish, weights))
+    needed = needed_bytes(wish, opened, weights)
     _check(opened, needed)
 
     import torch
@@ -52,7 +55,6 @@ def compress(
     from tightfit.weights import store
 
     torch.set_num_threads(1)  # every thread that fills converts blocks of its own
-    weights = _weights(wish)
     layout = store.layout(opened.checkpoint, opened.spec, weights)
     total, done = sum(group.nbytes for group in layout), 0
 
@@ -77,7 +79,7 @@ def compress(
     }
 
 
-def needed_bytes(wish: Wish, opened: Opened, elsewhere: int = 0) -> int:
+def needed_bytes(wish: Wish, opened: Opened, weights: str, elsewhere: int = 0) -> int:
     """The smallest budget that works: the interpreter with torch, the largest group of parameters, and what converting
     takes. ``elsewhere`` is by how much the process that compresses is larger than this one."""
     from tightfit.budget.code import drop_code_pages
@@ -87,18 +89,12 @@ def needed_bytes(wish: Wish, opened: Opened, elsewhere: int = 0) -> int:
 
     checkpoint, spec = opened.checkpoint, opened.spec
     check(checkpoint, spec)
-    layout = store.layout(checkpoint, spec, _weights(wish))
+    layout = store.layout(checkpoint, spec, weights)
     drop_code_pages()
     seen = resident_set()
     converting = max(group.nbytes for group in layout)
     converting += max(scratch_bytes(checkpoint, group, _threads(wish)) for group in layout)
     return max(seen.current + converting + MARGIN, seen.peak + PEAK_MARGIN) + elsewhere
-
-
-def _weights(wish: Wish) -> str:
-    """The format as it is kept: settings at their default are left out."""
-    assert wish.weights is not None
-    return spec_string(parse_one("weights", wish.weights))
 
 
 def _threads(wish: Wish) -> int:
@@ -115,8 +111,8 @@ def _check(opened: Opened, needed: int) -> None:
         )
 
 
-def _needed_by_child(wish: Wish) -> int:
-    question = json.dumps({"wish": asdict(wish), "resident_bytes": resident_set().current})
+def _needed_by_child(wish: Wish, weights: str) -> int:
+    question = json.dumps({"wish": asdict(wish), "weights": weights, "resident_bytes": resident_set().current})
     command = child.command("from tightfit.engine.compress import main; main()", question)
     done = subprocess.run(command, env=child.environment(), capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -129,4 +125,4 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     wish = Wish(**asked["wish"])
     opened = open_model(wish)
-    print(needed_bytes(wish, opened, asked["resident_bytes"] - resident_set().current))
+    print(needed_bytes(wish, opened, asked["weights"], asked["resident_bytes"] - resident_set().current))

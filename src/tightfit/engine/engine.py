@@ -7,6 +7,7 @@ import torch
 from tightfit.budget.ledger import Workspace
 from tightfit.engine.scheduler import Scheduler
 from tightfit.engine.sequence import Sequence
+from tightfit.kernels import cpu
 from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder
@@ -39,7 +40,7 @@ class Engine:
         if not sequences:
             return []
         sampled = []
-        use_threads(batch, self.threads)
+        use_threads(batch, self.threads, self.cache.gemm_dtype)
         with self.ws.frame():
             hidden = self.decoder.hidden(batch, self.cache, self.ws)
             logits = self.decoder.logits(hidden, self.ws)
@@ -79,7 +80,7 @@ class Engine:
         for start in range(0, len(tokens), self.chunk):
             part = tokens[start : start + self.chunk]
             batch = Batch((Segment(slot, start, part, logits="all", length=len(tokens)),))
-            use_threads(batch, self.threads)
+            use_threads(batch, self.threads, self.cache.gemm_dtype)
             with self.ws.frame():
                 hidden = self.decoder.hidden(batch, self.cache, self.ws)
                 following = torch.tensor(tokens[start + 1 : start + len(part) + 1])
@@ -95,10 +96,11 @@ class Engine:
 SCORED_AT_ONCE = 16
 
 
-def use_threads(batch: Batch, threads: int) -> None:
-    """Torch's threads serve prefill only: a decoding step is many small operations, and waking and awaiting them for
-    each takes longer than the work (the kernels have a pool of their own)."""
-    torch.set_num_threads(threads if batch.split.gemm else 1)
+def use_threads(batch: Batch, threads: int, gemm_dtype: torch.dtype) -> None:
+    """Torch's threads serve prefill by torch's products only: elsewhere its operations are small, and waking and
+    awaiting threads for each takes longer than the work (the kernels have a pool of their own)."""
+    compiled = gemm_dtype == torch.bfloat16 and cpu.has_gemm()
+    torch.set_num_threads(threads if batch.split.gemm and not compiled else 1)
 
 
 def log_probabilities(logits_: torch.Tensor, tokens: torch.Tensor) -> list[float]:

@@ -128,7 +128,7 @@ def rehearse(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     one = Batch((Segment(0, min(length, shape.context - 1), [0], decode=True),))
     # The largest last: libraries keep the code of the latest shapes, and whole chunks come first in a run.
     for batch in (*_buckets(length), largest_step(shape), one):
-        use_threads(batch, plan.threads)
+        use_threads(batch, plan.threads, cache.gemm_dtype)
         with ws.frame():
             logits = decoder.logits(decoder.hidden(batch, cache, ws), ws)
             sampler.sample(logits[0], [0])

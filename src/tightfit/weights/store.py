@@ -74,10 +74,12 @@ def write(
             with open(folder / COMPRESSED, "xb", buffering=0) as file:
                 _write(file.fileno(), header)
                 for group in layout:
-                    data = memory[: group.nbytes].zero_()
+                    data, left = memory[: group.nbytes].zero_(), group.nbytes
                     for nbytes in fill(checkpoint, [(group, data)], threads):
                         progress(nbytes)
+                        left -= nbytes
                     _write(file.fileno(), data.numpy().data)
+                    progress(left)  # of the padding
                 os.fsync(file.fileno())
             _copy_small_files(checkpoint.path, folder)
     except OSError as error:

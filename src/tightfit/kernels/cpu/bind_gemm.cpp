@@ -9,8 +9,8 @@ using namespace tightfit;
 
 void tightfit::bind_gemm(nb::module_& m) {
     m.def("has_gemm", &has_gemm);
-    m.def("gemm_scratch_nbytes", &gemm_scratch_nbytes);
 #ifdef TIGHTFIT_X86
+    m.def("gemm_scratch_nbytes", &gemm_scratch_nbytes);
     m.def("gemm", [](const Joined& matrices, uintptr_t x, size_t tokens, size_t x_stride, uintptr_t out,
                      size_t out_stride, float accumulate, uintptr_t scratch, size_t threads) {
         if (!has_gemm()) throw nb::value_error("the kernels in use have no gemm");

@@ -7,12 +7,16 @@
 #include "pool.h"
 
 namespace tightfit {
+
+bool has_gemm() { return level() == Level::amx; }
+
+#ifdef TIGHTFIT_X86
 namespace {
 
-// What stays in a core's second-level cache (2 MiB where there is AMX): the sums of WIDTH pairs of tile rows and at most
-// TOKENS tokens, half a MiB, and the tiles of these tokens and one block of inputs. Where the tiles of all inputs fit, one
-// pair is enough at a time, and weights are read in the order in which they lie.
-constexpr size_t WIDTH = 8, TOKENS = 512;
+// What stays in a core's second-level cache, 2 MiB where there is AMX: the sums of WIDTH pairs of tile rows and at most
+// MOST_TOKENS tokens, half a MiB, and the tiles of these tokens and one block of inputs. Where the tiles of all inputs
+// fit, one pair is enough at a time, and weights are read in the order in which they lie.
+constexpr size_t WIDTH = 8, MOST_TOKENS = 512;
 constexpr size_t ALL_INPUTS_BYTES = 1 << 20;
 constexpr size_t PACKING_BYTES = 64 << 10;  // of tiles, for one task
 
@@ -25,9 +29,11 @@ struct Scratch {
     size_t packed, width, own;
 
     Scratch(size_t cols, size_t tokens)
-        : packed(round_up(tokens, TILE_ROWS) * round_up(cols, GEMM_STEP) * sizeof(BF16)),
+        : packed(round_up(tokens, GEMM_TOKENS) * round_up(cols, GEMM_STEP) * sizeof(BF16)),
           width(packed > ALL_INPUTS_BYTES ? WIDTH : 1),
-          own(GEMM_PANEL + width * 32 * std::min(round_up(tokens, 32), TOKENS) * sizeof(float)) {}
+          own(GEMM_PANEL + width * 2 * TILE_ROWS * summed(tokens) * sizeof(float)) {}
+
+    static size_t summed(size_t tokens) { return std::min(round_up(tokens, 2 * GEMM_TOKENS), MOST_TOKENS); }
 };
 
 // How the work is shared out: each matrix in runs of `pairs` pairs of tile rows, the tokens in runs of `tokens`.
@@ -38,8 +44,8 @@ struct Division {
         size_t all_pairs = 0;
         for (const Weight& w : matrices.weights) all_pairs += pairs_of(w);
         pairs = divide(all_pairs, round_up(divide(all_pairs, WIDTH), threads));
-        const size_t runs = std::max(divide(all_tokens, TOKENS), threads / all_pairs);
-        tokens = round_up(divide(all_tokens, runs), 32);
+        const size_t runs = std::max(divide(all_tokens, MOST_TOKENS), threads / all_pairs);
+        tokens = round_up(divide(all_tokens, runs), 2 * GEMM_TOKENS);
         token_runs = divide(all_tokens, tokens);
         for (const Weight& w : matrices.weights) tasks += tasks_of(w);
     }
@@ -57,20 +63,17 @@ size_t block_of(const Joined& matrices) {
 
 }  // namespace
 
-bool has_gemm() { return level() == Level::amx; }
-
 size_t gemm_scratch_nbytes(size_t cols, size_t tokens, size_t threads) {
     const Scratch sizes(cols, tokens);
     return sizes.packed + threads * sizes.own;
 }
 
-#ifdef TIGHTFIT_X86
 void gemm(const Joined& matrices, Rows<const float> x, size_t tokens, Rows<float> out, float accumulate,
           uint8_t* scratch, size_t threads) {
     if (matrices.rows == 0 || tokens == 0) return;
     const Scratch sizes(matrices.cols, tokens);
     const PackedTokens packed{scratch, tokens, matrices.cols, block_of(matrices)};
-    const size_t lines = packed.tiles() * TILE_ROWS, packing = divide(sizes.packed, PACKING_BYTES);
+    const size_t lines = packed.tiles() * GEMM_TOKENS, packing = divide(sizes.packed, PACKING_BYTES);
     parallel_for(packing, threads, [&](size_t task) {
         for (size_t token = lines * task / packing; token < lines * (task + 1) / packing; token++)
             amx_pack(x, token, packed);

@@ -10,23 +10,23 @@ bool has_gemm();
 
 // out[t] = the matrices' products with x[t], one after the other; with `accumulate` not zero, accumulate times that is
 // added to out[t]. Inputs and weights are rounded to bfloat16, and products are added up in float32 in the order of the
-// inputs: a token's bits depend neither on the other tokens nor on `threads`. `scratch` is gemm_scratch_nbytes(...) bytes
-// that begin with a cache line.
+// inputs: a token's bits depend neither on the other tokens nor on `threads`. `scratch` is gemm_scratch_nbytes(...)
+// bytes that begin with a cache line.
 void gemm(const Joined& matrices, Rows<const float> x, size_t tokens, Rows<float> out, float accumulate,
           uint8_t* scratch, size_t threads);
 size_t gemm_scratch_nbytes(size_t cols, size_t tokens, size_t threads);
 
 // ---- between how it is divided (gemm.cpp) and what computes (gemm_amx.cpp) ----
 
-constexpr size_t GEMM_STEP = 32;    // inputs of a tile: 16 tokens, or 16 rows, in bfloat16
-constexpr size_t GEMM_TILE = 1024;  // bytes
+// A tile: 16 tokens, or 16 rows, by 32 inputs in bfloat16.
+constexpr size_t GEMM_TOKENS = 16, GEMM_STEP = 32, GEMM_TILE = 1024;
 
 // Tokens as tiles: those of all tokens and the first `block` inputs, then of the next; within a block token by token.
 struct PackedTokens {
     uint8_t* data;
     size_t tokens, cols, block;
 
-    size_t tiles() const { return (tokens + 15) / 16; }
+    size_t tiles() const { return (tokens + GEMM_TOKENS - 1) / GEMM_TOKENS; }
     size_t steps() const { return (cols + GEMM_STEP - 1) / GEMM_STEP; }
     size_t blocks() const { return (cols + block - 1) / block; }
     size_t first_step(size_t b) const { return b * (block / GEMM_STEP); }
@@ -48,7 +48,7 @@ struct GemmTask {
     float* sums;     // 32 rows by the tokens, rounded up to 32, for each of `width` pairs of tile rows
     size_t width;    // pairs whose sums are kept
 
-    size_t token_pairs() const { return (end - begin + 31) / 32; }  // of tiles
+    size_t token_pairs() const { return (end - begin + 2 * GEMM_TOKENS - 1) / (2 * GEMM_TOKENS); }
 };
 
 // At most so many inputs to a block: 32 tokens and 32 rows by it, 18 KiB each, stay in the first-level cache together.

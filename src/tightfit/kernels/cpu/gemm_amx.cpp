@@ -1,8 +1,8 @@
-// Products of tiles of 16 tokens with tiles of 16 rows, 32 by 32 at a time, so that each tile that is loaded is used twice.
+// Products of tiles of 16 tokens with tiles of 16 rows, two by two, so that each tile that is loaded is used twice.
 //
 // A task goes through the inputs block by block. Of a block it decodes 32 rows at a time to a panel, which stays in the
-// first-level cache while all tokens are multiplied with it; their tiles of the block stay in the second-level cache for
-// the next rows, and so do the sums.
+// first-level cache while all tokens are multiplied with it; their tiles of the block stay in the second-level cache
+// for the next rows, and so do the sums.
 #include <algorithm>
 #include <type_traits>
 
@@ -12,8 +12,6 @@
 
 namespace tightfit {
 namespace {
-
-constexpr size_t TILE_SIDE = 16;  // tokens or rows
 
 // ---- panels: lines of two inputs of 16 rows in bfloat16, the order in which AMX takes its second factor ----
 
@@ -121,7 +119,8 @@ struct IsTable<Code, std::void_t<decltype(Code::ZERO)>> : std::false_type {};
 template <class Code, bool ASYMMETRIC, bool TABLE = IsTable<Code>::value>
 struct Decoded {
     Decoded(const Code& code, const uint8_t* scales)
-        : scale(scales, code.unit()), zero(scale * -(BASE + Code::ZERO)), offset(scales + TILE_ROWS * 2 * ASYMMETRIC, 1) {}
+        : scale(scales, code.unit()), zero(scale * -(BASE + Code::ZERO)),
+          offset(scales + TILE_ROWS * 2 * ASYMMETRIC, 1) {}
 
     void lines(__m512i step, uint8_t* out) const {
         line<0>(step, out);
@@ -156,9 +155,9 @@ struct Decoded<Code, ASYMMETRIC, true> {
         }
         for (size_t i = 0; i < 2; i++) {
             const __m512i both = round_both(inputs[2 * i], inputs[2 * i + 1]);
-            const __m512i twice = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            const __m512i alternate = _mm512_or_si512(twice, _mm512_slli_epi32(_mm512_add_epi32(twice, _mm512_set1_epi32(16)), 16));
-            _mm512_store_si512(out + i * LINE, _mm512_permutexvar_epi16(alternate, both));
+            const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            const __m512i high = _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16);
+            _mm512_store_si512(out + i * LINE, _mm512_permutexvar_epi16(_mm512_or_si512(low, high), both));
         }
     }
 
@@ -169,7 +168,8 @@ private:
     __m512 scale, offset;
 };
 
-// The inputs [start, stop) of a tile row of a tiled matrix.
+// The inputs [start, stop) of a tile row of a tiled matrix. In a block that is not a whole one the last unit of ternary
+// codes may end after `stop`, for which a panel has room.
 template <class Code, bool ASYMMETRIC>
 void tile_panel(const Weight& w, size_t tile_row, size_t start, size_t stop, uint8_t* lines) {
     const Code code(w);
@@ -214,8 +214,8 @@ class Ahead {
 public:
     // `runs` runs of `bytes`, `stride` apart, in `times` requests.
     Ahead(const uint8_t* data, size_t bytes, size_t stride, size_t runs, size_t times)
-        : data_(reinterpret_cast<const char*>(data)), lines_((bytes + 2 * LINE - 1) / LINE), stride_(stride), runs_(runs),
-          each_((lines_ * runs + times - 1) / times) {}
+        : data_(reinterpret_cast<const char*>(data)), lines_((bytes + 2 * LINE - 1) / LINE), stride_(stride),
+          runs_(runs), each_((lines_ * runs + times - 1) / times) {}
 
     void ask() {
         for (size_t i = 0; i < each_ && runs_ > 0; i++) {
@@ -244,11 +244,11 @@ Ahead stored(const Weight& w, size_t tile_row, size_t count, size_t start, size_
 // ---- products ----
 
 // Sums of M by N tiles lie at places of their own of a block of 2 by 2.
-constexpr size_t SUMS = TILE_SIDE * TILE_SIDE;
+constexpr size_t SUMS = GEMM_TOKENS * TILE_ROWS;
 
-// sums = or, unless `first`, += the products of M token tiles at `a` and N row tiles at `b`, of `steps` steps each. With
-// each step it asks for AHEAD bytes of `later`.
-constexpr size_t AHEAD = 4 * LINE;
+// sums = or, unless `first`, += the products of M token tiles at `a` and N row tiles at `b`, of `steps` steps each.
+// With each step it asks for SHARE bytes of `later`.
+constexpr size_t SHARE = 4 * LINE;
 
 template <int M, int N>
 void multiply_tiles(const uint8_t* a, const uint8_t* b, size_t steps, float* sums, bool first, const uint8_t* later,
@@ -265,8 +265,8 @@ void multiply_tiles(const uint8_t* a, const uint8_t* b, size_t steps, float* sum
         if (M > 1 && N > 1) _tile_loadd(3, sums + 3 * SUMS, LINE);
     }
     const size_t next = steps * GEMM_TILE;
-    for (size_t step = 0; step < steps; step++, a += GEMM_TILE, b += GEMM_TILE, later += AHEAD) {
-        for (size_t i = 0; i < AHEAD; i += LINE) _mm_prefetch(reinterpret_cast<const char*>(later + i), _MM_HINT_T1);
+    for (size_t step = 0; step < steps; step++, a += GEMM_TILE, b += GEMM_TILE, later += SHARE) {
+        for (size_t i = 0; i < SHARE; i += LINE) _mm_prefetch(reinterpret_cast<const char*>(later + i), _MM_HINT_T1);
         weights.ask();
         _tile_loadd(6, b, LINE);
         _tile_loadd(4, a, LINE);
@@ -319,20 +319,20 @@ void multiply(const GemmTask& t, const Place& p, const Place& next, Panel panel)
     const size_t next_stop = next_start + t.x.steps_of(next.block) * GEMM_STEP;
     const size_t times = t.token_pairs() * steps;
     Ahead weights = stored(t.w, next.tile_row, next.tile_row < t.last ? next.count() : 0, next_start, next_stop, times);
-    const uint8_t* tokens = t.x.tile((p.block + 1) % t.x.blocks(), t.begin / TILE_SIDE) + p.pair() * t.token_pairs() * steps * AHEAD;
+    // Of the next block's tokens, as much with each pair as all pairs together need; past the end it does no harm.
+    const size_t begin = t.begin / GEMM_TOKENS, end = (t.end + GEMM_TOKENS - 1) / GEMM_TOKENS;
+    const uint8_t* tokens = t.x.tile((p.block + 1) % t.x.blocks(), begin) + p.pair() * times * SHARE;
 
     for (size_t i = 0; i < p.count(); i++)
         panel(t.w, p.tile_row + i, start, start + steps * GEMM_STEP, t.panel + i * steps * GEMM_TILE);
-    const size_t end = (t.end + TILE_SIDE - 1) / TILE_SIDE;
     float* sums = sums_of(t, p.pair());
-    for (size_t tile = t.begin / TILE_SIDE; tile < end; tile += 2, sums += 4 * SUMS, tokens += steps * AHEAD) {
+    for (size_t tile = begin; tile < end; tile += 2, sums += 4 * SUMS, tokens += steps * SHARE) {
         const auto kernel = MULTIPLY[std::min<size_t>(end - tile, 2) - 1][p.count() - 1];
         kernel(t.x.tile(p.block, tile), t.panel, steps, sums, p.block == 0, tokens, weights);
     }
 }
 
-// The sums of the tile rows [first, last) to where the task wants them, a whole row at a time: where each token's results
-// lie a multiple of 4 KiB apart, all that is read meanwhile would be held up by the stores.
+// The sums of the tile rows [first, last) to where the task wants them.
 void give(const GemmTask& t, size_t first, size_t last) {
     const auto rows_of = [&](size_t tile_row) {  // which of its 16 rows the matrix has
         const size_t row = tile_row * TILE_ROWS, offset = t.w.row_offset;
@@ -342,7 +342,7 @@ void give(const GemmTask& t, size_t first, size_t last) {
     const __m512 accumulate = _mm512_set1_ps(t.accumulate);
     for (size_t token = t.begin; token < t.end; token++) {
         const size_t i = token - t.begin;
-        const float* sums = sums_of(t, 0) + (i / 32 * 4 + i % 32 / TILE_SIDE * 2) * SUMS + i % TILE_SIDE * TILE_SIDE;
+        const float* sums = sums_of(t, 0) + i / GEMM_TOKENS * 2 * SUMS + i % GEMM_TOKENS * TILE_ROWS;
         float* out = t.out[token] + first * TILE_ROWS - t.w.row_offset;
         const auto give_tile = [&](size_t tile_row, size_t half) {
             const bool edge = tile_row == 0 || tile_row + 1 == t.last;
@@ -369,7 +369,7 @@ struct TileConfig {
 
 void amx_pack(Rows<const float> x, size_t token, const PackedTokens& packed) {
     for (size_t b = 0; b < packed.blocks(); b++) {
-        uint8_t* line = packed.tile(b, token / TILE_SIDE) + token % TILE_SIDE * LINE;
+        uint8_t* line = packed.tile(b, token / GEMM_TOKENS) + token % GEMM_TOKENS * LINE;
         for (size_t step = 0; step < packed.steps_of(b); step++, line += GEMM_TILE) {
             const size_t col = (packed.first_step(b) + step) * GEMM_STEP;
             const bool real = token < packed.tokens;

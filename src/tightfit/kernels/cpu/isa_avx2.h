@@ -22,13 +22,13 @@ struct Avx2 {
 
     static Vector zero() { return _mm256_setzero_ps(); }
     static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+    static Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
     static Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
     static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
     static float fma(float a, float b, float c) {
         return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
     }
     static Vector broadcast(float value) { return _mm256_set1_ps(value); }
-    static Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
     static Vector div(Vector a, Vector b) { return _mm256_div_ps(a, b); }
     static Vector min(Vector a, Vector b) { return _mm256_min_ps(a, b); }
     static Vector max(Vector a, Vector b) { return _mm256_max_ps(a, b); }
@@ -198,6 +198,13 @@ struct Avx2 {
 
     static Sums zero_sums() { return _mm256_setzero_si256(); }
     static Sums broadcast_sum(int32_t value) { return _mm256_set1_epi32(value); }
+    template <int FACTOR>
+    static Sums times(int32_t value) {
+        if constexpr (FACTOR == 0) return zero_sums();
+        const Sums values = broadcast_sum(value);
+        if constexpr (FACTOR > 0 && (FACTOR & (FACTOR - 1)) == 0) return _mm256_slli_epi32(values, __builtin_ctz(FACTOR));
+        return _mm256_mullo_epi32(values, broadcast_sum(FACTOR));
+    }
     template <int SHIFT>
     static Sums shift_add(Sums high, Sums low) { return _mm256_add_epi32(_mm256_slli_epi32(high, SHIFT), low); }
     static Vector to_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
@@ -225,24 +232,26 @@ struct Avx2 {
         _mm_storel_epi64(reinterpret_cast<__m128i*>(address), _mm_packs_epi16(halves, halves));
     }
 
-    // sums + the products of the codes with four bytes of x for each step. Sums of two products are of 16 bits; the codes
+    // sums[t] += the products of the steps' codes with four bytes of x[t] each. Sums of two products are of 16 bits; codes
     // are at most LARGEST, so that none of them saturates, and as many are added as fit. Signed codes give their sign
     // to x.
-    template <bool SIGNED, int LARGEST, size_t STEPS>
-    static Sums dot(Sums sums, const Bytes (&steps)[STEPS], const int8_t* x) {
+    template <bool SIGNED, int LARGEST, size_t STEPS, size_t TOKENS, size_t INPUTS>
+    static void dot(const Bytes (&steps)[STEPS], const int8_t (&x)[TOKENS][INPUTS], Sums (&sums)[TOKENS]) {
         constexpr size_t ROOM = 32767 / (127 * 2 * LARGEST);
         static_assert(ROOM > 0);
-        for (size_t i = 0; i < STEPS;) {
-            __m256i pairs = _mm256_setzero_si256();
-            for (const size_t end = i + ROOM < STEPS ? i + ROOM : STEPS; i < end; i++) {
-                const __m256i inputs = _mm256_set1_epi32(load_int(x + 4 * i));
-                const __m256i products = SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(steps[i]), _mm256_sign_epi8(inputs, steps[i]))
-                                                : _mm256_maddubs_epi16(steps[i], inputs);
-                pairs = _mm256_add_epi16(pairs, products);
+        for (size_t first = 0; first < STEPS; first += ROOM)
+            for (size_t t = 0; t < TOKENS; t++) {
+                __m256i pairs = _mm256_setzero_si256();
+                for (size_t i = first; i < STEPS && i < first + ROOM; i++) {
+                    __m256i inputs = _mm256_set1_epi32(load_int(x[t] + 4 * i)), codes = steps[i];
+                    if constexpr (SIGNED) {
+                        inputs = _mm256_sign_epi8(inputs, codes);
+                        codes = _mm256_abs_epi8(codes);
+                    }
+                    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, inputs));
+                }
+                sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
             }
-            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-        }
-        return sums;
     }
 
 protected:

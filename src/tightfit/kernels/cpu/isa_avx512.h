@@ -22,13 +22,13 @@ struct Avx512 {
 
     static Vector zero() { return _mm512_setzero_ps(); }
     static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+    static Vector sub(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
     static Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
     static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
     static float fma(float a, float b, float c) {
         return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
     }
     static Vector broadcast(float value) { return _mm512_set1_ps(value); }
-    static Vector sub(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
     static Vector div(Vector a, Vector b) { return _mm512_div_ps(a, b); }
     static Vector min(Vector a, Vector b) { return _mm512_min_ps(a, b); }
     static Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
@@ -202,6 +202,13 @@ struct Avx512 {
 
     static Sums zero_sums() { return _mm512_setzero_si512(); }
     static Sums broadcast_sum(int32_t value) { return _mm512_set1_epi32(value); }
+    template <int FACTOR>
+    static Sums times(int32_t value) {
+        if constexpr (FACTOR == 0) return zero_sums();
+        const Sums values = broadcast_sum(value);
+        if constexpr (FACTOR > 0 && (FACTOR & (FACTOR - 1)) == 0) return _mm512_slli_epi32(values, __builtin_ctz(FACTOR));
+        return _mm512_mullo_epi32(values, broadcast_sum(FACTOR));
+    }
     template <int SHIFT>
     static Sums shift_add(Sums high, Sums low) { return _mm512_add_epi32(_mm512_slli_epi32(high, SHIFT), low); }
     static Vector to_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
@@ -221,23 +228,24 @@ struct Avx512 {
     }
 
     // As in isa_avx2.h.
-    template <bool SIGNED, int LARGEST, size_t STEPS>
-    static Sums dot(Sums sums, const Bytes (&steps)[STEPS], const int8_t* x) {
+    template <bool SIGNED, int LARGEST, size_t STEPS, size_t TOKENS, size_t INPUTS>
+    static void dot(const Bytes (&steps)[STEPS], const int8_t (&x)[TOKENS][INPUTS], Sums (&sums)[TOKENS]) {
         constexpr size_t ROOM = 32767 / (127 * 2 * LARGEST);
         static_assert(ROOM > 0);
-        for (size_t i = 0; i < STEPS;) {
-            __m512i pairs = _mm512_setzero_si512();
-            for (const size_t end = i + ROOM < STEPS ? i + ROOM : STEPS; i < end; i++) {
-                __m512i inputs = _mm512_set1_epi32(load_int(x + 4 * i)), codes = steps[i];
-                if constexpr (SIGNED) {
-                    inputs = _mm512_mask_sub_epi8(inputs, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), inputs);
-                    codes = _mm512_abs_epi8(codes);
+        for (size_t first = 0; first < STEPS; first += ROOM)
+            for (size_t t = 0; t < TOKENS; t++) {
+                __m512i pairs = _mm512_setzero_si512();
+                for (size_t i = first; i < STEPS && i < first + ROOM; i++) {
+                    __m512i inputs = _mm512_set1_epi32(load_int(x[t] + 4 * i)), codes = steps[i];
+                    if constexpr (SIGNED) {
+                        const __mmask64 negative = _mm512_movepi8_mask(codes);
+                        inputs = _mm512_mask_sub_epi8(inputs, negative, _mm512_setzero_si512(), inputs);
+                        codes = _mm512_abs_epi8(codes);
+                    }
+                    pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(codes, inputs));
                 }
-                pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(codes, inputs));
+                sums[t] = _mm512_add_epi32(sums[t], _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
             }
-            sums = _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-        }
-        return sums;
     }
 
 protected:

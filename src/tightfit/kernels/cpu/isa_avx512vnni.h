@@ -9,12 +9,21 @@ namespace {
 struct Avx512Vnni : Avx512 {
     static constexpr bool SIGNED_DOT = false;  // one factor is unsigned
 
-    template <bool SIGNED, int LARGEST, size_t STEPS>
-    static Sums dot(Sums sums, const Bytes (&steps)[STEPS], const int8_t* x) {
+    template <bool SIGNED, int LARGEST, size_t STEPS, size_t TOKENS, size_t INPUTS>
+    static void dot(const Bytes (&steps)[STEPS], const int8_t (&x)[TOKENS][INPUTS], Sums (&sums)[TOKENS]) {
         static_assert(!SIGNED);
         for (size_t i = 0; i < STEPS; i++)
-            sums = _mm512_dpbusd_epi32(sums, steps[i], _mm512_set1_epi32(load_int(x + 4 * i)));
-        return sums;
+            for (size_t t = 0; t < TOKENS; t++)
+                add_products(sums[t], steps[i], x[t] + 4 * i);
+    }
+
+private:
+    typedef int32_t Four __attribute__((may_alias, aligned(1)));
+
+    // The instruction broadcasts its memory operand. GCC takes another register for that, and registers are what limits
+    // how many loads of weights are under way.
+    static void add_products(Sums& sums, Bytes codes, const int8_t* x) {
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*reinterpret_cast<const Four*>(x)));
     }
 };
 

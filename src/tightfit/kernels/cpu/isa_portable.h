@@ -23,11 +23,11 @@ struct Portable {
 
     static Vector zero() { return Vector{}; }
     static Vector add(Vector a, Vector b) { return a + b; }
+    static Vector sub(Vector a, Vector b) { return a - b; }
     static Vector mul(Vector a, Vector b) { return a * b; }
     static Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
     static float fma(float a, float b, float c) { return a * b + c; }
     static Vector broadcast(float value) { return Vector{value, value, value, value}; }
-    static Vector sub(Vector a, Vector b) { return a - b; }
     static Vector div(Vector a, Vector b) { return a / b; }
     static Vector min(Vector a, Vector b) { return a < b ? a : b; }
     static Vector max(Vector a, Vector b) { return a > b ? a : b; }
@@ -158,6 +158,8 @@ struct Portable {
 
     static Sums zero_sums() { return Sums{}; }
     static Sums broadcast_sum(int32_t value) { return Sums{value, value, value, value}; }
+    template <int FACTOR>
+    static Sums times(int32_t value) { return broadcast_sum(FACTOR * value); }
     template <int SHIFT>
     static Sums shift_add(Sums high, Sums low) { return (high << SHIFT) + low; }
     static Vector to_floats(Sums sums) { return __builtin_convertvector(sums, Vector); }
@@ -183,25 +185,23 @@ struct Portable {
 
     // Products of bytes fit in 16 bits, and so do sums of 32767 / (127 * 2 * LARGEST) steps: the two inputs at even
     // places, then the two at odd places, of each row.
-    template <bool SIGNED, int LARGEST, size_t STEPS>
-    static Sums dot(Sums sums, const Bytes (&steps)[STEPS], const int8_t* x) {
+    template <bool SIGNED, int LARGEST, size_t STEPS, size_t TOKENS, size_t INPUTS>
+    static void dot(const Bytes (&steps)[STEPS], const int8_t (&x)[TOKENS][INPUTS], Sums (&sums)[TOKENS]) {
         constexpr size_t ROOM = 32767 / (127 * 2 * LARGEST);
         static_assert(ROOM > 0);
-        for (size_t i = 0; i < STEPS;) {
-            Shorts pairs{};
-            for (const size_t end = i + ROOM < STEPS ? i + ROOM : STEPS; i < end; i++) {
-                int32_t four;
-                std::memcpy(&four, x + 4 * i, sizeof four);
-                const Shorts inputs = as<Shorts>(Sums{four, four, four, four}), codes = as<Shorts>(steps[i]);
-                const Shorts even = SIGNED ? low_half(codes) : codes & 255;
-                const Shorts odd = SIGNED ? codes >> 8 : as<Shorts>(as<UnsignedShorts>(codes) >> 8);
-                pairs += even * low_half(inputs) + odd * (inputs >> 8);
+        for (size_t first = 0; first < STEPS; first += ROOM)
+            for (size_t t = 0; t < TOKENS; t++) {
+                Shorts pairs{};
+                for (size_t i = first; i < STEPS && i < first + ROOM; i++) {
+                    const int32_t four = load_as<int32_t>(x[t] + 4 * i);
+                    const Shorts inputs = as<Shorts>(Sums{four, four, four, four}), codes = as<Shorts>(steps[i]);
+                    const Shorts even = SIGNED ? low_half(codes) : codes & 255;
+                    const Shorts odd = SIGNED ? codes >> 8 : as<Shorts>(as<UnsignedShorts>(codes) >> 8);
+                    pairs += even * low_half(inputs) + odd * (inputs >> 8);
+                }
+                const Sums both = as<Sums>(pairs);
+                sums[t] += (as<Sums>(as<Unsigned>(both) << 16) >> 16) + (both >> 16);
             }
-            const Sums both = as<Sums>(pairs);
-            sums += as<Sums>(as<Unsigned>(both) << 16) >> 16;
-            sums += both >> 16;
-        }
-        return sums;
     }
 
 private:

@@ -18,9 +18,9 @@ struct Quantized {
 
     static size_t block_of(const Weight& w) { return w.kind == Kind::ternary ? 48 : w.group % 32 == 0 ? 32 : 16; }
     size_t unit() const { return block == 48 ? 24 : 16; }
-    size_t block_bytes() const { return block + sizeof(float) + sizeof(int32_t); }
-    size_t nbytes() const { return tokens * blocks * block_bytes(); }
-    uint8_t* chunk(size_t first_token) const { return data + first_token * blocks * block_bytes(); }
+    static constexpr size_t block_bytes(size_t block) { return block + sizeof(float) + sizeof(int32_t); }
+    size_t nbytes() const { return tokens * blocks * block_bytes(block); }
+    uint8_t* chunk(size_t first_token) const { return data + first_token * blocks * block_bytes(block); }
 };
 
 // Calls work(first, count) for chunks of tokens, `count` a std::integral_constant: as many of MOST as there are, then

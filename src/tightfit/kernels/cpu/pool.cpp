@@ -45,15 +45,35 @@ public:
         }
         take_tasks();
         state_.fetch_and(~OPEN);
-        for (int spins = 0; state_.load() & WORKERS; spins++) {
-            pause();
-            if (spins > PAUSES) std::this_thread::yield();
-        }
+        wait_for_workers();
     }
 
 private:
     void take_tasks() {
         for (size_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) work_(context_, task);
+    }
+
+    // On a busy machine a worker may have been put aside in the middle of a task: spinning until it is back would take
+    // the very time that it needs.
+    void wait_for_workers() {
+        const auto done = [&] { return !(state_.load() & WORKERS); };
+        if (spin_until(done)) return;
+        std::unique_lock<std::mutex> lock(done_);
+        waiting_.store(true);
+        finished_.wait(lock, done);
+        waiting_.store(false);
+    }
+
+    template <class Condition>
+    static bool spin_until(Condition condition) {
+        const auto end = std::chrono::steady_clock::now() + SPIN;
+        do {
+            for (int i = 0; i < PAUSES; i++) {
+                if (condition()) return true;
+                pause();
+            }
+        } while (std::chrono::steady_clock::now() < end);
+        return false;
     }
 
     // Whether there is at least one worker. Fewer than asked for are enough: the tasks are shared by those there are.
@@ -76,6 +96,10 @@ private:
             if (state & OPEN) {
                 if (index < helpers_) take_tasks();
                 state_.fetch_sub(WORKER);
+                if (waiting_.load()) {
+                    { std::lock_guard<std::mutex> lock(done_); }
+                    finished_.notify_one();
+                }
             }
             seen = state / JOB;
         }
@@ -84,25 +108,20 @@ private:
     // The state once an open job other than number `seen` is there.
     uint64_t wait_for_job(uint64_t seen) {
         const auto is_new = [&](uint64_t state) { return state & OPEN && state / JOB != seen; };
-        const auto end = std::chrono::steady_clock::now() + SPIN;
-        do {
-            for (int i = 0; i < PAUSES; i++) {
-                const uint64_t state = state_.load();
-                if (is_new(state)) return state;
-                pause();
-            }
-        } while (std::chrono::steady_clock::now() < end);
-
+        uint64_t state = 0;
+        const auto look = [&] { return is_new(state = state_.load()); };
+        if (spin_until(look)) return state;
         std::unique_lock<std::mutex> lock(sleep_);
         sleeping_++;
-        wake_.wait(lock, [&] { return is_new(state_.load()); });
+        wake_.wait(lock, look);
         sleeping_--;
-        return state_.load();
+        return state;
     }
 
     std::mutex busy_;  // held by the thread whose job is running
-    std::mutex sleep_;
-    std::condition_variable wake_;
+    std::mutex sleep_, done_;
+    std::condition_variable wake_, finished_;
+    std::atomic<bool> waiting_{false};  // the caller, asleep until no worker is in its job
     std::atomic<int> sleeping_{0};
     std::atomic<uint64_t> state_{0};
     std::atomic<size_t> next_{0};

@@ -38,7 +38,7 @@ inline BlockEnd quantize_block(const float* x, size_t inputs, int8_t* codes) {
         Isa::store_codes(codes + i, rounded);
         sums = Isa::add_sums(sums, rounded);
     }
-    return {amax / 127, Isa::total(sums)};
+    return {amax / 127, -Isa::total(sums)};
 }
 
 // The blocks [first, last) of every token.
@@ -48,7 +48,7 @@ void quantize(Rows<const float> x, size_t cols, const Quantized& out, size_t fir
     for_chunks<Isa::TOKENS>(out.tokens, [&](size_t chunk, auto tokens) {
         for (size_t b = first; b < last; b++) {
             const size_t start = b * out.block;
-            uint8_t* codes = out.chunk(chunk) + b * tokens * out.block_bytes();
+            uint8_t* codes = out.chunk(chunk) + b * tokens * Quantized::block_bytes(out.block);
             uint8_t* ends = codes + tokens * out.block;
             for (size_t t = 0; t < tokens; t++) {
                 float padded[Quantized::LARGEST_BLOCK] = {};

@@ -12,8 +12,9 @@ namespace {
 // Weights are read once, so their speed is the memory's: a core's own prefetcher alone reaches half of it.
 constexpr size_t AHEAD = 2048;  // bytes
 
+// GCC removes calls of a function that only prefetches, so it must not be one.
 template <size_t BYTES = LINE>
-inline void prefetch(const void* address) {
+__attribute__((always_inline)) inline void prefetch(const void* address) {
     for (size_t i = 0; i < BYTES; i += LINE) __builtin_prefetch(static_cast<const char*>(address) + i + AHEAD);
 }
 

@@ -26,8 +26,7 @@ class Split:
 
     Rows [0, ``vector``) go through the vector kernel: the bits of one row never depend on the others, so decoding and
     the verification of drafts agree at any number of rows. Each ``(start, stop)`` of ``gemm`` is one matrix product,
-    padded to a bucket that depends on ``stop - start`` only, so a prefill chunk's bits do not depend on what else is in
-    the batch.
+    whose bits depend on these rows only, so a prefill chunk's bits do not depend on what else is in the batch.
     """
 
     vector: int

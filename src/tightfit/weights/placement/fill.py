@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from tightfit.budget import malloc
 from tightfit.checkpoints.checkpoint import Checkpoint, TensorInfo
 from tightfit.checkpoints.positioned import REQUEST
 from tightfit.errors import CheckpointError
@@ -23,6 +24,7 @@ from tightfit.weights.formats.dense import Dense
 from tightfit.weights.placement.places import Group, Place
 from tightfit.weights.placement.read import (
     FORMAT_OF,
+    block_nbytes,
     block_rows,
     block_scratch,
     blocks,
@@ -32,7 +34,7 @@ from tightfit.weights.placement.read import (
 )
 
 PIECE = 8 << 20  # bytes of a compressed folder that a thread reads before it takes the next
-FIXED = 4 << 20  # bytes: stacks of threads, and what the allocator does not give back at once
+FIXED, OF_A_THREAD = 4 << 20, 1 << 20  # bytes: stacks, and what the allocator does not give back at once
 MOST_THREADS = 8  # convert faster than any disk reads
 
 Unit = TypeVar("Unit")
@@ -52,8 +54,11 @@ class Rows:
 def fill(checkpoint: Checkpoint, parts: Iterable[tuple[Group, torch.Tensor]], threads: int) -> Iterator[int]:
     """Reads each group into its memory; gives, block after block, how many bytes were placed."""
     if checkpoint.compressed is not None:
-        return in_parallel(_pieces(checkpoint, parts), lambda piece: _read(checkpoint, *piece), workers(threads))
-    return in_parallel(_rows(checkpoint, parts), lambda rows: _place(checkpoint, rows), workers(threads))
+        yield from in_parallel(_pieces(checkpoint, parts), lambda piece: _read(checkpoint, *piece), workers(threads))
+        return
+    memory = BlockMemory()
+    with malloc.large_blocks_apart():
+        yield from in_parallel(_rows(checkpoint, parts), lambda rows: _place(checkpoint, rows, memory), workers(threads))
 
 
 def workers(threads: int) -> int:
@@ -66,7 +71,7 @@ def scratch_bytes(checkpoint: Checkpoint, group: Group, threads: int) -> int:
     if checkpoint.compressed is not None:
         return FIXED
     each = max((_scratch(checkpoint, place) for place in group.places), default=0)
-    return FIXED + workers(threads) * (REQUEST + each)
+    return FIXED + workers(threads) * (OF_A_THREAD + REQUEST + each)
 
 
 def _scratch(checkpoint: Checkpoint, place: Place) -> int:
@@ -76,7 +81,8 @@ def _scratch(checkpoint: Checkpoint, place: Place) -> int:
     if fmt is None or isinstance(fmt, Dense):
         return block
     numbers = block_rows(checkpoint, param) * param.shape[1]
-    return block + encode_scratch(param.shape[1]) + (16 * numbers if _has_header(fmt) else 0)
+    looking = 8 * numbers if _has_header(fmt) else 0  # two copies in float32
+    return block + encode_scratch(param.shape[1]) + looking
 
 
 def _has_header(fmt: Format) -> bool:
@@ -109,14 +115,26 @@ def _read(checkpoint: Checkpoint, info: TensorInfo, start: int, memory: torch.Te
     return len(memory)
 
 
-def _place(checkpoint: Checkpoint, rows: Rows) -> int:
+class BlockMemory(threading.local):
+    """Memory for the block that the calling thread reads."""
+
+    memory: torch.Tensor | None = None
+
+    def of(self, nbytes: int) -> torch.Tensor:
+        """At least ``nbytes`` bytes."""
+        if self.memory is None or len(self.memory) < nbytes:
+            self.memory = torch.empty(nbytes, dtype=torch.uint8)
+        return self.memory
+
+
+def _place(checkpoint: Checkpoint, rows: Rows, memory: BlockMemory) -> int:
     place, param, fmt = rows.place, rows.place.param, rows.place.format
     info = tensor_of(checkpoint, param, rows.expert)
     if fmt is not None and is_plain(param, info) and fmt.name == FORMAT_OF[info.dtype]:
         begin, end = (fmt.nbytes(row, param.shape[1]) for row in (rows.start, rows.stop))
         read_plain(checkpoint, param, rows.expert, rows.start, rows.data[begin:end])
     else:
-        source = Source(checkpoint, rows)
+        source = Source(checkpoint, rows, memory.of(block_nbytes(checkpoint, param, rows.expert)))
         try:
             if fmt is not None and _has_header(fmt):
                 fmt.begin(rows.data, (param.shape[0], param.shape[1]), source.blocks)
@@ -137,11 +155,13 @@ class Source:
 
     checkpoint: Checkpoint
     rows: Rows
+    memory: torch.Tensor
     at: tuple[int, int] | None = None
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         rows = self.rows
-        for row, block in blocks(self.checkpoint, rows.place.param, rows.expert, rows.start, rows.stop):
+        param, memory = rows.place.param, self.memory
+        for row, block in blocks(self.checkpoint, param, rows.expert, rows.start, rows.stop, memory):
             self.at = row, row + len(block)
             yield row, block
             self.at = None

@@ -120,6 +120,11 @@ def read_plain(checkpoint: Checkpoint, param: Param, expert: int, start: int, ou
     checkpoint.read_into(info, begin, _bytes(out))
 
 
+def block_nbytes(checkpoint: Checkpoint, param: Param, expert: int = 0) -> int:
+    """Bytes of a whole block."""
+    return block_rows(checkpoint, param, expert) * _row_bytes(checkpoint, param, expert)
+
+
 def block_rows(checkpoint: Checkpoint, param: Param, expert: int = 0) -> int:
     """How many rows of a parameter make a block: a multiple of 16, or all of them."""
     return min(param.shape[0], max(TILE, BLOCK_BYTES // _row_bytes(checkpoint, param, expert) // TILE * TILE))
@@ -128,7 +133,7 @@ def block_rows(checkpoint: Checkpoint, param: Param, expert: int = 0) -> int:
 def block_scratch(checkpoint: Checkpoint, param: Param) -> int:
     """Bytes that reading a block takes for a moment, the block included."""
     info, source = tensor_of(checkpoint, param), param.source
-    block = block_rows(checkpoint, param) * _row_bytes(checkpoint, param)
+    block = block_nbytes(checkpoint, param)
     if source.transposed:
         return block + max(SLAB_BYTES, info.shape[-1] * DTYPES[info.dtype].itemsize)
     if info.dtype not in DTYPES:
@@ -141,12 +146,33 @@ def _row_bytes(checkpoint: Checkpoint, param: Param, expert: int = 0) -> int:
     return math.prod(param.shape[1:]) * (DTYPES[info.dtype].itemsize if info.dtype in DTYPES else 4)
 
 
-def read_rows(checkpoint: Checkpoint, param: Param, expert: int, start: int, stop: int) -> torch.Tensor:
-    """The rows [start, stop) of a matrix, (n, cols), or of a vector, (n, 1), in the tensor's own type or, if that is a
-    code, in float32."""
+def blocks(
+    checkpoint: Checkpoint,
+    param: Param,
+    expert: int,
+    start: int = 0,
+    stop: int | None = None,
+    memory: torch.Tensor | None = None,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, block) over the rows [start, stop) of a matrix or vector. A block is (n, cols), for vectors (n, 1),
+    in the tensor's own type or, if that is a code, in float32. It is valid until the next one is asked for.
+
+    ``memory`` is where they lie one after the other: uint8, at least :func:`block_nbytes` long.
+    """
+    at_once, end = block_rows(checkpoint, param, expert), param.shape[0] if stop is None else stop
+    if memory is None:
+        memory = torch.empty(block_nbytes(checkpoint, param, expert), dtype=torch.uint8)
+    for row in range(start, end, at_once):
+        yield row, _read_block(checkpoint, param, expert, row, min(row + at_once, end), memory)
+
+
+def _read_block(
+    checkpoint: Checkpoint, param: Param, expert: int, start: int, stop: int, memory: torch.Tensor
+) -> torch.Tensor:
     info, source = tensor_of(checkpoint, param, expert), param.source
     coded = info.dtype not in DTYPES
-    block = torch.empty(stop - start, math.prod(param.shape[1:]), dtype=torch.float32 if coded else DTYPES[info.dtype])
+    numbers = memory[: (stop - start) * _row_bytes(checkpoint, param, expert)]
+    block = numbers.view(torch.float32 if coded else DTYPES[info.dtype]).view(stop - start, -1)
     first = source.start + start * source.step
     if source.transposed:
         _read_transposed(checkpoint, info, _expert_byte(param, info, expert), first, source.step, block)
@@ -155,15 +181,6 @@ def read_rows(checkpoint: Checkpoint, param: Param, expert: int, start: int, sto
     else:
         _read_rows(checkpoint, info, _expert_byte(param, info, expert), first, source.step, block)
     return block
-
-
-def blocks(
-    checkpoint: Checkpoint, param: Param, expert: int, start: int = 0, stop: int | None = None
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, block) over the rows [start, stop) of a matrix or vector, as :func:`read_rows` gives them."""
-    at_once, end = block_rows(checkpoint, param, expert), param.shape[0] if stop is None else stop
-    for row in range(start, end, at_once):
-        yield row, read_rows(checkpoint, param, expert, row, min(row + at_once, end))
 
 
 def _read_rows(checkpoint: Checkpoint, info: TensorInfo, base: int, start: int, step: int, out: torch.Tensor) -> None:

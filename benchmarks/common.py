@@ -1,0 +1,186 @@
+"""What the benchmarks share: processes measured from outside while the machine is quiet, its limits, tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.measure import Measured, run_measured
+
+from tightfit.budget.machine import processor
+from tightfit.plan.profile import measure_bandwidth
+from tightfit.zoo import corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+STAT = Path("/proc/stat")
+MOST_FOREIGN, MOST_STEAL = 0.05, 0.03  # shares of all processor time beyond which a run does not count
+LEAST_BANDWIDTH = 0.8  # of the best that was seen
+PATIENCE = 60  # seconds to wait for an idle machine
+
+MATMUL = """
+import sys, time, torch
+threads, tokens, inputs, outputs = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
+a, b = torch.randn(tokens, inputs).bfloat16(), torch.randn(outputs, inputs).bfloat16()
+best = 1e9
+for _ in range(20):
+    start = time.perf_counter(); a @ b.T; best = min(best, time.perf_counter() - start)
+print(2 * tokens * inputs * outputs / best)
+"""
+
+
+def checked(done: Measured) -> Measured:
+    if done.exit_code:
+        raise SystemExit(f"exit status {done.exit_code}: {done.stderr}")
+    return done
+
+
+def matmul_rate(threads: int, tokens: int = 512, inputs: int = 2048, outputs: int = 5632) -> float:
+    """Operations per second of torch's bfloat16 product of (tokens, inputs) by (inputs, outputs), the best of 20."""
+    command = [sys.executable, "-c", MATMUL, threads, tokens, inputs, outputs]
+    return float(checked(run_measured([str(part) for part in command])).stdout)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, when it began (seconds since the epoch), and whether the machine did nothing else."""
+
+    done: Measured
+    began: float
+    quiet: bool
+
+
+class Machine:
+    """Runs commands, tells which of them ran on a machine that did something else too, and measures its bandwidth.
+
+    Other work shows in the processor time of all processes beside the command's own, in time that the hypervisor took
+    ("steal"), and in the memory bandwidth before and after. ``disturbed`` says what was seen.
+    """
+
+    def __init__(self, threads: int, tries: int) -> None:
+        self.threads, self.tries = threads, tries
+        # Long enough to fill a buffer of several times a large cache.
+        self.bandwidth = measure_bandwidth(threads, seconds=4).bytes_per_s
+        self.bandwidths = [self.bandwidth]
+        self.disturbed: list[str] = []
+
+    def run(
+        self,
+        command: Sequence[str | Path],
+        env: Mapping[str, str],
+        timeout: float,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> Ended:
+        """Runs a command after ``prepare``, again while the machine is disturbed: ``tries`` times in all."""
+        for _ in range(self.tries):
+            prepare()
+            wait_until_idle()
+            before, began = _Times.now(), time.time()
+            done = checked(run_measured(command, env={**os.environ, **env}, timeout=timeout))
+            reasons = self._disturbances(_Times.now() - before, time.time() - began)
+            if not reasons:
+                break
+            self.disturbed.append(reasons)
+        return Ended(done, began, quiet=not reasons)
+
+    def _disturbances(self, spent: _Times, seconds: float) -> str:
+        """What else happened in the ``seconds`` just passed; empty if nothing did."""
+        available = seconds * (os.cpu_count() or 1)
+        foreign, bandwidth = spent.busy - spent.own, min(self.bandwidths[-1], self._probe())
+        reasons = []
+        if foreign > MOST_FOREIGN * available:
+            reasons.append(f"others used {foreign:.1f} s of processor time")
+        if spent.steal > MOST_STEAL * available:
+            reasons.append(f"the hypervisor took {spent.steal:.1f} s")
+        if bandwidth < LEAST_BANDWIDTH * self.bandwidth:
+            reasons.append(f"memory gave {bandwidth / 1e9:.1f} GB/s")
+        return f"{', '.join(reasons)} in {seconds:.0f} s" if reasons else ""
+
+    def _probe(self) -> float:
+        self.bandwidths.append(measure_bandwidth(self.threads, seconds=1).bytes_per_s)
+        self.bandwidth = max(self.bandwidth, self.bandwidths[-1])
+        return self.bandwidths[-1]
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Processor seconds: of all processes, taken by the hypervisor, and of the children of this process."""
+
+    busy: float
+    steal: float
+    own: float
+
+    @staticmethod
+    def now() -> _Times:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        own = children.ru_utime + children.ru_stime
+        if not STAT.exists():  # only Linux tells: elsewhere every run looks quiet
+            return _Times(own, 0.0, own)
+        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, STAT.read_text().split("\n")[0].split()[1:])
+        tick = os.sysconf("SC_CLK_TCK")
+        return _Times((user + nice + system + irq + softirq) / tick, steal / tick, own)
+
+    def __sub__(self, other: _Times) -> _Times:
+        return _Times(self.busy - other.busy, self.steal - other.steal, self.own - other.own)
+
+
+def wait_until_idle() -> None:
+    """Waits for a second in which little happens, or until that was awaited for long enough."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        before = _Times.now()
+        time.sleep(1)
+        if (_Times.now() - before).busy < 0.1:
+            return
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned to the right."""
+    rules = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rules, *rows))
+
+
+def machine(threads: int, *packages: str) -> str:
+    """One line about the machine and the versions of ``packages``."""
+    model, features = processor()
+    shown = ", ".join(name for name in features if name.startswith(("amx_", "avx512_vnni", "avx512f", "avx2", "asimd")))
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return (
+        f"{model} ({shown}), {threads} threads, {platform.system()} {platform.release()}; "
+        f"Python {platform.python_version()}, {versions}."
+    )
+
+
+def held_out(folder: Path) -> tuple[list[str], int]:
+    """The texts of the held-out files that are installed here, and how many names there are."""
+    names: list[str] = json.loads((folder / "heldout.json").read_text())
+    texts = []
+    for name in names:
+        found = [root / name for root in corpus.default_folders() if (root / name).is_file()]
+        text = corpus.clean(found[0].read_text(encoding="utf-8")) if found else None
+        if text:
+            texts.append(text)
+    return texts, len(names)
+
+
+def command() -> str:
+    """What was typed, without folders."""
+    return " ".join(["python", *(Path(argument).name if "/" in argument else argument for argument in sys.argv)])
+
+
+def commit() -> str:
+    """Which version of this repository runs."""
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    done = subprocess.run(describe, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "not from git"
