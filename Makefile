@@ -22,8 +22,7 @@ format: .venv/installed-test
 sanitize:
 	cmake -S . -B build/sanitize -DTIGHTFIT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/sanitize --parallel 2
-	build/sanitize/kernel_test
-	build/sanitize/attention_test
+	for test in build/sanitize/*_test; do $$test || exit 1; done
 
 clean:
 	rm -rf .venv build
