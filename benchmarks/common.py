@@ -40,6 +40,20 @@ print(2 * tokens * inputs * outputs / best)
 """
 
 
+def best(calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:
+    """Seconds that each of ``calls`` takes at best, in turns for so many ``seconds`` each, the first calls left out."""
+    times = [float("inf")] * len(calls)
+    for call in calls:
+        call()
+    end = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < end:
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            times[i] = min(times[i], time.perf_counter() - start)
+    return times
+
+
 def checked(done: Measured) -> Measured:
     if done.exit_code:
         raise SystemExit(f"exit status {done.exit_code}: {done.stderr}")

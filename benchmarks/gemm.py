@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import best
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,20 +30,6 @@ from tightfit.catalog import parse_one
 from tightfit.kernels import cpu, matmul
 
 SHAPES = ("2048x2048", "5632x2048", "2048x5632", "8192x3072")
-
-
-def best(calls: list[Callable[[], object]], seconds: float) -> list[float]:
-    """Seconds that each of ``calls`` takes at best, in turns for so many ``seconds`` each, the first calls left out."""
-    times = [float("inf")] * len(calls)
-    for call in calls:
-        call()
-    end = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < end:
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            times[i] = min(times[i], time.perf_counter() - start)
-    return times
 
 
 def measure(rows: int, cols: int, formats: list[str], tokens: list[int], seconds: float) -> list[dict[str, object]]:

@@ -41,8 +41,6 @@ bool has_bf16() {
 #endif
 }
 
-size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
 // work(task, worker) for all tasks; no two at once have the same worker, of which there are at most `threads`.
 template <class Work>
 void for_tasks(size_t tasks, size_t threads, Work work) {
@@ -52,24 +50,6 @@ void for_tasks(size_t tasks, size_t threads, Work work) {
         for (size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(task, worker);
     });
 }
-
-// Pieces of one allocation, each at a multiple of 64 bytes.
-class Scratch {
-public:
-    explicit Scratch(uint8_t* address = nullptr) : address_(address) {}
-
-    template <class T>
-    T* take(size_t count) {
-        T* piece = reinterpret_cast<T*>(address_ + used_);
-        used_ += round_up(count * sizeof(T), 64);
-        return piece;
-    }
-    size_t used() const { return used_; }
-
-private:
-    uint8_t* address_;
-    size_t used_ = 0;
-};
 
 HeadCache head_of(const KeysValues& cache, size_t sequence, size_t head) {
     const size_t first = (sequence * cache.kv_heads + head) * cache.slots * cache.itemsize();

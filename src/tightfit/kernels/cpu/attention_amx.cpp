@@ -30,27 +30,18 @@ struct Sizes {
           value_tiles((value_dim + 2 * TILE - 1) / (2 * TILE) * 2) {}
 };
 
-struct Scratch {
+struct Buffers {
     BF16 *queries, *keys, *values;
     float *scores, *outputs, *tops, *totals;
-    uint8_t* end;
 
-    Scratch(const Sizes& s, uint8_t* at) : end(at) {
-        queries = take<BF16>(s.row_tiles * s.steps * HALVES);
-        keys = take<BF16>(KEY_TILES * s.steps * HALVES);
-        values = take<BF16>(KEY_STEPS * s.value_tiles * HALVES);
-        scores = take<float>(KEY_TILES * FLOATS);
-        outputs = take<float>(s.row_tiles * s.value_tiles * FLOATS);
-        tops = take<float>(s.row_tiles * TILE);
-        totals = take<float>(s.row_tiles * TILE);
-    }
-
-    template <class T>
-    T* take(size_t count) {  // every count is a multiple of 64 bytes
-        T* piece = reinterpret_cast<T*>(end);
-        end += count * sizeof(T);
-        return piece;
-    }
+    Buffers(const Sizes& s, Scratch& scratch)
+        : queries(scratch.take<BF16>(s.row_tiles * s.steps * HALVES)),
+          keys(scratch.take<BF16>(KEY_TILES * s.steps * HALVES)),
+          values(scratch.take<BF16>(KEY_STEPS * s.value_tiles * HALVES)),
+          scores(scratch.take<float>(KEY_TILES * FLOATS)),
+          outputs(scratch.take<float>(s.row_tiles * s.value_tiles * FLOATS)),
+          tops(scratch.take<float>(s.row_tiles * TILE)),
+          totals(scratch.take<float>(s.row_tiles * TILE)) {}
 };
 
 struct alignas(64) TileConfig {
@@ -287,7 +278,7 @@ void weigh(float* scores, float* tops, float* totals, float* outputs, size_t val
     _mm512_store_ps(totals, _mm512_add_ps(total, sum));
 }
 
-void fold_block(const Prefill& p, const Sizes& sizes, const Scratch& s, size_t block) {
+void fold_block(const Prefill& p, const Sizes& sizes, const Buffers& s, size_t block) {
     const Queries& queries = p.queries;
     for (size_t tile = 0; tile < sizes.row_tiles; tile++) {
         const size_t first = tile * TILE, last = std::min(first + TILE, queries.rows) - 1;
@@ -304,7 +295,7 @@ void fold_block(const Prefill& p, const Sizes& sizes, const Scratch& s, size_t b
     }
 }
 
-void write(const Prefill& p, const Sizes& sizes, const Scratch& s) {
+void write(const Prefill& p, const Sizes& sizes, const Buffers& s) {
     const size_t dim = p.head.value_dim;
     for (size_t row = 0; row < p.queries.rows; row++) {
         const size_t head = row % p.queries.groups;
@@ -336,7 +327,8 @@ private:
 template <class T>
 void prefill(const Prefill& p, uint8_t* address) {
     const Sizes sizes(p.queries.rows, p.head.key_dim, p.head.value_dim);
-    const Scratch s(sizes, address);
+    Scratch scratch(address);
+    const Buffers s(sizes, scratch);
     pack_queries(p, sizes, s.queries);
     std::fill(s.tops, s.tops + sizes.row_tiles * TILE, LOWEST);
     std::fill(s.totals, s.totals + sizes.row_tiles * TILE, 0.0f);
@@ -365,7 +357,9 @@ size_t amx_prefill_rows(size_t key_dim, size_t value_dim) {
 }
 
 size_t amx_prefill_scratch(size_t rows, size_t key_dim, size_t value_dim) {
-    return static_cast<size_t>(Scratch(Sizes(rows, key_dim, value_dim), nullptr).end - static_cast<uint8_t*>(nullptr));
+    Scratch scratch;
+    Buffers(Sizes(rows, key_dim, value_dim), scratch);
+    return scratch.used();
 }
 
 void amx_prefill(const Prefill& p, uint8_t* scratch) {

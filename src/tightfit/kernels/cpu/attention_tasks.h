@@ -8,6 +8,26 @@ namespace tightfit {
 constexpr size_t KEY_BLOCK = 128;   // keys that are folded at once, at multiples of it
 constexpr float LOWEST = -3.4e38f;  // the maximum before any score: finite, so that scores minus it are no NaNs
 
+inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// Pieces of the memory at `address`, each at a multiple of 64 bytes; without an address, only their size is found.
+class Scratch {
+public:
+    explicit Scratch(uint8_t* address = nullptr) : next_(reinterpret_cast<uintptr_t>(address)) {}
+
+    template <class T>
+    T* take(size_t count) {
+        const size_t bytes = round_up(count * sizeof(T), 64);
+        used_ += bytes, next_ += bytes;
+        return reinterpret_cast<T*>(next_ - bytes);
+    }
+    size_t used() const { return used_; }
+
+private:
+    uintptr_t next_;
+    size_t used_ = 0;
+};
+
 // The keys and values of one sequence and key-value head.
 struct HeadCache {
     Kind kind;
