@@ -105,7 +105,8 @@ def main() -> None:
         return
     print(
         f"{processor()[0]}, {arguments.threads} threads, kernels: {cpu.features()['chosen']}, torch "
-        f"{torch.__version__}; {heads} heads, {kv_heads} of keys and values, {dim} features, cache in {arguments.kv}; memory gives "
+        f"{torch.__version__}; {heads} heads, {kv_heads} of keys and values, {dim} features, cache in {arguments.kv}; "
+        "memory gives "
         f"{bandwidth / 1e9:.1f} GB/s\n"
     )
     columns = [

@@ -1,6 +1,6 @@
-"""Decoding, prefill, batches, long prompts and start-up beside other runtimes: speed, peak memory, shares of the limits.
+"""Decoding, prefill, batches, long prompts and start-up beside other runtimes: speed, peak memory, share of limits.
 
-    python benchmarks/runtimes.py --peers PEERS.json [--model FOLDER] [--only decode levels ...] [--out FILE.md] [--json]
+    python benchmarks/runtimes.py --peers PEERS.json [--model FOLDER] [--only decode ...] [--out FILE.md] [--json]
 
 Every run is a process of its own, the systems take turns, and tables give medians. Sections:
 
@@ -11,8 +11,8 @@ Every run is a process of its own, the systems take turns, and tables give media
 - ``start``: from the start of the process to the first token after a prompt of 512 tokens, with the files in the page
   cache and not
 
-PEERS.json is a list of ``{"name", "runtime", "python", "model", "arguments", "sections"}``: ``python`` is the interpreter
-that has the runtime, ``runtime`` the script in benchmarks/peers that measures it (openvino, llamacpp, onnxruntime,
+PEERS.json is a list of ``{"name", "runtime", "python", "model", "arguments", "sections"}``: ``python`` is the
+interpreter that has the runtime, ``runtime`` the script in benchmarks/peers that measures it (openvino, llamacpp, onnxruntime,
 transformers), ``model`` what that script takes, and ``arguments`` are more of its arguments. Paths are relative to the
 file. benchmarks/peers/README.md says how to make all of that. Without --peers only tightfit is measured.
 
@@ -363,7 +363,8 @@ def report(
             versions |= row.system.versions
     for weights, made in compressed.made.items():
         parts.append(
-            f"`tightfit compress --weights {weights}`: {made['seconds']:.1f} s, peak {made['peak_rss_bytes'] / MiB:.0f} MiB.\n"
+            f"`tightfit compress --weights {weights}`: {made['seconds']:.1f} s, "
+            f"peak {made['peak_rss_bytes'] / MiB:.0f} MiB.\n"
         )
     measured = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     slow, fast = min(watched.bandwidths) / 1e9, max(watched.bandwidths) / 1e9
