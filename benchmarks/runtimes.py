@@ -12,9 +12,10 @@ Every run is a process of its own, the systems take turns, and tables give media
   cache and not
 
 PEERS.json is a list of ``{"name", "runtime", "python", "model", "arguments", "sections"}``: ``python`` is the
-interpreter that has the runtime, ``runtime`` the script in benchmarks/peers that measures it (openvino, llamacpp, onnxruntime,
-transformers), ``model`` what that script takes, and ``arguments`` are more of its arguments. Paths are relative to the
-file. benchmarks/peers/README.md says how to make all of that. Without --peers only tightfit is measured.
+interpreter that has the runtime, ``runtime`` the script in benchmarks/peers that measures it (openvino, llamacpp,
+onnxruntime, transformers), ``model`` what that script takes, and ``arguments`` are more of its arguments. Paths are
+relative to the file. benchmarks/peers/README.md says how to make all of that. Without --peers only tightfit is
+measured.
 
 tightfit runs each of --weights from a folder that `tightfit compress` wrote (to --folders, where they are kept, or for
 the time of the run), with the budget that `tightfit plan` says it needs. Without --model a random llama of 1.05 billion
