@@ -1,6 +1,6 @@
-"""Decoding, prefill, batches, long prompts and start-up beside other runtimes: speed, peak memory, share of limits.
+"""Decoding, prefill, batches, long prompts and start-up beside other runtimes: speed, memory, shares of the limits.
 
-    python benchmarks/runtimes.py --peers PEERS.json [--model FOLDER] [--only decode ...] [--out FILE.md] [--json]
+    python benchmarks/runtimes.py --peers PEERS.json [--model FOLDER] [--only decode levels ...] [--out FILE.md]
 
 Every run is a process of its own, the systems take turns, and tables give medians. Sections:
 
@@ -17,8 +17,8 @@ onnxruntime, transformers), ``model`` what that script takes, and ``arguments`` 
 relative to the file. benchmarks/peers/README.md says how to make all of that. Without --peers only tightfit is
 measured.
 
-tightfit runs each of --weights from a folder that `tightfit compress` wrote (to --folders, where they are kept, or for
-the time of the run), with the budget that `tightfit plan` says it needs. Without --model a random llama of 1.05 billion
+tightfit runs each of --weights from a folder that `tightfit compress` wrote (in --folders, where it is kept, or for the
+time of the run), with the budget that `tightfit plan` says it needs. Without --model a random llama of 1.05 billion
 parameters is written to a temporary folder; --preset 3b is one of 3 billion.
 
 The limits are those of the machine: decoding reads every weight but the embeddings for each token, so memory bandwidth
@@ -55,6 +55,7 @@ BUDGET_STEP = 10 * MiB
 NOISE = 4 * MiB  # by how much what `tightfit plan` measures of itself differs from another process
 UNLIMITED = "1TiB"
 TIMEOUT = 900
+SHOWN_DISTURBANCES = 5
 # What torch's libraries may use, where tightfit's kernels are held back.
 HELD_BACK = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
@@ -73,7 +74,7 @@ class Section:
 
     @property
     def context(self) -> int:
-        return max(self.prompt, self.warm) + self.new + 1
+        return max(self.prompt + self.new + 1, self.warm + 2)
 
 
 SECTIONS = {
@@ -209,14 +210,14 @@ def in_page_cache(model: Path, wanted: bool) -> None:
                 pass
 
 
-def run(system: System, section: Section, machine: Machine) -> Run:
+def run(system: System, section: Section, watched: Machine) -> Run:
     options = {
         "prompt": section.prompt,
         "new": section.new,
         "batch": section.batch,
         "warm": section.warm,
         "repeat": section.repeat,
-        "threads": machine.threads,
+        "threads": watched.threads,
     }
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
 
@@ -224,7 +225,7 @@ def run(system: System, section: Section, machine: Machine) -> Run:
         if system.cached is not None:
             in_page_cache(system.model, system.cached)
 
-    ended = machine.run([*system.command, *arguments], {**system.env, "HF_HUB_OFFLINE": "1"}, TIMEOUT, prepare)
+    ended = watched.run([*system.command, *arguments], {**system.env, "HF_HUB_OFFLINE": "1"}, TIMEOUT, prepare)
     result = json.loads(ended.done.stdout.splitlines()[-1])
     at = result["first_token_at"]
     times = result["runs"][0] if result["runs"] else {"prefill_s": None, "total_s": None}
@@ -363,20 +364,19 @@ def report(
         for row in rows:
             versions |= row.system.versions
     for weights, made in compressed.made.items():
-        parts.append(
-            f"`tightfit compress --weights {weights}`: {made['seconds']:.1f} s, "
-            f"peak {made['peak_rss_bytes'] / MiB:.0f} MiB.\n"
-        )
+        peak = made["peak_rss_bytes"] / MiB
+        parts.append(f"`tightfit compress --weights {weights}`: {made['seconds']:.1f} s, peak {peak:.0f} MiB.\n")
     measured = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    slow, fast = min(watched.bandwidths) / 1e9, max(watched.bandwidths) / 1e9
     parts.append(
-        f"""Limits measured in the same call: memory {limits.bandwidth / 1e9:.1f} GB/s ({slow:.1f} to {fast:.1f} between
-the runs, of smaller buffers), torch's bfloat16 products {limits.products / 1e9:.0f} GFLOP/s; "of products" and "of
-bandwidth" are shares of what these allow.
+        f"""Limits measured in the same call: memory {limits.bandwidth / 1e9:.1f} GB/s, torch's bfloat16 products
+{limits.products / 1e9:.0f} GFLOP/s. "Of products" and "of bandwidth" are shares of what these allow.
 """
     )
     if watched.disturbed:
-        parts.append("The machine was not quiet: " + "; ".join(watched.disturbed) + ". Those runs were repeated.\n")
+        some = "; ".join(watched.disturbed[:SHOWN_DISTURBANCES])
+        parts.append(
+            f"The machine was not quiet in {len(watched.disturbed)} runs ({some}), at most {watched.tries} tries.\n"
+        )
     parts.append(f"Peers: {measured}." if measured else "No peers.")
     parts.append(f"Machine: {machine(watched.threads, 'torch')} tightfit at {commit()}.")
     parts.append(f"Command: `{command()}`, {seconds:.0f} s.\n")
@@ -394,6 +394,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=list(SECTIONS), metavar="SECTION")
     parser.add_argument("--turns", type=int, default=3, help="runs of each system")
     parser.add_argument("--tries", type=int, default=3, help="of a run while the machine is not quiet")
+    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for an idle machine before a run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--out", type=Path, help="write the tables to a file")
@@ -416,13 +417,14 @@ def main() -> None:
                     for where, cached in (("from the page cache", True), ("from the disk", False))
                 ]
             tables[name] = [Row(system, SECTIONS[name]) for system in systems]
-        watched = Machine(threads, arguments.tries)
+        watched = Machine(threads, arguments.tries, arguments.patience)
         for turn in range(arguments.turns):
             for name, rows in tables.items():
                 for row in rows if turn < SECTIONS[name].turns else ():
                     row.runs.append(run(row.system, row.section, watched))
                     passed = time.monotonic() - began
                     print(f"{passed:.0f} s: turn {turn + 1}, {name}, {row.system.name}", file=sys.stderr)
+        watched.finish()
         limits = Limits.of(model, watched.bandwidth, threads)
     text = report(tables, limits, watched, compressed, time.monotonic() - began)
     results = {name: [row.asdict() for row in rows] for name, rows in tables.items()}

@@ -23,7 +23,7 @@ def main() -> None:
     model = tightfit.load(
         arguments.model,
         arguments.memory,
-        context=max(arguments.prompt, arguments.warm) + arguments.new + 1,
+        context=max(arguments.prompt + arguments.new + 1, arguments.warm + 2),
         batch=arguments.batch,
         weights=arguments.weights,
         threads=arguments.threads,

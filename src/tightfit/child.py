@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from tightfit.errors import BudgetError, CheckpointError, TightfitError, UsageError
+
+KINDS = {kind.__name__: kind for kind in (CheckpointError, UsageError)}
 
 # The current folder may be that of a checkpoint, whose files are data: a json.py in it must not be imported. And Ctrl-C
 # on a terminal reaches children too, who have nothing to add to what their parent says.
@@ -26,3 +34,33 @@ def environment() -> dict[str, str]:
     folder = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": path}
+
+
+def ask(target: str, question: dict[str, Any]) -> dict[str, Any]:
+    """What the function ``target`` (``module:name``) answers to a JSON object in a process of its own.
+
+    The errors that it raises for the user are raised here.
+    """
+    module, _, name = target.partition(":")
+    code = f"from tightfit.child import answer; from {module} import {name}; answer({name})"
+    asked = command(code, json.dumps(question))
+    done = subprocess.run(asked, env=environment(), capture_output=True, text=True, check=False)
+    try:
+        found: dict[str, Any] = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        raise TightfitError(f"planning failed: {done.stderr.strip()}", "Please report this.") from None
+    if found.get("kind") == BudgetError.__name__:
+        raise BudgetError(found["error"], found["hint"], found["smallest_bytes"])
+    if "error" in found:
+        raise KINDS.get(found["kind"], TightfitError)(found["error"], found["hint"])
+    return found
+
+
+def answer(function: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """The child process: a question as its argument, the answer as its output."""
+    try:
+        found = function(json.loads(sys.argv[1]))
+    except TightfitError as error:
+        smallest, kind = getattr(error, "smallest_bytes", None), type(error).__name__
+        found = {"error": error.message, "hint": error.hint, "kind": kind, "smallest_bytes": smallest}
+    print(json.dumps(found))

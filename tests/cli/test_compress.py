@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,11 @@ def test_what_cannot_work_is_refused(tiny: Path, tmp_path: Path, unloaded: None)
     check(tightfit("compress", tmp_path / "no", "--weights", "int4", "--out", out), CHECKPOINT, "there is no model")
     too_small = tightfit("compress", tiny, "--weights", "int4", "--out", out, "-m", "100MiB")
     check(too_small, BUDGET, "tiny cannot be compressed inside 100 MiB", "The smallest budget that works is")
+    damaged = tiny_llama.write(tmp_path / "damaged", intermediate_size=64)
+    for memory in ("100MiB", "2GiB"):  # found by a child process, or here
+        refused = tightfit("compress", damaged, "--weights", "int4", "--out", out, "-m", memory)
+        check(refused, CHECKPOINT, "gate_proj.weight", "[64, 32]")
+    shutil.rmtree(damaged)
     (tmp_path / "file").write_text("mine")
     check(tightfit("compress", tiny, "--weights", "int4", "--out", tmp_path / "file"), USAGE, "something else at")
     nowhere = tightfit("compress", tiny, "--weights", "int4", "--out", tmp_path / "file" / "out")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from tightfit.budget.meter import resident_set
 from tightfit.budget.units import format_bytes
 from tightfit.catalog import parse_one, spec_string
 from tightfit.engine.opening import CHILD_BELOW, Opened, Wish, open_model
-from tightfit.errors import BudgetError, CheckpointError, TightfitError
+from tightfit.errors import BudgetError, CheckpointError
 
 MARGIN = 8 << 20  # small temporaries, and by how much the resident set of equal processes differs
 PEAK_MARGIN = 1 << 20  # what importing may still add to a peak that it has already reached
@@ -112,17 +110,13 @@ def _check(opened: Opened, needed: int) -> None:
 
 
 def _needed_by_child(wish: Wish, weights: str) -> int:
-    question = json.dumps({"wish": asdict(wish), "weights": weights, "resident_bytes": resident_set().current})
-    command = child.command("from tightfit.engine.compress import main; main()", question)
-    done = subprocess.run(command, env=child.environment(), capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise TightfitError(f"planning failed: {done.stderr.strip()}", "Please report this.")
-    return int(done.stdout)
+    asked = {"wish": asdict(wish), "weights": weights, "resident_bytes": resident_set().current}
+    needed: int = child.ask("tightfit.engine.compress:needed_by_parent", asked)["needed"]
+    return needed
 
 
-def main() -> None:
-    """The child process: prints how many bytes its parent, which holds ``resident_bytes``, will need."""
-    asked = json.loads(sys.argv[1])
+def needed_by_parent(asked: dict[str, Any]) -> dict[str, Any]:
+    """Tells in a process of its own how many bytes one that holds ``resident_bytes`` will need."""
     wish = Wish(**asked["wish"])
     opened = open_model(wish)
-    print(needed_bytes(wish, opened, asked["weights"], asked["resident_bytes"] - resident_set().current))
+    return {"needed": needed_bytes(wish, opened, asked["weights"], asked["resident_bytes"] - resident_set().current)}

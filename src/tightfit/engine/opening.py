@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -19,7 +17,7 @@ from tightfit.catalog import parse_one, spec_string
 from tightfit.checkpoints.checkpoint import HUB_NAME, Checkpoint, open_checkpoint
 from tightfit.checkpoints.config import Config
 from tightfit.engine.request import Requests
-from tightfit.errors import BudgetError, CheckpointError, TightfitError, UsageError
+from tightfit.errors import CheckpointError, UsageError
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import ActivationType, Plan
@@ -218,37 +216,16 @@ def _plan_in_child(wish: Wish) -> Plan:
     # The child becomes as large as this process is, and then plans in its place.
     modules = [name for name in sys.modules if name.partition(".")[0] in CHILD_IMPORTS]
     asked = {"wish": asdict(wish), "modules": modules, "resident_bytes": resident_set().current}
-    command = child.command("from tightfit.engine.opening import main; main()", json.dumps(asked))
-    done = subprocess.run(command, env=child.environment(), capture_output=True, text=True, check=False)
-    try:
-        answer = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        raise TightfitError(f"planning failed: {done.stderr.strip()}", "Please report this.") from None
-    if answer.get("kind") == BudgetError.__name__:
-        raise BudgetError(answer["error"], answer["hint"], answer["smallest_bytes"])
-    if "error" in answer:
-        kinds = {kind.__name__: kind for kind in (CheckpointError, UsageError)}
-        raise kinds.get(answer["kind"], TightfitError)(answer["error"], answer["hint"])
-    return Plan.model_validate(answer["plan"])
+    return Plan.model_validate(child.ask("tightfit.engine.opening:plan_for_parent", asked)["plan"])
 
 
-def _child(asked: dict[str, Any]) -> dict[str, object]:
-    """Answers a wish in a process of its own, for one that holds ``resident_bytes`` and has imported ``modules``."""
+def plan_for_parent(asked: dict[str, Any]) -> dict[str, Any]:
+    """Plans in a process of its own for one that holds ``resident_bytes`` and has imported ``modules``."""
     wish = Wish(**asked["wish"])
-    try:
-        opened = open_model(wish)
-        for name in asked["modules"]:
-            importlib.import_module(name)
-        if "tokenizers" in asked["modules"]:
-            opened.checkpoint.tokenizer()
-        elsewhere = asked["resident_bytes"] - resident_set().current
-        return {"plan": plan_here(wish, opened, elsewhere).model_dump()}
-    except TightfitError as error:
-        smallest = getattr(error, "smallest_bytes", None)
-        kind = type(error).__name__
-        return {"error": error.message, "hint": error.hint, "kind": kind, "smallest_bytes": smallest}
-
-
-def main() -> None:
-    """The child process: a question as its argument, the answer as its output."""
-    print(json.dumps(_child(json.loads(sys.argv[1]))))
+    opened = open_model(wish)
+    for name in asked["modules"]:
+        importlib.import_module(name)
+    if "tokenizers" in asked["modules"]:
+        opened.checkpoint.tokenizer()
+    elsewhere = asked["resident_bytes"] - resident_set().current
+    return {"plan": plan_here(wish, opened, elsewhere).model_dump()}

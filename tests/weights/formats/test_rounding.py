@@ -1,12 +1,12 @@
 """What rounding loses: nothing of what a format can hold, and of the rest less than common practice does."""
 
 from itertools import pairwise
+from statistics import NormalDist
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import norm
 from tests.weights.formats.stored import INTEGERS, TILED, decoded, normal, squared_error
 from tests.weights.formats.test_formats import floating
 
@@ -179,9 +179,10 @@ def test_nf4_has_the_levels_of_qlora():
     # Its appendix: quantiles of the normal distribution, 8 for its lower and 9 for its upper half, one zero for both,
     # where the outermost are taken at 1 - (1/32 + 1/30) / 2.
     outermost = 1 - (1 / 32 + 1 / 30) / 2
-    upper = norm.ppf(torch.linspace(outermost, 0.5, 9, dtype=torch.double)[:-1])
-    lower = -norm.ppf(torch.linspace(outermost, 0.5, 8, dtype=torch.double)[:-1])
-    quantiles = torch.tensor(sorted([*lower, 0.0, *upper]))
+    quantile = NormalDist().inv_cdf
+    upper = [quantile(p) for p in torch.linspace(outermost, 0.5, 9, dtype=torch.double)[:-1].tolist()]
+    lower = [-quantile(p) for p in torch.linspace(outermost, 0.5, 8, dtype=torch.double)[:-1].tolist()]
+    quantiles = torch.tensor(sorted([*lower, 0.0, *upper]), dtype=torch.double)
     assert torch.allclose(torch.tensor(NF4_LEVELS), (quantiles / quantiles.max()).float(), atol=1e-6)
 
 

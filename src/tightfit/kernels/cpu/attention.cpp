@@ -59,7 +59,7 @@ HeadCache head_of(const KeysValues& cache, size_t sequence, size_t head) {
 
 void load_queries(Block<const float> q, size_t rows, size_t groups, size_t dim, float scale, float* out) {
     for (size_t r = 0; r < rows; r++, out += dim) {
-        const float* from = q.data + r / groups * q.outer_stride + r % groups * q.inner_stride;
+        const float* from = q.at(r / groups, r % groups);
         for (size_t d = 0; d < dim; d++) out[d] = from[d] * scale;
     }
 }
@@ -68,6 +68,10 @@ void begin(const Folded& folded, size_t rows) {
     std::fill(folded.top, folded.top + rows, LOWEST);
     std::fill(folded.total, folded.total + rows, 0.0f);
     std::fill(folded.acc, folded.acc + rows * folded.stride, 0.0f);
+}
+
+Folded part_of(const Folded& folded, size_t row) {
+    return {folded.top + row, folded.total + row, folded.acc + row * folded.stride, folded.stride};
 }
 
 // out = the output of `count` folded parts of one row, which lie `distance` rows apart.
@@ -100,8 +104,7 @@ void for_tokens(size_t tokens, size_t numbers, size_t threads, Work work) {
 
 void turn(const AttentionKernels& kernels, Block<float> x, size_t heads, const Rotation& rotation, size_t t) {
     for (size_t h = 0; h < heads; h++)
-        kernels.rotate(x.data + t * x.outer_stride + h * x.inner_stride, rotation.cos[t], rotation.sin[t],
-                       rotation.half, rotation.interleaved);
+        kernels.rotate(x.at(t, h), rotation.cos[t], rotation.sin[t], rotation.half, rotation.interleaved);
 }
 
 void keep(const AttentionKernels& kernels, const KeysValues& cache, Place place, Block<const float> k,
@@ -109,10 +112,9 @@ void keep(const AttentionKernels& kernels, const KeysValues& cache, Place place,
     const size_t slot = static_cast<size_t>(place.position) % cache.slots;
     for (size_t h = 0; h < cache.kv_heads; h++) {
         const size_t row = (static_cast<size_t>(place.sequence) * cache.kv_heads + h) * cache.slots + slot;
-        kernels.store(k.data + t * k.outer_stride + h * k.inner_stride, cache.key_dim, cache.kind,
-                      cache.keys + row * cache.key_dim * cache.itemsize());
+        kernels.store(k.at(t, h), cache.key_dim, cache.kind, cache.keys + row * cache.key_dim * cache.itemsize());
         if (!cache.shared())
-            kernels.store(v.data + t * v.outer_stride + h * v.inner_stride, cache.value_dim, cache.kind,
+            kernels.store(v.at(t, h), cache.value_dim, cache.kind,
                           cache.values + row * cache.value_dim * cache.itemsize());
     }
 }
@@ -156,30 +158,30 @@ struct RowsScratch {
 
 // ---- prefill ----
 
-Folded part_of(const Folded& folded, size_t row) {
-    return {folded.top + row, folded.total + row, folded.acc + row * folded.stride, folded.stride};
-}
+// What a task keeps: its queries and scores, and their running softmax.
+struct PrefillScratch {
+    float *q, *scores;
+    Folded folded;
+    size_t bytes;
 
-size_t prefill_scratch(size_t rows, size_t key_dim, size_t value_dim) {
-    return rows * (round_up(key_dim, 16) + KEY_BLOCK + round_up(value_dim, 16) + 2) * sizeof(float) + 4 * 64;
-}
+    PrefillScratch(size_t rows, size_t key_dim, size_t value_dim, uint8_t* address = nullptr) {
+        const size_t stride = round_up(value_dim, 16);
+        Scratch all(address);
+        q = all.take<float>(rows * key_dim), scores = all.take<float>(rows * KEY_BLOCK);
+        folded = {all.take<float>(rows), all.take<float>(rows), all.take<float>(rows * stride), stride};
+        bytes = all.used();
+    }
+};
 
 void prefill(const Prefill& p, uint8_t* address) {
-    const size_t rows = p.queries.rows, dim = p.head.value_dim, stride = round_up(dim, 16);
-    Scratch scratch(address);
-    float* q = scratch.take<float>(rows * p.head.key_dim);
-    float* scores = scratch.take<float>(rows * KEY_BLOCK);
-    float* acc = scratch.take<float>(rows * stride);
-    float* top = scratch.take<float>(2 * rows);
-    const Folded folded{top, top + rows, acc, stride};
-    load_queries(p.q, rows, p.queries.groups, p.head.key_dim, p.scale, q);
-    begin(folded, rows);
-    kernels().fold(p.head, p.queries, q, p.queries.lowest(0), p.queries.position(rows - 1) + 1, scores, folded);
-    for (size_t r = 0; r < rows; r++) {
-        const size_t query = r / p.queries.groups, head = r % p.queries.groups;
-        finish(folded, r, 1, 0, p.sinks ? p.sinks + head : nullptr,
-               p.out.data + query * p.out.outer_stride + head * p.out.inner_stride, dim);
-    }
+    const size_t rows = p.queries.rows, groups = p.queries.groups, to = p.queries.position(rows - 1) + 1;
+    const PrefillScratch s(rows, p.head.key_dim, p.head.value_dim, address);
+    load_queries(p.q, rows, groups, p.head.key_dim, p.scale, s.q);
+    begin(s.folded, rows);
+    kernels().fold(p.head, p.queries, s.q, p.queries.lowest(0), to, s.scores, s.folded);
+    for (size_t r = 0; r < rows; r++)
+        finish(s.folded, r, 1, 0, p.sinks ? p.sinks + r % groups : nullptr, p.out.at(r / groups, r % groups),
+               p.head.value_dim);
 }
 
 // How many queries a task has: as many as fit the scratch of a thread, fewer where there would be too few tasks.
@@ -193,13 +195,12 @@ struct PrefillTasks {
         if (bf16) rows = amx_prefill_rows(cache.key_dim, cache.value_dim);
 #endif
         const size_t share = (count * cache.kv_heads + 2 * threads - 1) / (2 * threads);
-        queries = std::min(std::max<size_t>(rows / groups, 1), share);
+        queries = std::min({std::max<size_t>(rows / groups, 1), share, count});
         tasks_per_head = (count + queries - 1) / queries;
-        worker_bytes = prefill_scratch(queries * groups, cache.key_dim, cache.value_dim);
+        worker_bytes = PrefillScratch(queries * groups, cache.key_dim, cache.value_dim).bytes;
 #ifdef TIGHTFIT_X86
         if (bf16) worker_bytes = amx_prefill_scratch(queries * groups, cache.key_dim, cache.value_dim);
 #endif
-        worker_bytes = round_up(worker_bytes, 64);
     }
 };
 
@@ -255,9 +256,7 @@ void attend_rows(const KeysValues& cache, const Place* places, size_t rows, Bloc
             if (part >= seen.count) return;
             float* query = reinterpret_cast<float*>(s.workers + worker * s.worker_bytes);
             float* scores = query + round_up(s.groups * cache.key_dim, 16);
-            const Block<const float> heads{q.data + row * q.outer_stride + first_head * q.inner_stride, 0,
-                                           q.inner_stride};
-            load_queries(heads, s.groups, s.groups, cache.key_dim, scale, query);
+            load_queries(q.from(row, first_head), s.groups, s.groups, cache.key_dim, scale, query);
             const size_t state = slot * s.parts * s.groups;
             const Folded folded = part_of(s.folded, state + part * s.groups);
             begin(folded, s.groups);
@@ -270,7 +269,7 @@ void attend_rows(const KeysValues& cache, const Place* places, size_t rows, Bloc
             for (size_t g = 0; g < s.groups; g++)
                 finish(s.folded, state + g, seen.count, s.groups,
                        attention.sinks ? attention.sinks + first_head + g : nullptr,
-                       out.data + row * out.outer_stride + (first_head + g) * out.inner_stride, cache.value_dim);
+                       out.at(row, first_head + g), cache.value_dim);
         });
     }
 }
@@ -290,9 +289,8 @@ void attend(const KeysValues& cache, size_t sequence, size_t first, size_t count
         const size_t rows = std::min(t.queries, count - start) * groups;
         const Prefill p{head_of(cache, sequence, head),
                         {rows, groups, first + start, attention.window, attention.softcap * LOG2_E},
-                        {q.data + start * q.outer_stride + first_head * q.inner_stride, q.outer_stride, q.inner_stride},
-                        {out.data + start * out.outer_stride + first_head * out.inner_stride, out.outer_stride,
-                         out.inner_stride},
+                        q.from(start, first_head),
+                        out.from(start, first_head),
                         attention.scale * LOG2_E,
                         attention.sinks ? attention.sinks + first_head : nullptr};
         uint8_t* address = scratch + worker * t.worker_bytes;

@@ -2,7 +2,7 @@
 #include <cmath>
 
 #include "attention_tasks.h"
-#include "isa_avx512.h"
+#include "isa_amx.h"
 #include "math.h"
 
 namespace tightfit {
@@ -44,32 +44,7 @@ struct Buffers {
           totals(scratch.take<float>(s.row_tiles * TILE)) {}
 };
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-
-    TileConfig() {
-        for (size_t tile = 0; tile < 8; tile++) row_bytes[tile] = STRIDE, rows[tile] = TILE;
-    }
-};
-
 // ---- packing ----
-
-// 32 numbers in bfloat16, zeros from `count` on.
-inline __m512i load_halves(const BF16* from, size_t count) {
-    const auto mask = static_cast<__mmask32>(count < STEP ? (1u << count) - 1 : ~0u);
-    return _mm512_maskz_loadu_epi16(mask, from);
-}
-
-template <class T>
-inline __m512i load_halves(const T* from, size_t count) {
-    const auto half = [&](size_t at) {
-        return count <= at ? Avx512::zero()
-                           : count < at + TILE ? Avx512::load_part(from + at, count - at) : Avx512::load(from + at);
-    };
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(half(TILE), half(0)));
-}
 
 // Where the keys of a block lie, or their values: null for those outside of [from, to), which count as zeros.
 template <class T>
@@ -84,8 +59,8 @@ struct BlockRows {
         }
     }
 
-    __m512i halves(size_t i, size_t at, size_t count) const {
-        return rows[i] ? load_halves(rows[i] + at, count) : _mm512_setzero_si512();
+    __m512i load(size_t i, size_t at, size_t count) const {
+        return rows[i] ? load_row(rows[i] + at, count) : _mm512_setzero_si512();
     }
 };
 
@@ -94,11 +69,15 @@ template <class T>
 void pack_keys(const BlockRows<T>& keys, size_t dim, size_t steps, BF16* out) {
     for (size_t tile = 0; tile < KEY_TILES; tile++)
         for (size_t step = 0; step < steps; step++, out += HALVES) {
-            __m512i rows[TILE];
-            for (size_t i = 0; i < TILE; i++)
-                rows[i] = keys.halves(tile * TILE + i, step * STEP, std::min(STEP, dim - step * STEP));
-            Avx512::transpose_words(rows);
-            for (size_t i = 0; i < TILE; i++) _mm512_store_si512(out + i * STEP, rows[i]);
+            alignas(64) BF16 rows[TILE][STEP];
+            const uint8_t* places[TILE];
+            for (size_t i = 0; i < TILE; i++) {
+                _mm512_store_si512(rows[i], keys.load(tile * TILE + i, step * STEP, dim - step * STEP));
+                places[i] = reinterpret_cast<const uint8_t*>(rows[i]);
+            }
+            __m512i pairs[TILE];
+            transpose_rows<Avx512>(places, pairs);
+            for (size_t i = 0; i < TILE; i++) _mm512_store_si512(out + i * STEP, pairs[i]);
         }
 }
 
@@ -109,8 +88,7 @@ void pack_values(const BlockRows<T>& values, size_t dim, size_t value_tiles, BF1
     for (size_t pair = 0; pair < KEY_BLOCK / 2; pair++) {
         BF16* row = out + (pair / TILE * value_tiles * TILE + pair % TILE) * STEP;
         for (size_t at = 0; at < value_tiles * TILE; at += STEP, row += 2 * HALVES) {
-            const size_t count = std::min(STEP, dim - at);
-            const __m512i a = values.halves(2 * pair, at, count), b = values.halves(2 * pair + 1, at, count);
+            const __m512i a = values.load(2 * pair, at, dim - at), b = values.load(2 * pair + 1, at, dim - at);
             const __m512i even = _mm512_unpacklo_epi16(a, b), odd = _mm512_unpackhi_epi16(a, b);
             _mm512_store_si512(row, _mm512_permutex2var_epi64(even, low, odd));
             _mm512_store_si512(row + HALVES, _mm512_permutex2var_epi64(even, high, odd));
@@ -123,17 +101,14 @@ void pack_queries(const Prefill& p, const Sizes& sizes, BF16* out) {
     for (size_t tile = 0; tile < sizes.row_tiles; tile++)
         for (size_t step = 0; step < sizes.steps; step++)
             for (size_t i = 0; i < TILE; i++, out += STEP) {
-                const size_t row = tile * TILE + i, at = step * STEP;
+                const size_t row = tile * TILE + i;
                 __m512 low = _mm512_setzero_ps(), high = low;
                 if (row < p.queries.rows) {
-                    const float* q = p.q.data + row / p.queries.groups * p.q.outer_stride +
-                                     row % p.queries.groups * p.q.inner_stride + at;
-                    const size_t count = p.head.key_dim - at;
-                    low = Avx512::load_part(q, std::min(count, TILE));
-                    if (count > TILE) high = Avx512::load_part(q + TILE, std::min(count - TILE, TILE));
+                    const float* q = p.q.at(row / p.queries.groups, row % p.queries.groups) + step * STEP;
+                    const size_t count = std::min(p.head.key_dim - step * STEP, STEP), first = std::min(count, TILE);
+                    low = Avx512::load_part(q, first), high = Avx512::load_part(q + TILE, count - first);
                 }
-                const auto halves = _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
-                _mm512_store_si512(out, reinterpret_cast<__m512i>(halves));
+                _mm512_store_si512(out, round_both(_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale)));
             }
 }
 
@@ -271,7 +246,7 @@ void weigh(float* scores, float* tops, float* totals, float* outputs, size_t val
             const __m512 a = power(_mm512_sub_ps(_mm512_load_ps(at), base));
             const __m512 b = power(_mm512_sub_ps(_mm512_load_ps(at + FLOATS), base));
             rows[r] = _mm512_add_ps(rows[r], _mm512_add_ps(a, b));
-            _mm512_store_si512(at, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+            _mm512_store_si512(at, round_both(a, b));
         }
     }
     const __m512 sum = combine_lanes(rows, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
@@ -307,7 +282,7 @@ void write(const Prefill& p, const Sizes& sizes, const Buffers& s) {
         }
         const __m512 scale = _mm512_set1_ps(shrink / total);
         const float* from = s.outputs + (row / TILE * sizes.value_tiles * TILE + row % TILE) * TILE;
-        float* out = p.out.data + row / p.queries.groups * p.out.outer_stride + head * p.out.inner_stride;
+        float* out = p.out.at(row / p.queries.groups, head);
         for (size_t d = 0; d < dim; d += TILE, from += FLOATS)
             Avx512::store_part(out + d, _mm512_mul_ps(_mm512_load_ps(from), scale), std::min(TILE, dim - d));
     }

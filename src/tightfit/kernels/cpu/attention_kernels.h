@@ -82,18 +82,19 @@ template <class Isa, class T>
 inline void to_columns(const T* const* keys, size_t at, size_t count, size_t stride, float* columns) {
     constexpr size_t LANES = Isa::LANES, STEP = LANES * sizeof(float) / sizeof(T);
     for (size_t f = 0; f < count; f += STEP) {
-        typename Isa::Bytes words[LANES];
+        T padded[LANES][STEP];
+        const uint8_t* rows[LANES];
         for (size_t i = 0; i < LANES; i++) {
-            T padded[STEP];
             const T* features = keys[i] + at + f;
             if (f + STEP > count) {
-                std::memset(padded, 0, sizeof padded);
-                std::memcpy(padded, features, (count - f) * sizeof(T));
-                features = padded;
+                std::memset(padded[i], 0, sizeof padded[i]);
+                std::memcpy(padded[i], features, (count - f) * sizeof(T));
+                features = padded[i];
             }
-            words[i] = Isa::load_bytes(reinterpret_cast<const uint8_t*>(features));
+            rows[i] = reinterpret_cast<const uint8_t*>(features);
         }
-        Isa::transpose_words(words);
+        typename Isa::Bytes words[LANES];
+        transpose_rows<Isa>(rows, words);
         for (size_t i = 0; i < LANES; i++) {
             if constexpr (sizeof(T) == sizeof(float)) {
                 std::memcpy(columns + (f + i) * stride, &words[i], sizeof words[i]);

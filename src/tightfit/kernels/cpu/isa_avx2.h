@@ -87,21 +87,9 @@ struct Avx2 {
 
     // ---- words of four bytes: floats, or two halves ----
 
-    static void transpose_words(Bytes (&rows)[LANES]) {
-        Bytes pairs[LANES], fours[LANES];
-        for (size_t i = 0; i < LANES; i += 2) {
-            pairs[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
-            pairs[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
-        }
-        for (size_t i = 0; i < LANES; i += 4)
-            for (size_t j = 0; j < 2; j++) {
-                fours[i + 2 * j] = _mm256_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
-                fours[i + 2 * j + 1] = _mm256_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
-            }
-        for (size_t j = 0; j < 4; j++) {
-            rows[j] = _mm256_permute2x128_si256(fours[j], fours[4 + j], 0x20);
-            rows[4 + j] = _mm256_permute2x128_si256(fours[j], fours[4 + j], 0x31);
-        }
+    // 16 bytes from place `at` on of two rows that lie four apart in the list; transpose() then gives four columns.
+    static Bytes load_quarters(const uint8_t* const* rows, size_t at) {
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(load16(rows[0] + at)), load16(rows[4] + at), 1);
     }
 
     static Vector lower(Bytes words, BF16) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }

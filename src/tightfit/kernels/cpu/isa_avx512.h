@@ -86,28 +86,12 @@ struct Avx512 {
 
     // ---- words of four bytes: floats, or two halves ----
 
-    static void transpose_words(Bytes (&rows)[LANES]) {
-        Bytes pairs[LANES], fours[LANES];
-        for (size_t i = 0; i < LANES; i += 2) {
-            pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-            pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-        }
-        for (size_t i = 0; i < LANES; i += 4)
-            for (size_t j = 0; j < 2; j++) {
-                fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
-                fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
-            }
-        // Quarter q of fours[4 i + j] now holds column 4 q + j of the rows 4 i to 4 i + 3.
-        for (size_t j = 0; j < 4; j++) {
-            const __m512i even = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88);
-            const __m512i odd = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xdd);
-            const __m512i even_high = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
-            const __m512i odd_high = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xdd);
-            rows[j] = _mm512_shuffle_i32x4(even, even_high, 0x88);
-            rows[4 + j] = _mm512_shuffle_i32x4(odd, odd_high, 0x88);
-            rows[8 + j] = _mm512_shuffle_i32x4(even, even_high, 0xdd);
-            rows[12 + j] = _mm512_shuffle_i32x4(odd, odd_high, 0xdd);
-        }
+    // 16 bytes from place `at` on of four rows that lie four apart in the list; transpose() then gives four columns.
+    static Bytes load_quarters(const uint8_t* const* rows, size_t at) {
+        const Bytes two = _mm512_mask_broadcast_i32x4(_mm512_castsi128_si512(load16(rows[0] + at)), 0x00f0,
+                                                      load16(rows[4] + at));
+        const Bytes three = _mm512_mask_broadcast_i32x4(two, 0x0f00, load16(rows[8] + at));
+        return _mm512_mask_broadcast_i32x4(three, 0xf000, load16(rows[12] + at));
     }
 
     static Vector lower(Bytes words, BF16) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }

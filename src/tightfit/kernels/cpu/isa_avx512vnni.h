@@ -21,9 +21,11 @@ private:
     typedef int32_t Four __attribute__((may_alias, aligned(1)));
 
     // The instruction broadcasts its memory operand. GCC takes another register for that, and registers are what limits
-    // how many loads of weights are under way.
+    // how many loads of weights are under way; it would also move the tokens' independent sums apart.
     static void add_products(Sums& sums, Bytes codes, const int8_t* x) {
-        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*reinterpret_cast<const Four*>(x)));
+        asm volatile("vpdpbusd %2%{1to16%}, %1, %0"
+                     : "+v"(sums)
+                     : "v"(codes), "m"(*reinterpret_cast<const Four*>(x)));
     }
 };
 

@@ -79,7 +79,8 @@ struct Portable {
 
     // ---- words of four bytes: floats, or two halves ----
 
-    static void transpose_words(Bytes (&rows)[LANES]) { transpose(rows); }
+    // 16 bytes from place `at` on of a row; transpose() then gives four columns.
+    static Bytes load_quarters(const uint8_t* const* rows, size_t at) { return load_as<Bytes>(rows[0] + at); }
 
     static Vector lower(Bytes words, BF16) { return as<Vector>(as<Unsigned>(words) << 16); }
     static Vector upper(Bytes words, BF16) { return as<Vector>(as<Unsigned>(words) & 0xffff0000); }

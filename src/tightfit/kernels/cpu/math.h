@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <initializer_list>
 
 namespace tightfit {
@@ -42,6 +43,17 @@ inline typename Isa::Vector tanh(typename Isa::Vector x) {
     const auto one = Isa::broadcast(1.0f);
     const auto e = exp<Isa>(Isa::add(x, x));
     return Isa::sub(one, Isa::div(Isa::broadcast(2.0f), Isa::add(e, one)));
+}
+
+// Word w of LANES rows of as many words of four bytes.
+template <class Isa>
+inline void transpose_rows(const uint8_t* const (&rows)[Isa::LANES], typename Isa::Bytes (&words)[Isa::LANES]) {
+    for (size_t w = 0; w < Isa::LANES; w += 4) {
+        typename Isa::Bytes four[4];
+        for (size_t i = 0; i < 4; i++) four[i] = Isa::load_quarters(rows + i, 4 * w);
+        Isa::transpose(four);
+        for (size_t i = 0; i < 4; i++) words[w + i] = four[i];
+    }
 }
 
 }  // namespace

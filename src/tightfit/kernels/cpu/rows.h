@@ -10,6 +10,9 @@ template <class T>
 struct Block {
     T* data;
     size_t outer_stride, inner_stride;
+
+    T* at(size_t outer, size_t inner) const { return data + outer * outer_stride + inner * inner_stride; }
+    Block from(size_t outer, size_t inner) const { return {at(outer, inner), outer_stride, inner_stride}; }
 };
 
 enum class Activation { silu, gelu_pytorch_tanh, relu, clamped_swiglu };

@@ -26,7 +26,7 @@ inline void add_unit(const Code& code, const uint8_t* tile, size_t unit, size_t 
 
 // What follows the codes of a block.
 template <size_t TOKENS>
-struct Ends {
+struct BlockEnds {
     float scales[TOKENS];
     int32_t sums[TOKENS];
 };
@@ -37,6 +37,7 @@ inline void tile_row_int8(const Weight& w, const Code& code, const uint8_t* tile
     using Vector = typename Isa::Vector;
     using Sums = typename Isa::Sums;
     using Inputs = int8_t[TOKENS][Code::INPUTS];
+    using Ends = BlockEnds<TOKENS>;
     const size_t code_bytes = w.code_bytes(), tile_bytes = w.tile_bytes(), groups = w.groups();
     constexpr size_t UNITS = BLOCK / Code::INPUTS, BLOCK_BYTES = TOKENS * Quantized::block_bytes(BLOCK);
     const size_t blocks = w.group / BLOCK;
@@ -46,11 +47,11 @@ inline void tile_row_int8(const Weight& w, const Code& code, const uint8_t* tile
 
     for (size_t g = 0; g < groups; g++, tile += tile_bytes, x += blocks * BLOCK_BYTES) {
         for (size_t span = 0; span < SPANS<Isa>; span++) {
-            Vector sums[TOKENS], input_sums[TOKENS];
-            for (size_t t = 0; t < TOKENS; t++) sums[t] = input_sums[t] = Isa::zero();
-            const uint8_t* block = x;
-            for (size_t b = 0; b < blocks; b++, block += BLOCK_BYTES) {
-                const Ends<TOKENS>& ends = *reinterpret_cast<const Ends<TOKENS>*>(block + TOKENS * BLOCK);
+            Vector sums[TOKENS];
+            for (auto& sum : sums) sum = Isa::zero();
+            for (size_t b = 0; b < blocks; b++) {
+                const uint8_t* block = x + b * BLOCK_BYTES;
+                const Ends& ends = *reinterpret_cast<const Ends*>(block + TOKENS * BLOCK);
                 Sums dots[Code::DIGITS][TOKENS];
                 for (auto& digit : dots)
                     for (size_t t = 0; t < TOKENS; t++) digit[t] = Isa::template times<Code::ZERO>(ends.sums[t]);
@@ -59,22 +60,21 @@ inline void tile_row_int8(const Weight& w, const Code& code, const uint8_t* tile
                     add_unit<Isa>(code, tile, b * UNITS + u, span, reinterpret_cast<const Inputs*>(block)[u], dots);
                 for (size_t t = 0; t < TOKENS; t++) {
                     if constexpr (Code::DIGITS == 2) dots[0][t] = Isa::template shift_add<7>(dots[1][t], dots[0][t]);
-                    const Vector scale = Isa::broadcast(ends.scales[t]);
-                    sums[t] = Isa::fma(Isa::to_floats(dots[0][t]), scale, sums[t]);
-                    if (w.asymmetric) {
-                        const Sums sum = Isa::template times<1>(ends.sums[t]);
-                        input_sums[t] = Isa::fma(Isa::to_floats(sum), scale, input_sums[t]);
-                    }
+                    sums[t] = Isa::fma(Isa::to_floats(dots[0][t]), Isa::broadcast(ends.scales[t]), sums[t]);
                 }
             }
             if (span == 0) prefetch(tile + code_bytes);
             const BF16* scales = reinterpret_cast<const BF16*>(tile + code_bytes) + span * Isa::LANES;
             const Vector scale = Isa::load(scales);
             for (size_t t = 0; t < TOKENS; t++) results[span][t] = Isa::fma(sums[t], scale, results[span][t]);
-            if (w.asymmetric) {
-                const Vector offset = Isa::sub(Isa::zero(), Isa::load(scales + TILE_ROWS));  // sums are negative
-                for (size_t t = 0; t < TOKENS; t++)
-                    results[span][t] = Isa::fma(input_sums[t], offset, results[span][t]);
+            if (!w.asymmetric) continue;
+            const Vector offset = Isa::sub(Isa::zero(), Isa::load(scales + TILE_ROWS));  // as the sums are negative
+            for (size_t b = 0; b < blocks; b++) {
+                const Ends& ends = *reinterpret_cast<const Ends*>(x + b * BLOCK_BYTES + TOKENS * BLOCK);
+                for (size_t t = 0; t < TOKENS; t++) {
+                    const Vector sum = Isa::broadcast(static_cast<float>(ends.sums[t]) * ends.scales[t]);
+                    results[span][t] = Isa::fma(sum, offset, results[span][t]);
+                }
             }
         }
     }

@@ -136,7 +136,7 @@ def _place(checkpoint: Checkpoint, rows: Rows, memory: BlockMemory) -> int:
         begin, end = (fmt.nbytes(row, param.shape[1]) for row in (rows.start, rows.stop))
         read_plain(checkpoint, param, rows.expert, rows.start, rows.data[begin:end])
     else:
-        source = Source(checkpoint, rows, memory.of(block_nbytes(checkpoint, param, rows.expert)))
+        source = Reading(checkpoint, rows, memory.of(block_nbytes(checkpoint, param, rows.expert)))
         try:
             if fmt is not None and _has_header(fmt):
                 fmt.begin(rows.data, (param.shape[0], param.shape[1]), source.blocks)
@@ -152,7 +152,7 @@ def _place(checkpoint: Checkpoint, rows: Rows, memory: BlockMemory) -> int:
 
 
 @dataclass
-class Source:
+class Reading:
     """The blocks of some rows; ``at`` is where the one that was given stands, None while the next is read."""
 
     checkpoint: Checkpoint
