@@ -26,11 +26,11 @@ const uint8_t EXPONENT_BITS[] = {3};
 
 Matrix random_matrix(Kind kind, size_t group, bool asymmetric, size_t rows, size_t cols) {
     Weight w{kind, group, asymmetric, nullptr, rows, cols, 0, EXPONENT_BITS};
-    const size_t size = w.tiled() ? (rows + 15) / 16 * w.tile_row_bytes() : rows * cols * w.itemsize();
+    const size_t size = w.tiled() ? (rows + 15) / 16 * w.tile_row_bytes() : rows * cols * itemsize(w.kind);
     std::unique_ptr<uint8_t[]> data(new uint8_t[size]);
     // All numbers are of size 1: a byte of 0x3d at their end is an exponent near 0, whatever the kind.
     for (size_t i = 0; i < size; i++) data[i] = static_cast<uint8_t>(generator());
-    for (size_t i = 1; !w.tiled() && i < size; i += w.itemsize()) data[i + w.itemsize() - 2] = 0x3d;
+    for (size_t i = 1; !w.tiled() && i < size; i += itemsize(w.kind)) data[i + itemsize(w.kind) - 2] = 0x3d;
     if (kind == Kind::ternary)  // the numbers of triples end at 13
         for (size_t i = 0; i < size; i++) data[i] = static_cast<uint8_t>(generator() % 14 << 4 | generator() % 14);
     for (size_t tile = 0; w.tiled() && tile < size; tile += w.tile_bytes())
@@ -98,7 +98,7 @@ void check_kind(Kind kind, size_t group, bool asymmetric = false) {
             if (slice.tiled())
                 slice.data += slice.tile_row_bytes(), slice.row_offset = 3;
             else
-                slice.data += 19 * cols * slice.itemsize();
+                slice.data += 19 * cols * itemsize(slice.kind);
             check(Joined({slice}), 17, -1.5f, 3);
         }
 }

@@ -52,7 +52,7 @@ const uint8_t EXPONENT_BITS[] = {3};  // of fp8; that of 4 is the same with othe
 
 Matrix random_matrix(Kind kind, size_t group, bool asymmetric, size_t rows, size_t cols) {
     Weight w{kind, group, asymmetric, nullptr, rows, cols, 0, EXPONENT_BITS};
-    const size_t size = w.tiled() ? (rows + 15) / 16 * w.tile_row_bytes() : rows * cols * w.itemsize();
+    const size_t size = w.tiled() ? (rows + 15) / 16 * w.tile_row_bytes() : rows * cols * itemsize(w.kind);
     std::unique_ptr<uint8_t[]> data(new uint8_t[size]);
     std::normal_distribution<float> normal;
     for (size_t i = 0; i < size; i++) data[i] = static_cast<uint8_t>(generator());
@@ -137,7 +137,7 @@ struct Value {
 
 Value weight_at(const Weight& w, size_t row, size_t col) {
     if (!w.tiled()) {
-        const uint8_t* address = w.data + (row * w.cols + col) * w.itemsize();
+        const uint8_t* address = w.data + (row * w.cols + col) * itemsize(w.kind);
         float value;
         uint16_t half;
         std::memcpy(&half, address, 2);
@@ -239,7 +239,7 @@ void check_kind(Kind kind, size_t group, bool asymmetric = false) {
             if (slice.tiled())
                 slice.data += slice.tile_row_bytes(), slice.row_offset = 3;
             else
-                slice.data += 19 * cols * slice.itemsize();
+                slice.data += 19 * cols * itemsize(slice.kind);
             check_weight(slice, 3);
         }
 }

@@ -67,27 +67,37 @@ def save(model: PreTrainedModel, folder: Path, **config: Any) -> Path:
 
 
 class Ours:
-    """A saved model in our decoder, in the checkpoint's own precision, with a cache for ``sequences`` sequences."""
+    """A saved model in our decoder, in the checkpoint's own precision or another format, with a cache for ``sequences``
+    sequences."""
 
     def __init__(
-        self, folder: Path, *, context: int, chunk: int, sequences: int = 1, edit: Edit = lambda spec: spec
+        self,
+        folder: Path,
+        *,
+        context: int,
+        chunk: int,
+        sequences: int = 1,
+        edit: Edit = lambda spec: spec,
+        weights: str = OWN,
     ) -> None:
         checkpoint = open_checkpoint(str(folder))
         spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
         check(checkpoint, spec)
         self.spec = edit(spec)
-        formats = dict.fromkeys(range(len(self.spec.layers)), OWN)
-        weights = Resident(checkpoint, self.spec, OWN, formats, torch.float32, Arena(ROOM))
-        weights.load()
+        formats = dict.fromkeys(range(len(self.spec.layers)), weights)
+        placement = Resident(checkpoint, self.spec, weights, formats, torch.float32, Arena(ROOM))
+        placement.load()
         checkpoint.close()
-        self.decoder = Decoder(self.spec, weights)
+        self.decoder = Decoder(self.spec, placement)
         self.cache = Cache(cache_layouts(self.spec, context, chunk), sequences, torch.float32, Arena(ROOM))
 
     @torch.inference_mode()
-    def step(self, *segments: Segment) -> list[torch.Tensor]:
-        """The logits (n, vocab) of each segment, in the order given. A dry run must foresee the scratch."""
+    def step(self, *segments: Segment, ws: Workspace | None = None) -> list[torch.Tensor]:
+        """The logits (n, vocab) of each segment, in the order given. A dry run must foresee the scratch, which is new
+        in each step if none is given."""
         batch = Batch.of(segments)
-        foreseen, ws = Workspace(Arena(ROOM)), Workspace(Arena(ROOM))
+        foreseen, ws = Workspace(Arena(ROOM)), ws or Workspace(Arena(ROOM))
+        ws.high_water = 0
         with ops.dry(), foreseen.frame():
             self.decoder.logits(self.decoder.hidden(batch, self.cache, foreseen), foreseen)
         with ws.frame():

@@ -6,7 +6,8 @@ memory is taken behind the ledger's back. Operations that need scratch take a
 faster versions must agree with them.
 
 Inside :func:`dry` operations return at once and write nothing: the decoder then only takes its scratch, which is how
-the plan knows the size of the workspace exactly.
+the plan knows the size of the workspace exactly. Inside :func:`recorded` they are noted too, to be repeated without the
+Python between them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tightfit.kernels import reference, rows
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _dry = False
+_program: Program | None = None
 
 
 @contextmanager
@@ -36,12 +38,40 @@ def is_dry() -> bool:
     return _dry
 
 
+class Program:
+    """Operations with their arguments: the same tensors, whatever is in them when it runs."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]] = []
+
+    def add(self, function: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._calls.append((function, args, kwargs))
+
+    def run(self) -> None:
+        for function, args, kwargs in self._calls:
+            function(*args, **kwargs)
+
+
+@contextmanager
+def recorded() -> Iterator[Program]:
+    """While inside, operations are computed and noted."""
+    global _program
+    before, _program = _program, Program()
+    try:
+        yield _program
+    finally:
+        _program = before
+
+
 def op(function: Function) -> Function:
-    """Marks an operation: it is skipped inside :func:`dry`. For functions that only write to their arguments."""
+    """Marks an operation: it is skipped inside :func:`dry`. For functions that only write to their arguments, and that
+    call no other operation."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not _dry:
             function(*args, **kwargs)
+            if _program is not None:
+                _program.add(function, args, kwargs)
 
     call.__name__, call.__doc__, call.__wrapped__ = function.__name__, function.__doc__, function  # type: ignore[attr-defined]
     return cast(Function, call)

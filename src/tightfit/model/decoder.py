@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from tightfit.budget.ledger import Workspace
-from tightfit.kernels import ops
+from tightfit.kernels import cpu, ops
 from tightfit.kv.cache import Cache, LayerLayout, window_slots
 from tightfit.model.batch import Batch
 from tightfit.model.latent import latent_attention
@@ -31,12 +33,26 @@ def cache_layouts(spec: ModelSpec, context: int, chunk: int) -> list[LayerLayout
     ]
 
 
+@dataclass(frozen=True)
+class _Repeated:
+    """The operations of the layers of a step that decodes, which read its ``batch.places``."""
+
+    step: tuple[object, ...]
+    batch: Batch
+    program: ops.Program
+
+
 class Decoder:
     """Computes a :class:`~tightfit.model.spec.ModelSpec` with the weights that a placement hands out."""
 
     def __init__(self, spec: ModelSpec, weights: Placement) -> None:
         self.spec = spec
         self.weights = weights
+        # Mixtures choose by what the router says, and absorbed projections are slices made at every step.
+        self._repeatable = weights.fixed and all(
+            isinstance(layer.attention, AttentionSpec) and isinstance(layer.mlp, MlpSpec) for layer in spec.layers
+        )
+        self._repeated: _Repeated | None = None
 
     def hidden(self, batch: Batch, cache: Cache, ws: Workspace) -> torch.Tensor:
         """Runs the layers; gives the normalised hidden states (n, hidden) of the rows for which logits are wanted, in
@@ -51,9 +67,7 @@ class Decoder:
             for layer in spec.layers:
                 if layer.attention.rope is not None and layer.attention.rope not in ropes:
                     ropes[layer.attention.rope] = tables(layer.attention.rope, batch, ws)
-            for index, layer in enumerate(spec.layers):
-                with self.weights.layer(index) as weights:
-                    self._layer(index, layer, weights, x, batch, cache, ropes, ws)
+            self._layers(x, batch, cache, ropes, ws)
         # Taken after the layers' scratch was given back, so that wanting the logits of every row needs no more memory.
         selected = ws.empty(len(batch.logit_rows), spec.hidden_size)
         ops.gather_rows(x, batch.logit_rows, selected)
@@ -75,6 +89,34 @@ class Decoder:
         if spec.logit_softcap is not None:
             ops.softcap_(out, spec.logit_softcap, split.parts)
         return out
+
+    def _layers(
+        self, x: torch.Tensor, batch: Batch, cache: Cache, ropes: dict[RopeSpec, Tables], ws: Workspace
+    ) -> None:
+        """All layers, added to ``x``.
+
+        A step that only decodes repeats the operations of the one before, if that decoded as many tokens: what Python
+        does between them takes as long as reading a hundred megabytes of weights.
+        """
+        if ops.is_dry() or batch.prefills or not self._repeatable or not cpu.available():
+            self._compute_layers(x, batch, cache, ropes, ws)
+            return
+        # What decides which tensors lie where.
+        step = cache, ws, ws.top, batch.size, cpu.threads(), torch.is_inference_mode_enabled()
+        if self._repeated is None or self._repeated.step != step:
+            with ops.recorded() as program:
+                self._compute_layers(x, batch, cache, ropes, ws)
+            self._repeated = _Repeated(step, batch, program)
+            return
+        self._repeated.batch.places.copy_(batch.places)
+        self._repeated.program.run()
+
+    def _compute_layers(
+        self, x: torch.Tensor, batch: Batch, cache: Cache, ropes: dict[RopeSpec, Tables], ws: Workspace
+    ) -> None:
+        for index, layer in enumerate(self.spec.layers):
+            with self.weights.layer(index) as weights:
+                self._layer(index, layer, weights, x, batch, cache, ropes, ws)
 
     def _layer(
         self,

@@ -8,6 +8,7 @@
 #include "attention_tasks.h"
 #include "levels.h"
 #include "pool.h"
+#include "runs.h"
 
 namespace tightfit {
 namespace {
@@ -52,7 +53,7 @@ void for_tasks(size_t tasks, size_t threads, Work work) {
 }
 
 HeadCache head_of(const KeysValues& cache, size_t sequence, size_t head) {
-    const size_t first = (sequence * cache.kv_heads + head) * cache.slots * cache.itemsize();
+    const size_t first = (sequence * cache.kv_heads + head) * cache.slots * itemsize(cache.kind);
     return {cache.kind, cache.keys + first * cache.key_dim, cache.values + first * cache.value_stride(),
             cache.slots, cache.key_dim, cache.value_dim, cache.value_stride()};
 }
@@ -112,10 +113,10 @@ void keep(const AttentionKernels& kernels, const KeysValues& cache, Place place,
     const size_t slot = static_cast<size_t>(place.position) % cache.slots;
     for (size_t h = 0; h < cache.kv_heads; h++) {
         const size_t row = (static_cast<size_t>(place.sequence) * cache.kv_heads + h) * cache.slots + slot;
-        kernels.store(k.at(t, h), cache.key_dim, cache.kind, cache.keys + row * cache.key_dim * cache.itemsize());
+        kernels.store(k.at(t, h), cache.key_dim, cache.kind, cache.keys + row * cache.key_dim * itemsize(cache.kind));
         if (!cache.shared())
             kernels.store(v.at(t, h), cache.value_dim, cache.kind,
-                          cache.values + row * cache.value_dim * cache.itemsize());
+                          cache.values + row * cache.value_dim * itemsize(cache.kind));
     }
 }
 
@@ -131,6 +132,18 @@ struct Partition {
         step = std::max(SMALLEST_PART, round_up((end - first + PARTS - 1) / PARTS, KEY_BLOCK));
         count = (end - first + step - 1) / step;
     }
+};
+
+// A part of the keys of one key-value head that one row sees; `slot` counts rows and heads.
+struct RowsTask {
+    Queries queries;
+    HeadCache head;
+    size_t row, slot, first_head, part;
+    Partition seen = Partition(queries.first, queries.window);
+
+    size_t from() const { return std::max(seen.first + part * seen.step, queries.lowest(0)); }
+    size_t to() const { return std::min(seen.first + (part + 1) * seen.step, seen.end); }
+    const uint8_t* first_key() const { return head.keys + from() % head.slots * head.key_dim * itemsize(head.kind); }
 };
 
 // Where attend_rows keeps what: for each worker its queries and scores, for each part of each row its running softmax.
@@ -178,7 +191,7 @@ void prefill(const Prefill& p, uint8_t* address) {
     const PrefillScratch s(rows, p.head.key_dim, p.head.value_dim, address);
     load_queries(p.q, rows, groups, p.head.key_dim, p.scale, s.q);
     begin(s.folded, rows);
-    kernels().fold(p.head, p.queries, s.q, p.queries.lowest(0), to, s.scores, s.folded);
+    kernels().fold(p.head, p.queries, s.q, p.queries.lowest(0), to, nullptr, s.scores, s.folded);
     for (size_t r = 0; r < rows; r++)
         finish(s.folded, r, 1, 0, p.sinks ? p.sinks + r % groups : nullptr, p.out.at(r / groups, r % groups),
                p.head.value_dim);
@@ -247,29 +260,36 @@ void attend_rows(const KeysValues& cache, const Place* places, size_t rows, Bloc
             keys += seen.end - seen.first;
         }
         for (size_t i = 0; i < count * cache.kv_heads; i++) new (s.done + i) std::atomic<uint32_t>(0);
-        const size_t bytes = keys * cache.kv_heads * (cache.key_dim + cache.value_stride()) * cache.itemsize();
-        for_tasks(count * cache.kv_heads * parts, bytes < TASK_BYTES ? 1 : threads, [&](size_t task, size_t worker) {
-            const size_t part = task % parts, slot = task / parts, head = slot % cache.kv_heads;
-            const size_t row = at + slot / cache.kv_heads, first_head = head * s.groups;
+        const size_t bytes = keys * cache.kv_heads * (cache.key_dim + cache.value_stride()) * itemsize(cache.kind);
+        const auto task_of = [&](size_t task) {
+            const size_t part = task % parts, slot = task / parts, row = at + slot / cache.kv_heads;
+            const auto head = slot % cache.kv_heads, sequence = static_cast<size_t>(places[row].sequence);
             const auto position = static_cast<size_t>(places[row].position);
-            const Partition seen(position, attention.window);
-            if (part >= seen.count) return;
+            const Queries queries{s.groups, s.groups, position, attention.window, softcap};
+            return RowsTask{queries, head_of(cache, sequence, head), row, slot, head * s.groups, part};
+        };
+        const size_t tasks = count * cache.kv_heads * parts;
+        const size_t workers = bytes < TASK_BYTES ? 1 : std::min({tasks, threads, MOST_THREADS});
+        Runs runs(tasks, workers);
+        parallel_for(workers, workers, [&](size_t worker) {
             float* query = reinterpret_cast<float*>(s.workers + worker * s.worker_bytes);
             float* scores = query + round_up(s.groups * cache.key_dim, 16);
-            load_queries(q.from(row, first_head), s.groups, s.groups, cache.key_dim, scale, query);
-            const size_t state = slot * s.parts * s.groups;
-            const Folded folded = part_of(s.folded, state + part * s.groups);
-            begin(folded, s.groups);
-            const Queries queries{s.groups, s.groups, position, attention.window, softcap};
-            const size_t from = std::max(seen.first + part * seen.step, queries.lowest(0));
-            const size_t to = std::min(seen.first + (part + 1) * seen.step, seen.end);
-            k.fold(head_of(cache, static_cast<size_t>(places[row].sequence), head), queries, query, from, to, scores,
-                   folded);
-            if (s.done[slot].fetch_add(1, std::memory_order_acq_rel) + 1 < seen.count) return;
-            for (size_t g = 0; g < s.groups; g++)
-                finish(s.folded, state + g, seen.count, s.groups,
-                       attention.sinks ? attention.sinks + first_head + g : nullptr,
-                       out.at(row, first_head + g), cache.value_dim);
+            runs.take(worker, [&](size_t index) {
+                const RowsTask task = task_of(index);
+                if (task.part >= task.seen.count) return;
+                const Block<const float> of_task = q.from(task.row, task.first_head);
+                load_queries(of_task, s.groups, s.groups, cache.key_dim, scale, query);
+                const size_t state = task.slot * s.parts * s.groups;
+                const Folded folded = part_of(s.folded, state + task.part * s.groups);
+                begin(folded, s.groups);
+                const uint8_t* next = index + 1 < tasks ? task_of(index + 1).first_key() : nullptr;
+                k.fold(task.head, task.queries, query, task.from(), task.to(), next, scores, folded);
+                if (s.done[task.slot].fetch_add(1, std::memory_order_acq_rel) + 1 < task.seen.count) return;
+                for (size_t g = 0; g < s.groups; g++)
+                    finish(s.folded, state + g, task.seen.count, s.groups,
+                           attention.sinks ? attention.sinks + task.first_head + g : nullptr,
+                           out.at(task.row, task.first_head + g), cache.value_dim);
+            });
         });
     }
 }

@@ -16,7 +16,6 @@ struct KeysValues {
     size_t sequences, kv_heads, slots, key_dim, value_dim;
 
     bool shared() const { return values == keys; }
-    size_t itemsize() const { return kind == Kind::f32 ? 4 : 2; }
     size_t value_stride() const { return shared() ? key_dim : value_dim; }
 };
 

@@ -46,35 +46,47 @@ void store(const float* x, size_t count, Kind kind, uint8_t* out) {
 // ---- scores: a lane for each key, so that no sum crosses lanes ----
 
 constexpr size_t FEATURES = 64;  // of a tile's keys that are held as columns at once
-constexpr size_t VECTORS = 2;    // of keys in a tile, and of features that are summed at once
+constexpr size_t VECTORS = 2;    // of keys in a tile, where there are many rows
 
 template <class Isa>
 constexpr size_t ROWS_AT_ONCE = Isa::LANES == 16 ? 8 : 4;  // their sums, of VECTORS each, fit the registers
 
+// How many vectors of features each of ROWS rows sums at once: where rows are few, more, so that no sum waits for itself.
+template <class Isa, size_t ROWS>
+constexpr size_t SPAN = VECTORS * (4 * ROWS <= ROWS_AT_ONCE<Isa> && ROWS_AT_ONCE<Isa> > 4 ? 4
+                                   : 2 * ROWS <= ROWS_AT_ONCE<Isa>                          ? 2
+                                                                                            : 1);
+
 // What is read next, asked for a little at each step: a core's own prefetcher alone reaches half of the memory's speed.
 struct Ahead {
     const char* next;
-    size_t step;  // bytes; 0 where nothing more is to come
+    bool more;  // whether `next` moves on
 
     template <size_t BYTES>
     void fetch() {
         for (size_t i = 0; i < BYTES; i += 64) __builtin_prefetch(next + i, 0, 2);
-        next += step;
+        next += more ? BYTES : 0;
     }
 };
+
+// Calls work with `rows` as a constant, if there are any; at most MOST.
+template <size_t MOST, class Work>
+inline void for_last_rows(size_t rows, Work work) {
+    if constexpr (MOST > 0) {
+        if (rows == MOST) return work(std::integral_constant<size_t, MOST>());
+        for_last_rows<MOST - 1>(rows, work);
+    }
+}
 
 // Calls work(row, number of rows as a constant, ahead) for all rows, as many at once as the registers hold; only the
 // first reads ahead.
 template <class Isa, class Work>
 inline void for_rows(size_t rows, Ahead& ahead, Work work) {
     constexpr size_t MOST = ROWS_AT_ONCE<Isa>;
-    Ahead none{ahead.next, 0};
-    const auto call = [&](size_t row, auto count) { work(row, count, row == 0 ? ahead : none); };
+    Ahead none{ahead.next, false};
     size_t r = 0;
-    for (; r + MOST <= rows; r += MOST) call(r, std::integral_constant<size_t, MOST>());
-    if (MOST > 4 && rows - r >= 4) call(r, std::integral_constant<size_t, 4>()), r += 4;
-    if (rows - r >= 2) call(r, std::integral_constant<size_t, 2>()), r += 2;
-    if (rows - r >= 1) call(r, std::integral_constant<size_t, 1>());
+    for (; r + MOST <= rows; r += MOST) work(r, std::integral_constant<size_t, MOST>(), r == 0 ? ahead : none);
+    for_last_rows<MOST - 1>(rows - r, [&](auto count) { work(r, count, r == 0 ? ahead : none); });
 }
 
 // columns[f * stride + i] = keys[i][at + f] for f below `count`; further columns up to FEATURES may be written.
@@ -107,7 +119,7 @@ inline void to_columns(const T* const* keys, size_t at, size_t count, size_t str
 }
 
 // scores[r] = q[r] . columns for ROWS rows, or added to them.
-template <class Isa, class T, size_t ROWS>
+template <class Isa, class T, size_t ROWS, size_t VECTORS>
 inline void score_rows(const float* columns, size_t count, Rows<const float> q, bool add, float* scores, Ahead& ahead) {
     constexpr size_t LANES = Isa::LANES;
     typename Isa::Vector sums[ROWS][VECTORS];
@@ -129,7 +141,7 @@ inline void score_rows(const float* columns, size_t count, Rows<const float> q, 
 
 // Scores of all rows with the keys at [from, to), which lie in the block that starts at `block`, and with neighbours
 // up to whole tiles.
-template <class Isa, class T>
+template <class Isa, class T, size_t VECTORS>
 void score_block(const HeadCache& head, size_t rows, const float* q, size_t block, size_t from, size_t to,
                  float* scores, Ahead ahead) {
     constexpr size_t LANES = Isa::LANES, TILE = VECTORS * LANES;
@@ -146,7 +158,7 @@ void score_block(const HeadCache& head, size_t rows, const float* q, size_t bloc
             for (size_t j = 0; j < VECTORS; j++)
                 to_columns<Isa>(keys + j * LANES, at, count, TILE, columns + j * LANES);
             for_rows<Isa>(rows, ahead, [&](size_t r, auto rows_at_once, Ahead& after) {
-                score_rows<Isa, T, decltype(rows_at_once)::value>(columns, count,
+                score_rows<Isa, T, decltype(rows_at_once)::value, VECTORS>(columns, count,
                                                                   {q + r * head.key_dim + at, head.key_dim}, at > 0,
                                                                   scores + r * KEY_BLOCK + tile - block, after);
             });
@@ -211,17 +223,20 @@ inline void add_features(Rows<const T> values, size_t count, size_t width, const
         for (size_t j = 0; j < SPAN; j++) Isa::store(acc[r] + j * LANES, sums[r][j]);
 }
 
-template <class Isa, class T, size_t ROWS>
-inline void add_rows(Rows<const T> values, size_t count, size_t dim, const float* weights, Rows<float> acc,
+// The features from `d` on, SPAN vectors at once.
+template <class Isa, class T, size_t ROWS, size_t SPAN>
+inline void add_rows(Rows<const T> values, size_t count, size_t d, size_t dim, const float* weights, Rows<float> acc,
                      Ahead& ahead) {
     constexpr size_t LANES = Isa::LANES;
-    size_t d = 0;
     const auto from = [&] { return Rows<const T>{values.data + d, values.stride}; };
     const auto to = [&] { return Rows<float>{acc.data + d, acc.stride}; };
-    for (; d + VECTORS * LANES <= dim; d += VECTORS * LANES)
-        add_features<Isa, T, ROWS, VECTORS, false>(from(), count, 0, weights, to(), ahead);
-    for (; d + LANES <= dim; d += LANES) add_features<Isa, T, ROWS, 1, false>(from(), count, 0, weights, to(), ahead);
-    if (d < dim) add_features<Isa, T, ROWS, 1, true>(from(), count, dim - d, weights, to(), ahead);
+    for (; d + SPAN * LANES <= dim; d += SPAN * LANES)
+        add_features<Isa, T, ROWS, SPAN, false>(from(), count, 0, weights, to(), ahead);
+    if constexpr (SPAN > 1) {
+        add_rows<Isa, T, ROWS, SPAN / 2>(values, count, d, dim, weights, acc, ahead);
+    } else {
+        if (d < dim) add_features<Isa, T, ROWS, 1, true>(from(), count, dim - d, weights, to(), ahead);
+    }
 }
 
 // acc += weights . values of the keys at [from, to)
@@ -232,25 +247,31 @@ void add_block(const HeadCache& head, size_t rows, size_t block, size_t from, si
         const size_t slot = from % head.slots, count = std::min(to - from, head.slots - slot);
         const T* values = reinterpret_cast<const T*>(head.values) + slot * head.value_stride;
         for_rows<Isa>(rows, ahead, [&](size_t r, auto rows_at_once, Ahead& after) {
-            add_rows<Isa, T, decltype(rows_at_once)::value>({values, head.value_stride}, count, head.value_dim,
-                                                            scores + r * KEY_BLOCK + from - block,
-                                                            {acc[r], acc.stride}, after);
+            constexpr size_t ROWS = decltype(rows_at_once)::value;
+            add_rows<Isa, T, ROWS, SPAN<Isa, ROWS>>({values, head.value_stride}, count, 0, head.value_dim,
+                                                    scores + r * KEY_BLOCK + from - block, {acc[r], acc.stride}, after);
         });
         from += count;
     }
 }
 
 template <class Isa, class T>
-void fold_keys(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, float* scores,
-               const Folded& folded) {
-    constexpr size_t STEP = VECTORS * Isa::LANES * sizeof(T);
+void fold_keys(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to,
+               const uint8_t* next, float* scores, const Folded& folded) {
     const bool shared = head.values == head.keys;
     while (from < to) {
         const size_t block = from / KEY_BLOCK * KEY_BLOCK, end = std::min(block + KEY_BLOCK, to);
         const size_t slot = block % head.slots;
-        const auto* next_keys = reinterpret_cast<const char*>(head.keys) + (slot + KEY_BLOCK) * head.key_dim * sizeof(T);
+        const auto* keys = reinterpret_cast<const char*>(head.keys) + slot * head.key_dim * sizeof(T);
         const auto* values = reinterpret_cast<const char*>(head.values) + slot * head.value_stride * sizeof(T);
-        score_block<Isa, T>(head, queries.rows, q, block, from, end, scores, {shared ? next_keys : values, STEP});
+        Ahead after{keys, false};
+        if (end < to) after = {keys + KEY_BLOCK * head.key_dim * sizeof(T), true};
+        else if (next) after = {reinterpret_cast<const char*>(next), true};
+        const Ahead ahead = shared ? after : Ahead{values, true};
+        if (queries.rows <= 2)
+            score_block<Isa, T, 2 * VECTORS>(head, queries.rows, q, block, from, end, scores, ahead);
+        else
+            score_block<Isa, T, VECTORS>(head, queries.rows, q, block, from, end, scores, ahead);
         for (size_t r = 0; r < queries.rows; r++) {
             float* row = scores + r * KEY_BLOCK;
             const size_t low = std::max(from, queries.lowest(r)), high = std::min(end, queries.position(r) + 1);
@@ -265,18 +286,18 @@ void fold_keys(const HeadCache& head, const Queries& queries, const float* q, si
                 for (size_t d = 0; d < folded.stride; d++) acc[d] *= shrink;
         }
         add_block<Isa, T>(head, queries.rows, block, from, end, scores, {folded.acc, folded.stride},
-                          {next_keys, shared ? 0 : STEP});
+                          {after.next, after.more && !shared});
         from = end;
     }
 }
 
 template <class Isa>
-void fold(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, float* scores,
-          const Folded& folded) {
+void fold(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, const uint8_t* next,
+          float* scores, const Folded& folded) {
     switch (head.kind) {
-        case Kind::f16: return fold_keys<Isa, F16>(head, queries, q, from, to, scores, folded);
-        case Kind::bf16: return fold_keys<Isa, BF16>(head, queries, q, from, to, scores, folded);
-        default: return fold_keys<Isa, float>(head, queries, q, from, to, scores, folded);
+        case Kind::f16: return fold_keys<Isa, F16>(head, queries, q, from, to, next, scores, folded);
+        case Kind::bf16: return fold_keys<Isa, BF16>(head, queries, q, from, to, next, scores, folded);
+        default: return fold_keys<Isa, float>(head, queries, q, from, to, next, scores, folded);
     }
 }
 

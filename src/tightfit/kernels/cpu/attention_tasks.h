@@ -56,9 +56,9 @@ struct AttentionKernels {
     // Writes `count` numbers rounded to `kind`.
     void (*store)(const float* x, size_t count, Kind kind, uint8_t* out);
     // Folds those keys at positions [from, to) that each row of q (rows, key_dim) sees. `scores` has room for
-    // (rows, KEY_BLOCK) numbers.
-    void (*fold)(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, float* scores,
-                 const Folded& folded);
+    // (rows, KEY_BLOCK) numbers. `next` are the keys that this thread will want afterwards, or null.
+    void (*fold)(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to,
+                 const uint8_t* next, float* scores, const Folded& folded);
 };
 
 // The queries of one task, from their first query and head on, and where their results go.

@@ -1,16 +1,15 @@
 #include "dispatch.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "levels.h"
 #include "pool.h"
+#include "runs.h"
 
 namespace tightfit {
 namespace {
 
 constexpr size_t TASK_BYTES = 64 << 10;  // some microseconds, well above what starting a task costs
-constexpr size_t MOST_THREADS = 256;     // that share a product
 
 const Kernels& kernels() {
     switch (level()) {
@@ -25,7 +24,7 @@ const Kernels& kernels() {
     }
 }
 
-size_t row_bytes(const Weight& w) { return w.tiled() ? w.tile_row_bytes() / TILE_ROWS : w.cols * w.itemsize(); }
+size_t row_bytes(const Weight& w) { return w.tiled() ? w.tile_row_bytes() / TILE_ROWS : w.cols * itemsize(w.kind); }
 
 // The rows of a matrix in units that end where tiles do, and that are whole blocks of the dense kernels.
 struct Units {
@@ -38,29 +37,6 @@ struct Units {
 };
 
 size_t chunk_units(const Weight& w) { return std::max<size_t>(TASK_BYTES / (TILE_ROWS * row_bytes(w) + 1), 1); }
-
-// Each thread takes a run of chunks from front to end, and then what is left of the others' runs: memory is read in few
-// long streams, and a thread that is held up does not hold up the others.
-class Runs {
-public:
-    Runs(size_t chunks, size_t runs) : runs_(runs) {
-        for (size_t i = 0; i < runs; i++) next_[i].store(chunks * i / runs, std::memory_order_relaxed);
-        for (size_t i = 0; i < runs; i++) end_[i] = chunks * (i + 1) / runs;
-    }
-
-    template <class Work>
-    void take(size_t own, Work work) {
-        for (size_t i = 0; i < runs_; i++) {
-            const size_t run = (own + i) % runs_;
-            for (size_t chunk; (chunk = next_[run].fetch_add(1, std::memory_order_relaxed)) < end_[run];) work(chunk);
-        }
-    }
-
-private:
-    size_t runs_;
-    std::atomic<size_t> next_[MOST_THREADS];
-    size_t end_[MOST_THREADS];
-};
 
 // Calls work(first, last) for runs of rows that together are [start, stop).
 template <class Work>

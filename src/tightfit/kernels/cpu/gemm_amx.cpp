@@ -217,8 +217,8 @@ private:
 Ahead stored(const Weight& w, size_t tile_row, size_t count, size_t start, size_t stop, size_t times) {
     if (!w.tiled()) {
         const size_t row = tile_row * TILE_ROWS, rows = std::min(w.rows - row, count * TILE_ROWS);
-        const size_t bytes = (std::min(stop, w.cols) - start) * w.itemsize();
-        return {w.data + (row * w.cols + start) * w.itemsize(), bytes, w.cols * w.itemsize(), rows, times};
+        const size_t bytes = (std::min(stop, w.cols) - start) * itemsize(w.kind);
+        return {w.data + (row * w.cols + start) * itemsize(w.kind), bytes, w.cols * itemsize(w.kind), rows, times};
     }
     const size_t first = start / w.group, last = std::min((stop + w.group - 1) / w.group, w.groups());
     const uint8_t* data = w.data + tile_row * w.tile_row_bytes() + first * w.tile_bytes();

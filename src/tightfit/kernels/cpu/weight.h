@@ -11,6 +11,8 @@ constexpr size_t LINE = 64;  // bytes that hold the codes of 4 inputs of 16 rows
 
 enum class Kind { f32, f16, bf16, int8, int6, int5, int4, int3, int2, nf4, fp4, fp8, ternary };
 
+constexpr size_t itemsize(Kind kind) { return kind == Kind::f32 ? 4 : 2; }  // of the floating kinds
+
 struct F16 { uint16_t bits; };
 struct BF16 { uint16_t bits; };
 
@@ -27,7 +29,6 @@ struct Weight {
     const uint8_t* settings;
 
     bool tiled() const { return kind > Kind::bf16; }
-    size_t itemsize() const { return kind == Kind::f32 ? 4 : 2; }  // of the floating kinds
     size_t groups() const { return (cols + group - 1) / group; }
     size_t code_bytes() const { return code_bytes_of(kind, group); }
     size_t tile_bytes() const { return code_bytes() + TILE_ROWS * sizeof(BF16) * (asymmetric ? 2 : 1); }

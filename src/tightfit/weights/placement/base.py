@@ -28,9 +28,10 @@ class Parameters(dict[str, Any]):
 
 class Placement(ABC):
     """Where the parameters lie. ``model`` holds those outside of the layers, under the names that the architecture
-    gives them."""
+    gives them. ``fixed``: all of them stay where they are for as long as the placement lives."""
 
     model: Parameters
+    fixed: bool
 
     @abstractmethod
     def layer(self, index: int) -> AbstractContextManager[Parameters]:

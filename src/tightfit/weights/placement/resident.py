@@ -54,6 +54,8 @@ class Resident(Placement):
     has written; :meth:`load` fills it.
     """
 
+    fixed = True
+
     def __init__(
         self,
         checkpoint: Checkpoint,
