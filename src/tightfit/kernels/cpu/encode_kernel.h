@@ -53,10 +53,9 @@ struct Bits {
 
     // To the nearest bfloat16, halves to even, and within +-255/64.
     static F rounded(F value) {
-        const I bits = of(value);
-        const F near = floats((bits + 0x7fff + (bits >> 16 & 1)) & ~0xffff);
-        constexpr float LARGEST = 255.0f / 64;
-        return larger(smaller(near, F{} + LARGEST), F{} - LARGEST);
+        constexpr float LARGEST = 255.0f / 64;  // a bfloat16
+        const I bits = of(larger(smaller(value, F{} + LARGEST), F{} - LARGEST));
+        return floats((bits + 0x7fff + (bits >> 16 & 1)) & ~0xffff);
     }
 
     // What is below the smallest normal number becomes +0.
