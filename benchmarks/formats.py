@@ -142,7 +142,7 @@ def chunks(engine: Engine, rows: list[list[int]], decode: bool) -> Iterator[tupl
             following = row[begin + 1 : begin + 1 + CHUNK]
             segment = Segment(0, begin, row[begin : begin + len(following)], decode=decode, logits="all")
             batch = Batch((segment,))
-            use_threads(batch, engine.threads)
+            use_threads(batch, engine.threads, engine.cache.gemm_dtype)
             with ws.frame():
                 logits = engine.decoder.logits(engine.decoder.hidden(batch, engine.cache, ws), ws)
                 yield torch.tensor(following), logits.log_softmax(-1)

@@ -6,20 +6,26 @@ from collections.abc import Collection
 
 import torch
 
+from tightfit.kernels import cpu
 from tightfit.plan.schema import ActivationType, GemmType, KvType, Numerics
 
 
 def numerics(stored: Collection[str], activations: ActivationType) -> Numerics:
     """What a checkpoint of types ``stored`` is computed in here."""
-    return Numerics(gemm=gemm_dtype(stored), activations=activations, kv=kv_dtype(stored))
+    return Numerics(gemm=gemm_dtype(stored, activations), activations=activations, kv=kv_dtype(stored))
 
 
-def gemm_dtype(stored: Collection[str]) -> GemmType:
-    """The type that prefill multiplies in: float32 where the checkpoint holds float32 or the processor has no
-    instructions for bfloat16 products, else bfloat16. ``stored`` are the checkpoint's types."""
+def gemm_dtype(stored: Collection[str], activations: ActivationType) -> GemmType:
+    """The type that prefill multiplies in: float32 for a checkpoint of float32, else bfloat16 where the processor has
+    instructions for its products. Elsewhere products of bytes are faster than those of floats, where they are allowed
+    and made with instructions. ``stored`` are the checkpoint's types."""
     if "F32" in stored and not {"BF16", "F16"} & set(stored):
         return "float32"
-    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+    kernels = cpu.features()["chosen"]
+    small = kernels in ("portable", "avx2", "avxvnni")  # kernels for lesser processors stand for these processors
+    if not small and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bfloat16"
+    return "int8" if activations == "int8" and kernels.startswith("avx") else "float32"
 
 
 def kv_dtype(stored: Collection[str]) -> KvType:

@@ -41,7 +41,7 @@ NOISE = 3 << 20  # by how much the resident set of equal processes differs: a st
 PEAK_MARGIN = 1 << 20  # what importing may still add to a peak that it has already reached
 ROUNDS = 4
 VIRTUAL = 1 << 36  # address space of an arena that is never written
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)

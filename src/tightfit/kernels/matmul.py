@@ -116,13 +116,20 @@ def gemm(
     ws: Workspace,
     accumulate: float = 0.0,
 ) -> None:
-    """``out[a:b] = x[a:b] @ W.T`` for each (a, b) of ``ranges``, computed in ``dtype`` (bfloat16 or float32), or with
-    ``accumulate`` not zero ``out[a:b] += accumulate * (x[a:b] @ W.T)``.
+    """``out[a:b] = x[a:b] @ W.T`` for each (a, b) of ``ranges``, computed in ``dtype``, or with ``accumulate`` not zero
+    ``out[a:b] += accumulate * (x[a:b] @ W.T)``.
 
-    Compiled, where the processor multiplies bfloat16 by AMX: a token's bits depend on that token only. Else by torch's
-    products, whose bits may depend on the number of tokens: each range is padded to its bucket, and a matrix is decoded
-    once for all of them, a block of rows at a time; one that is stored in ``dtype`` is used where it lies.
+    ``dtype`` is bfloat16, float32, or int8: that is :func:`vector_matmul` with activations in int8, which has the bits
+    of decoding, and float32 for matrices that it would not round them for.
+
+    Bfloat16 is compiled, where the processor multiplies it by AMX: a token's bits depend on that token only. All else
+    are torch's products, whose bits may depend on the number of tokens: each range is padded to its bucket, and a
+    matrix is decoded once for all of them, a block of rows at a time; one that is stored in ``dtype`` is used where it
+    lies.
     """
+    if dtype == torch.int8:
+        _int8_gemm(x, weights, out, ranges, ws, accumulate)
+        return
     if dtype == torch.bfloat16 and cpu.has_gemm():
         for start, stop in _joined_ranges(ranges):
             _compiled_gemm(x[start:stop], weights, out[start:stop], ws, accumulate)
@@ -141,6 +148,27 @@ def gemm(
                     for (start, stop), rows in zip(ranges, padded, strict=True):
                         product = products[: len(rows) * (last - first)].view(len(rows), last - first)
                         _multiply(rows, block, product, out[start:stop, row + first : row + last], accumulate)
+            row += weight.rows
+
+
+def _int8_gemm(
+    x: torch.Tensor,
+    weights: Weight | Joined,
+    out: torch.Tensor,
+    ranges: Sequence[tuple[int, int]],
+    ws: Workspace,
+    accumulate: float,
+) -> None:
+    rounded = [reference.takes_int8(weight) for weight in weights.weights]
+    if all(rounded):
+        for start, stop in _joined_ranges(ranges):
+            vector_matmul(x[start:stop], weights, out[start:stop], ws, activations="int8", accumulate=accumulate)
+    elif not any(rounded):
+        gemm(x, weights, out, ranges, torch.float32, ws, accumulate)
+    else:
+        row = 0
+        for weight in weights.weights:
+            gemm(x, weight, out[:, row : row + weight.rows], ranges, torch.int8, ws, accumulate)
             row += weight.rows
 
 

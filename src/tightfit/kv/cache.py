@@ -36,7 +36,7 @@ class LayerLayout:
 class Cache:
     """The ``kv`` account: keys and values of ``sequences`` sequences in every layer, in ``dtype``.
 
-    ``gemm_dtype`` is what prefill multiplies in: torch.bfloat16 or torch.float32.
+    ``gemm_dtype`` is what prefill multiplies in; with torch.bfloat16 attention does too.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 VERSION: Literal[1] = 1
 OWN = "own"  # as a format: the precision of the checkpoint, tensor by tensor
 Bytes = Annotated[int, Field(ge=0)]
-GemmType = Literal["bfloat16", "float32"]
+GemmType = Literal["bfloat16", "float32", "int8"]
 ActivationType = Literal["int8", "float32"]
 KvType = Literal["bfloat16", "float16", "float32"]
 
@@ -38,7 +38,9 @@ class LayerPlan(Strict):
 class Numerics(Strict):
     """What fixes the bits of a result, beside the formats."""
 
-    gemm: GemmType = Field(description="type that prefill multiplies in")
+    gemm: GemmType = Field(
+        description="type that prefill multiplies in; int8 is what decoding does, and float32 where that rounds nothing"
+    )
     activations: ActivationType = Field(
         default="int8", description="what decoding multiplies low-bit weights with: float32, or rounded to int8"
     )

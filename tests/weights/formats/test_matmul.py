@@ -137,7 +137,7 @@ def test_gemm_multiplies_each_range(kernels, fmt, gemm_dtype):
 
 
 @pytest.mark.parametrize("fmt", [BF16(), Int4()], ids=str)
-@pytest.mark.parametrize("gemm_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gemm_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_a_gemm_range_has_the_same_bits_whatever_is_beside_it(kernels, fmt, gemm_dtype):
     matrix, x = matrix_of(fmt, 100, 130, gemm_dtype), torch.randn(90, 130)
     alone = product(matrix, x[40:70], Split(0, ((0, 30),)))
@@ -148,6 +148,18 @@ def test_a_gemm_range_has_the_same_bits_whatever_is_beside_it(kernels, fmt, gemm
     ws.arena.view(0, (64 << 18,), torch.float32).fill_(float("nan"))
     matrix.matmul(x[40:70], out, ws, Split(0, ((0, 30),)))
     assert torch.equal(out, alone)
+
+
+@formats
+def test_gemm_in_int8_has_the_bits_of_decoding_and_is_float32_where_that_rounds_nothing(kernels, fmt):
+    x, split = torch.randn(60, 130), Split(3, ((3, 37), (37, 60)))
+    found = product(matrix_of(fmt, 75, 130, torch.int8, activations="int8"), x, split)
+    if isinstance(fmt, (F32, F16, BF16, FP8)):
+        assert torch.equal(found, product(matrix_of(fmt, 75, 130), x, split))
+    elif isinstance(fmt, LlmInt8):  # its columns in bfloat16 are a gemm in float32
+        assert torch.allclose(found, product(matrix_of(fmt, 75, 130, activations="int8"), x), rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(found, product(matrix_of(fmt, 75, 130, activations="int8"), x))
 
 
 def test_buckets_are_powers_of_two_from_sixteen():
@@ -255,7 +267,7 @@ SPLITS = [None, Split(0, ((0, 20),)), Split(3, ((3, 9), (9, 20)))]
     st.sampled_from(FORMATS),
     st.integers(1, 1500),
     st.integers(1, 900),
-    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
     st.integers(0, 20),
 )
 def test_a_dry_run_takes_the_scratch_of_the_real_one(kernels, fmt, rows, cols, gemm_dtype, start):

@@ -97,7 +97,8 @@ class Format(Scheme):
     ) -> Matrix:
         """The matrix that lies in ``data`` (uint8, contiguous, ``nbytes(rows, cols)`` long), without a copy.
 
-        ``gemm_dtype`` is what gemm ranges are computed in: torch.bfloat16 or torch.float32 (the default).
+        ``gemm_dtype`` is what gemm ranges are computed in: see :func:`tightfit.kernels.matmul.gemm`; torch.float32
+        unless given.
         ``activations`` is what the vector kernel rounds its input to: "int8", or "float32" for not at all.
         """
         import torch

@@ -21,14 +21,12 @@ class OutlierMatrix(Matrix):
     ) -> None:
         split = split or Split.rows(len(x))
         with ws.frame():
-            if self.activations == "int8" and split.vector:
+            rest = x
+            if self.activations == "int8" or self.gemm_dtype == torch.int8:
                 # An outlier would take the resolution of the inputs that are rounded with it.
-                inputs = ws.empty(split.vector, self.cols)
-                _without(x[: split.vector], self._columns, inputs)
-                self._rest.matmul(inputs, out[: split.vector], ws, None, accumulate)
-                self._rest.matmul(x, out, ws, Split(0, split.gemm), accumulate)
-            else:
-                self._rest.matmul(x, out, ws, split, accumulate)
+                rest = ws.empty(*x.shape)
+                _without(x, self._columns, rest)
+            self._rest.matmul(rest, out, ws, split, accumulate)
             inputs = ws.empty(len(x), self._outliers.cols)
             _gather(x, self._columns, inputs)
             self._outliers.matmul(inputs, out, ws, split, accumulate or 1.0)
