@@ -104,6 +104,7 @@ class Model:
 
     def close(self) -> None:
         """Closes the checkpoint's files. The memory goes with the object."""
+        self._generator.engine.decoder.weights.close()
         self.checkpoint.close()
 
     def __enter__(self) -> Model:

@@ -40,7 +40,7 @@ def test_json_has_stable_keys_and_bytes_that_add_up(tiny: Path) -> None:
     sizes = [level["smallest_bytes"] for level in answer["precisions"]]
     assert sizes == sorted(sizes, reverse=True)  # from the most precise to the smallest
     for level in answer["precisions"]:
-        assert set(level) == {"format", "smallest_bytes", "accounts"}
+        assert set(level) == {"format", "streamed", "smallest_bytes", "accounts"}
         assert sum(level["accounts"].values()) == level["smallest_bytes"]
     assert [level["format"] for level in answer["precisions"]][:3] == ["own", "int8", "int6"]
 

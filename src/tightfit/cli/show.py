@@ -28,8 +28,20 @@ def show_receipt(receipt: dict[str, Any]) -> None:
         f"\nReceipt: peak {format_bytes(peak)} of {format_bytes(budget)}, {kept} the budget",
         accounts,
         ", ".join(parts),
-        f"weights {_formats(plan)}, context {plan['context']}, chunks of {plan['chunk']}, {plan['threads']} threads",
+        f"weights {_formats(plan)}{_in_memory(plan)}, context {plan['context']}, chunks of {plan['chunk']}, "
+        f"{plan['threads']} threads",
+        *_streamed(receipt),
     )
+
+
+def _streamed(receipt: dict[str, Any]) -> list[str]:
+    """What came from the disk, if anything did."""
+    found = []
+    for phase, name in (("prefill", "prompt"), ("decode", "new")):
+        nbytes = receipt[f"{phase}_streamed_bytes_per_token"]
+        if nbytes is not None:
+            found.append(f"{format_bytes(int(nbytes))} for each {name} token")
+    return [f"weights read from the disk: {', '.join(found)}"] if found else []
 
 
 def show_plan(answer: dict[str, Any]) -> None:
@@ -47,19 +59,28 @@ def show_plan(answer: dict[str, Any]) -> None:
             accounts.add_row(name, format_bytes(nbytes))
         accounts.add_row("sum", format_bytes(sum(plan["accounts"].values())))
         show(
-            f"fits into {budget}, weights {_formats(plan)}, room for {plan['sequences']} x {plan['context']} tokens, "
-            f"chunks of {plan['chunk']}",
+            f"fits into {budget}, weights {_formats(plan)}{_in_memory(plan)}, room for {plan['sequences']} x "
+            f"{plan['context']} tokens, chunks of {plan['chunk']}",
             accounts,
         )
     needs = table("weights", "needs", "of which weights", "kv")
     for level in answer["precisions"]:
         needs.add_row(
-            "own precision" if level["format"] == OWN else level["format"],
+            ("own precision" if level["format"] == OWN else level["format"])
+            + (", from the disk" if level["streamed"] else ""),
             format_bytes(level["smallest_bytes"], ceil=True),
             format_bytes(level["accounts"]["weights"]),
             format_bytes(level["accounts"]["kv"]),
         )
     show("The smallest budget for each precision:", needs)
+
+
+def _in_memory(plan: dict[str, Any]) -> str:
+    """How much of the weights is, where that is not all."""
+    if not plan["buffers"]:
+        return ""
+    whole = plan["outer"]["nbytes"] + sum(layer["nbytes"] for layer in plan["layers"])
+    return f", {format_bytes(plan['accounts']['weights'])} of {format_bytes(whole)} in memory"
 
 
 def _speed(rate: float | None) -> str:

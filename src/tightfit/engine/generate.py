@@ -31,7 +31,8 @@ class Completion:
 
 @dataclass
 class Timing:
-    """Sums over everything that was computed. A step with prompt tokens in it counts as prefill. Seconds."""
+    """Sums over everything that was computed. A step with prompt tokens in it counts as prefill. Seconds, and bytes of
+    weights that came from the disk."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -39,6 +40,8 @@ class Timing:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    prefill_streamed: int = 0
+    decode_streamed: int = 0
     first_token_seconds: float | None = None
 
 
@@ -126,18 +129,21 @@ class Generator:
             )
 
     def _step(self) -> list[tuple[Sequence, int]]:
-        started = time.perf_counter()
+        weights = self.engine.decoder.weights
+        started, before = time.perf_counter(), weights.used_bytes
         sampled = self.engine.step()
-        seconds = time.perf_counter() - started
+        seconds, streamed = time.perf_counter() - started, weights.used_bytes - before
         timing = self.timing
         timing.new_tokens += len(sampled)
         prefilled = self.engine.last_prefill_tokens
         if prefilled:
             timing.prefill_tokens += prefilled
             timing.prefill_seconds += seconds
+            timing.prefill_streamed += streamed
         else:
             timing.decode_tokens += len(sampled)
             timing.decode_seconds += seconds
+            timing.decode_streamed += streamed
         return sampled
 
     def _sequence(self, request: Request, kept: Kept | None) -> Sequence:

@@ -24,9 +24,11 @@ def receipt(plan: Plan, ledger: Ledger, timing: Timing) -> dict[str, Any]:
         "time_to_first_token_s": timing.first_token_seconds,
         "prefill_tokens_per_s": rate(timing.prefill_tokens, timing.prefill_seconds),
         "decode_tokens_per_s": rate(timing.decode_tokens, timing.decode_seconds),
+        "prefill_streamed_bytes_per_token": rate(timing.prefill_streamed, timing.prefill_tokens),
+        "decode_streamed_bytes_per_token": rate(timing.decode_streamed, timing.decode_tokens),
         "plan": plan.model_dump(),
     }
 
 
-def rate(count: int, seconds: float) -> float | None:
+def rate(count: float, seconds: float) -> float | None:
     return count / seconds if count and seconds else None

@@ -23,7 +23,7 @@ from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.decode.params import SamplingParams
 from tightfit.decode.sample import Sampler
 from tightfit.engine.engine import Engine, use_threads
-from tightfit.errors import BudgetError
+from tightfit.errors import BudgetError, UsageError
 from tightfit.kernels import cpu, ops
 from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch, Segment
@@ -31,8 +31,10 @@ from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.search import Constraints, Search
+from tightfit.weights.placement.base import Placement
 from tightfit.weights.placement.places import check, group_of, layer_name
 from tightfit.weights.placement.resident import Resident
+from tightfit.weights.placement.streamed import Streamed, least_resident
 
 FIRST_GUESS = 48 << 20  # what running everything once adds to the resident set, at most
 MARGIN = 8 << 20  # small temporaries, text and token lists that a long run adds after the rehearsal
@@ -77,11 +79,21 @@ def build(
     shape: Shape,
     weights: Arena,
     kv: Arena,
-) -> tuple[Resident, Decoder, Cache]:
-    """Weights, decoder and cache of the given layers in their arenas; nothing is read or written."""
+    plan: Plan | None = None,
+) -> tuple[Placement, Decoder, Cache]:
+    """Weights, decoder and cache of the given layers in their arenas; nothing is read or written. Parameters are all
+    resident unless a ``plan`` for all layers says something else."""
     kept = {index: shape.formats[index] for index in layers}
     gemm, kv_type = DTYPES[shape.numerics.gemm], DTYPES[shape.numerics.kv]
-    placement = Resident(checkpoint, spec, shape.outer, kept, gemm, weights, shape.numerics.activations)
+    activations = shape.numerics.activations
+    placement: Placement
+    if plan is not None and plan.streamed:
+        counts = [layer.resident or 0 for layer in plan.layers]
+        placement = Streamed(
+            checkpoint, spec, shape.outer, shape.formats, gemm, weights, activations, counts, plan.buffers
+        )
+    else:
+        placement = Resident(checkpoint, spec, shape.outer, kept, gemm, weights, activations)
     spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
     layouts = cache_layouts(spec, shape.context, shape.chunk)
     cache = Cache(layouts, shape.sequences, kv_type, kv, gemm_dtype=gemm)
@@ -172,29 +184,34 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, el
     ``elsewhere`` is by how many bytes the process that will run the plan is larger than this one.
     """
     search = search_for(checkpoint, spec, constraints)
-    runtime = resident_set().current + FIRST_GUESS
+    runtime, fitting = resident_set().current + FIRST_GUESS, None
     for _ in range(ROUNDS):
         try:
             plan = search.best(runtime)
         except BudgetError:
             smallest = smallest_runtime(search) + elsewhere
             if search.smallest(smallest).total > constraints.budget:
-                return Settled(search, None, search.refusal(smallest + NOISE))
+                return Settled(search, fitting, None if fitting else search.refusal(smallest + NOISE))
             runtime = smallest
             continue
         measured = _measured(search, plan) + elsewhere
         if plan.total - runtime + measured <= constraints.budget and measured > runtime - FIRST_GUESS:
-            accounts = plan.accounts | {"runtime": measured}
-            return Settled(search, plan.model_copy(update={"accounts": accounts}), None)
+            fitting = plan.model_copy(update={"accounts": plan.accounts | {"runtime": measured}})
+            # What the guess was too large by may hold more weights, or a larger chunk.
+            better = search.best(measured)
+            if better.accounts["weights"] <= plan.accounts["weights"] and better.chunk <= plan.chunk:
+                break
         runtime = measured
-    return Settled(search, None, search.refusal(runtime + NOISE))
+    return Settled(search, fitting, None if fitting else search.refusal(runtime + NOISE))
 
 
 def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     """``plan`` with the bytes that its choices take here. Raises BudgetError if they exceed the budget it names."""
     constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, plan.numerics)
     search = search_for(checkpoint, spec, constraints)
-    anew = search.plan(plan.outer.format, [layer.format for layer in plan.layers], plan.chunk, runtime=0)
+    resident = _resident(search, plan) if plan.streamed else None
+    formats = [layer.format for layer in plan.layers]
+    anew = search.plan(plan.outer.format, formats, plan.chunk, 0, resident, plan.buffers)
     anew = anew.model_copy(update={"accounts": anew.accounts | {"runtime": _measured(search, anew)}})
     if anew.total > anew.budget:
         raise BudgetError(
@@ -204,6 +221,23 @@ def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
             smallest_bytes=anew.total,
         )
     return anew
+
+
+def _resident(search: Search, plan: Plan) -> list[int]:
+    """How many of each layer's first parameters a plan keeps in memory. Raises UsageError for numbers that make no
+    sense."""
+    counts = []
+    for index, layer in enumerate(plan.layers):
+        group = group_of(search.checkpoint, search.spec, layer_name(index), layer.format)
+        least, most = least_resident(search.checkpoint, group), len(group.places)
+        count = most if layer.resident is None else layer.resident
+        if not least <= count <= most or not plan.buffers:
+            raise UsageError(
+                f"the plan streams layer {index} with {count} parameters in memory and {plan.buffers} buffers",
+                f"Of this layer {least} to {most} parameters can stay in memory; there must be a buffer.",
+            )
+        counts.append(count)
+    return counts
 
 
 def _buckets(length: int) -> list[Batch]:
@@ -227,7 +261,7 @@ def start(
     scratch = ledger.arena("workspace", plan.accounts["workspace"])
     cpu.set_threads(plan.threads)
     shape = Shape.of(plan)
-    placement, decoder, cache = build(checkpoint, spec, range(len(spec.layers)), shape, weights, kv)
+    placement, decoder, cache = build(checkpoint, spec, range(len(spec.layers)), shape, weights, kv, plan)
     drop_code_pages()
     before = resident_set().peak
     torch.set_num_threads(1)  # every thread that loads converts blocks of its own

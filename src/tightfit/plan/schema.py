@@ -27,12 +27,22 @@ class ModelRef(Strict):
     parameters: int
 
 
-class LayerPlan(Strict):
-    """How the matrices of one layer are stored (a spec string such as ``int4(group=32)``) and where they lie."""
+class OuterPlan(Strict):
+    """How the matrices outside of the layers are stored; they are in memory."""
 
     format: str
     placement: Literal["resident"] = "resident"
     nbytes: Bytes
+
+
+class LayerPlan(Strict):
+    """How the matrices of one layer are stored (a spec string such as ``int4(group=32)``) and where they lie: in
+    memory, or all but the first ``resident`` parameters on the disk."""
+
+    format: str
+    placement: Literal["resident", "streamed"] = "resident"
+    nbytes: Bytes
+    resident: int | None = Field(default=None, ge=0, description="parameters of a streamed layer that stay in memory")
 
 
 class Numerics(Strict):
@@ -60,13 +70,19 @@ class Plan(Strict):
     context: int = Field(ge=2, description="tokens kept of each sequence")
     sequences: int = Field(ge=1, description="sequences that run at once")
     accounts: dict[str, Bytes]
-    outer: LayerPlan = Field(description="embeddings, head and final norm")
+    outer: OuterPlan = Field(description="embeddings, head and final norm")
     layers: tuple[LayerPlan, ...]
     cache: Literal["exact"] = "exact"
     prefill: Literal["chunked"] = "chunked"
+    buffers: int = Field(default=0, ge=0, description="that streamed layers are read into, ahead of their use")
     chunk: int = Field(ge=1, description="prompt tokens computed at once")
     threads: int = Field(ge=1)
     numerics: Numerics
+
+    @property
+    def streamed(self) -> bool:
+        """Whether parts of layers are read from the disk in each step."""
+        return any(layer.placement == "streamed" for layer in self.layers)
 
     @property
     def total(self) -> int:

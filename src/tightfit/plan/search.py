@@ -1,13 +1,14 @@
 """Chooses a plan: the most precise weights that fit, then the largest chunk.
 
 Weights stay in their own precision if they fit, or are rounded to 8, 6, 5 or 4 bits, with as many layers in the next
-more precise format as there is room for. Of two plans with equal weights the one with larger chunks is faster.
+more precise format as there is room for. Of two plans with equal weights the one with larger chunks is faster. Where
+nothing fits, layers are read from the disk in each step, as the files have them, but for as much as there is room for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +19,18 @@ from tightfit.errors import BudgetError
 from tightfit.kv.cache import Cache
 from tightfit.model.decoder import cache_layouts
 from tightfit.model.spec import ModelSpec
-from tightfit.plan.schema import OWN, LayerPlan, ModelRef, Numerics, Plan
+from tightfit.plan.schema import OWN, LayerPlan, ModelRef, Numerics, OuterPlan, Plan
 from tightfit.weights.placement.fill import scratch_bytes
-from tightfit.weights.placement.places import EMBEDDINGS, HEAD, group_of, layer_name, params_of
+from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, group_of, layer_name, params_of
+from tightfit.weights.placement.streamed import least_resident, spread, streaming_nbytes
 
 # From the most precise to the smallest. Fewer than 4 bits lose so much that they must be asked for.
 LEVELS = (OWN, "int8", "int6", "int5", "int4", "int4(group=64)", "int4(group=128)")
 # What is left of a budget is spent on the next more precise level for some of the layers.
 BETTER = {"int6": "int8", "int5": "int6", "int4": "int5"}
 CHUNKS = (512, 256, 128, 64, 32, 16)
+BUFFERS = (3, 2)  # of streamed layers: one in use, others that are read ahead
+SHARE_OF_WORKSPACE = 4  # the scratch of a chunk is at most so many times smaller than streamed weights
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -60,6 +64,7 @@ class Search:
         self.constraints = constraints
         self._workspace = workspace
         self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
+        self._groups: dict[tuple[str, str], Group] = {}
 
     def best(self, runtime: int) -> Plan:
         """The plan to run where the interpreter and its libraries take ``runtime`` bytes.
@@ -71,13 +76,65 @@ class Search:
                 plan = self.uniform(level, chunk, runtime)
                 if plan.total <= plan.budget:
                     return plan if self.constraints.weights is not None else self._upgrade(plan)
+        streamed = self._streamed(runtime)
+        if streamed is not None:
+            return streamed
         raise self.refusal(runtime)
+
+    def _streamed(self, runtime: int) -> Plan | None:
+        """The plan that streams least at the largest chunk that leaves most of the memory to the weights, or if none
+        does, that fits: every chunk reads what is streamed once."""
+        fitting = []
+        for chunk in self.chunks() if self.streamable() else ():
+            plan = self.streaming(chunk, runtime)
+            if plan.total <= plan.budget:
+                if SHARE_OF_WORKSPACE * plan.accounts["workspace"] <= plan.accounts["weights"]:
+                    return plan
+                fitting.append(plan)
+        return fitting[0] if fitting else None
+
+    def streamable(self) -> str | None:
+        """The format in which layers can be read from the disk as they are used: that of the files."""
+        level = self.constraints.weights or OWN
+        groups = [self._group(layer_name(index), level) for index in range(len(self.spec.layers))]
+        some = any(least_resident(self.checkpoint, group) < len(group.places) for group in groups)
+        return level if some else None
+
+    def streaming(self, chunk: int, runtime: int) -> Plan:
+        """The plan with as much in memory as the budget allows, or if that is too little, with the least that must
+        be there."""
+        smallest = self._least_streaming(chunk, runtime)
+        formats = [layer.format for layer in smallest.layers]
+        groups = [self._group(layer_name(index), level) for index, level in enumerate(formats)]
+        least = [layer.resident or 0 for layer in smallest.layers]
+        room = (smallest.budget - smallest.total + smallest.accounts["weights"]) // PAGE * PAGE
+        for buffers in BUFFERS:
+            resident = spread(smallest.outer.nbytes, groups, least, buffers, room)
+            if resident is not None:
+                return self.plan(formats[0], formats, chunk, runtime, resident, buffers)
+        return smallest
+
+    def _least_streaming(self, chunk: int, runtime: int) -> Plan:
+        level = self.streamable()
+        assert level is not None
+        groups = [self._group(layer_name(index), level) for index in range(len(self.spec.layers))]
+        least = [least_resident(self.checkpoint, group) for group in groups]
+        return self.plan(level, [level] * len(groups), chunk, runtime, least, min(BUFFERS))
 
     def smallest(self, runtime: int) -> Plan:
         """The plan that needs least; its ``budget`` is what it needs."""
-        plans = [self.uniform(level, self.chunks()[-1], runtime) for level in self.levels()]
-        plan = min(plans, key=lambda plan: plan.total)
+        plan = min(self.smallest_of_each(runtime), key=lambda plan: plan.total)
         return plan.model_copy(update={"budget": plan.total})
+
+    def smallest_of_each(self, runtime: int) -> list[Plan]:
+        """Of each format the plan that needs least, and at the end that of streaming, where that needs still less."""
+        chunk = self.chunks()[-1]
+        plans = [self.uniform(level, chunk, runtime) for level in self.levels()]
+        if self.streamable() is not None:
+            streaming = self._least_streaming(chunk, runtime)
+            if streaming.total < min(plan.total for plan in plans):
+                plans.append(streaming)
+        return plans
 
     def refusal(self, runtime: int) -> BudgetError:
         """Why nothing fits, what would, and what else would help."""
@@ -144,15 +201,32 @@ class Search:
             best = bigger
         return best
 
-    def plan(self, outer: str, formats: list[str], chunk: int, runtime: int) -> Plan:
+    def plan(
+        self,
+        outer: str,
+        formats: list[str],
+        chunk: int,
+        runtime: int,
+        resident: Sequence[int] | None = None,
+        buffers: int = 0,
+    ) -> Plan:
         """The plan with embeddings and head in ``outer`` and each layer in its own of ``formats``, whether it fits or
-        not."""
+        not. With ``resident`` only so many of each layer's first parameters stay in memory."""
         spec, constraints = self.spec, self.constraints
         layouts = cache_layouts(spec, constraints.context, chunk)
         kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.numerics.kv])
         outer_sizes = [self._size(group, outer) for group in (EMBEDDINGS, HEAD)]
         layer_sizes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
         outer_bytes, layer_bytes = sum(size for size, _ in outer_sizes), [size for size, _ in layer_sizes]
+        weights = outer_bytes + sum(layer_bytes)
+        layers = [LayerPlan(format=fmt, nbytes=nbytes) for fmt, nbytes in zip(formats, layer_bytes, strict=True)]
+        if resident is not None:
+            groups = [self._group(layer_name(index), fmt) for index, fmt in enumerate(formats)]
+            weights = streaming_nbytes(outer_bytes, groups, resident, buffers)
+            layers = [
+                layer.model_copy(update={"placement": "streamed", "resident": count})
+                for layer, count in zip(layers, resident, strict=True)
+            ]
         plan = Plan(
             model=ModelRef(
                 name=self.checkpoint.name,
@@ -165,14 +239,13 @@ class Search:
             sequences=constraints.sequences,
             accounts={
                 "runtime": runtime,
-                "weights": align(outer_bytes + sum(layer_bytes), PAGE),
+                "weights": align(weights, PAGE),
                 "kv": align(kv, PAGE),
                 "workspace": 0,
             },
-            outer=LayerPlan(format=outer, nbytes=outer_bytes),
-            layers=tuple(
-                LayerPlan(format=fmt, nbytes=nbytes) for fmt, nbytes in zip(formats, layer_bytes, strict=True)
-            ),
+            outer=OuterPlan(format=outer, nbytes=outer_bytes),
+            layers=tuple(layers),
+            buffers=buffers,
             chunk=chunk,
             threads=constraints.threads,
             numerics=constraints.numerics,
@@ -186,14 +259,25 @@ class Search:
         """Bytes of a group of parameters, and of scratch while it is loaded."""
         key = (group, stored_as)
         if key not in self._sizes:
-            found = group_of(self.checkpoint, self.spec, group, stored_as)
+            found = self._group(group, stored_as)
             self._sizes[key] = found.nbytes, scratch_bytes(self.checkpoint, found, self.constraints.threads)
         return self._sizes[key]
 
+    def _group(self, name: str, stored_as: str) -> Group:
+        key = (name, stored_as)
+        if key not in self._groups:
+            self._groups[key] = group_of(self.checkpoint, self.spec, name, stored_as)
+        return self._groups[key]
+
 
 def precisions(search: Search, runtime: int) -> list[dict[str, Any]]:
-    """What each format of the weights needs at the smallest chunk, JSON-ready."""
-    plans = [search.uniform(level, search.chunks()[-1], runtime) for level in search.levels()]
+    """What each format of the weights needs at the smallest chunk, and streaming, JSON-ready."""
     return [
-        {"format": plan.outer.format, "smallest_bytes": plan.total, "accounts": dict(plan.accounts)} for plan in plans
+        {
+            "format": plan.outer.format,
+            "streamed": plan.streamed,
+            "smallest_bytes": plan.total,
+            "accounts": dict(plan.accounts),
+        }
+        for plan in search.smallest_of_each(runtime)
     ]

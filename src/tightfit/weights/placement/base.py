@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,10 +28,21 @@ class Parameters(dict[str, Any]):
 
 class Placement(ABC):
     """Where the parameters lie. ``model`` holds those outside of the layers, under the names that the architecture
-    gives them. ``fixed``: all of them stay where they are for as long as the placement lives."""
+    gives them. ``fixed``: all of them stay where they are for as long as the placement lives. ``used_bytes`` and
+    ``waited_seconds`` are sums over all uses of layers: what had to come from the disk for them, and how long they
+    waited for it."""
 
     model: Parameters
     fixed: bool
+    used_bytes: int = 0
+    waited_seconds: float = 0.0
+
+    @abstractmethod
+    def load(self, progress: Callable[[int], None] = lambda nbytes: None) -> None:
+        """Reads and converts what stays in memory; ``progress`` is told of bytes."""
+
+    def close(self) -> None:  # noqa: B027
+        """Ends what reads ahead."""
 
     @abstractmethod
     def layer(self, index: int) -> AbstractContextManager[Parameters]:

@@ -76,10 +76,11 @@ def params_of(spec: ModelSpec) -> dict[str, tuple[Param, ...]]:
 def group_of(checkpoint: Checkpoint, spec: ModelSpec, name: str, stored_as: str) -> Group:
     """The parameters of a group one after the other, the matrices ``stored_as`` says (a spec string, or ``own``); or,
     of a compressed folder, as it has them."""
-    params = params_of(spec)[name]
+    # Vectors first: they are small, and converted when they are read, so that they always stay in memory.
+    params = sorted(params_of(spec)[name], key=lambda param: param.is_matrix)
     if checkpoint.compressed is not None:
         stored = {param.name: param for param in checkpoint.compressed.groups[name]}
-        found = [_stored_place(param, stored[param.name]) for param in params]
+        found = sorted((_stored_place(param, stored[param.name]) for param in params), key=lambda place: place.offset)
         return Group(name, tuple(found), checkpoint.tensors[name].nbytes)
     layer = None if name in (EMBEDDINGS, HEAD) else int(name.removeprefix(LAYER))
     places: list[Place] = []

@@ -91,12 +91,14 @@ class Resident(Placement):
         progress(left)  # of the padding between parameters, which nobody reads
 
     def _parameters(self, group: Group, data: torch.Tensor) -> dict[str, Any]:
-        return {place.param.name: self._parameter(place, place.of(data)) for place in group.places}
+        settings = self._gemm_dtype, self._activations
+        return {place.param.name: parameter(place, place.of(data), *settings) for place in group.places}
 
-    def _parameter(self, place: Place, data: torch.Tensor) -> Any:
-        """``data`` is (copies, bytes)."""
-        if place.format is None:
-            vectors = data.view(torch.float32)
-            return vectors if place.param.experts else vectors[0]
-        experts = Experts(data, place.param.shape, place.format, self._gemm_dtype, self._activations)
-        return experts if place.param.experts else experts[0]
+
+def parameter(place: Place, data: torch.Tensor, gemm_dtype: torch.dtype, activations: ActivationType) -> Any:
+    """What a placement hands out for a parameter over its bytes ``data`` (copies, bytes)."""
+    if place.format is None:
+        vectors = data.view(torch.float32)
+        return vectors if place.param.experts else vectors[0]
+    experts = Experts(data, place.param.shape, place.format, gemm_dtype, activations)
+    return experts if place.param.experts else experts[0]

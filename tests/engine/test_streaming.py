@@ -1,0 +1,93 @@
+"""Streamed weights give the bits of resident ones, in less memory, whatever happens to the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests import tiny_llama
+
+import tightfit
+from tightfit.engine.compress import compress
+from tightfit.engine.opening import Wish, open_model, plan_for
+from tightfit.errors import CheckpointError
+from tightfit.plan.schema import Plan
+
+PROMPTS = [
+    "def fibonacci(n):\n    if n < 2:\n",
+    "import os\nimport sys\n\nclass Reader:\n    def __init__(self, path):\n" * 4,
+]
+
+
+@pytest.fixture(scope="module", params=["checkpoint", "int4"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The embedded model as it is, or compressed."""
+    if request.param == "checkpoint":
+        return "nano"
+    out = tmp_path_factory.mktemp("models") / request.param
+    wish = Wish("nano", "2GiB")
+    opened = open_model(wish)
+    with opened.checkpoint:
+        compress(wish, opened, request.param, out)
+    return str(out)
+
+
+def resident_plan(model: str) -> Plan:
+    wish = Wish(model, "2GiB", context=256, batch=2, chunk=64)
+    opened = open_model(wish)
+    with opened.checkpoint:
+        return plan_for(wish, opened)
+
+
+def streamed(plan: Plan, resident: int, buffers: int = 2) -> Plan:
+    layers = [layer.model_copy(update={"placement": "streamed", "resident": resident}) for layer in plan.layers]
+    return plan.model_copy(update={"layers": tuple(layers), "buffers": buffers})
+
+
+@pytest.mark.parametrize(("resident", "buffers"), [(2, 1), (2, 3), (5, 2), (8, 2)])
+def test_text_and_scores_are_those_of_resident_weights(model: str, resident: int, buffers: int) -> None:
+    plan = resident_plan(model)
+    answers = []
+    for chosen in (plan, streamed(plan, resident, buffers)):
+        with tightfit.load(model, plan=chosen) as loaded:
+            texts = [one.tokens for one in loaded.generate(PROMPTS, max_new_tokens=20, ignore_eos=True)]
+            answers.append((texts, loaded.score(loaded.tokenizer.encode(PROMPTS[1]))))
+            receipt = loaded.receipt()
+        assert (receipt["decode_streamed_bytes_per_token"] is None) == (chosen is plan)
+    assert answers[0] == answers[1]
+
+
+def test_less_stays_in_memory_and_less_is_read_the_more_stays(model: str) -> None:
+    plan = resident_plan(model)
+    accounts, read = [plan.accounts["weights"]], [0.0]
+    for resident in (8, 5, 2):
+        with tightfit.load(model, plan=streamed(plan, resident, buffers=1)) as loaded:
+            loaded.generate(PROMPTS[0], max_new_tokens=4, ignore_eos=True)
+            accounts.append(loaded.plan.accounts["weights"])
+            read.append(loaded.receipt()["decode_streamed_bytes_per_token"])
+    assert sorted(read) == read
+    assert accounts[1] > accounts[2] > accounts[3]
+
+
+def test_a_batch_and_a_chunk_share_one_pass_over_the_weights(model: str) -> None:
+    plan = streamed(resident_plan(model), 2)
+    with tightfit.load(model, plan=plan) as loaded:
+        loaded.generate(PROMPTS[0], max_new_tokens=8, ignore_eos=True)
+        alone = loaded.receipt()["decode_streamed_bytes_per_token"]
+    with tightfit.load(model, plan=plan) as loaded:
+        loaded.generate([PROMPTS[0]] * 2, max_new_tokens=8, ignore_eos=True)
+        receipt = loaded.receipt()
+    assert receipt["decode_streamed_bytes_per_token"] == pytest.approx(alone / 2, rel=0.01)
+    assert receipt["prefill_streamed_bytes_per_token"] < alone / 10
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_text(tmp_path: Path) -> None:
+    folder = tiny_llama.write(tmp_path / "tiny")
+    plan = streamed(resident_plan(str(folder)), 2)
+    with tightfit.load(str(folder), plan=plan) as loaded:
+        loaded.generate("a", max_new_tokens=2, ignore_eos=True)
+        [file] = folder.glob("*.safetensors")
+        with open(file, "r+b") as opened:
+            opened.truncate(1000)
+        with pytest.raises(CheckpointError, match="shrank while in use"):
+            loaded.generate("a", max_new_tokens=8, ignore_eos=True)
