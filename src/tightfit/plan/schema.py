@@ -27,21 +27,23 @@ class ModelRef(Strict):
     parameters: int
 
 
-class OuterPlan(Strict):
-    """How the matrices outside of the layers are stored; they are in memory."""
+class Stored(Strict):
+    """How some matrices are stored (a spec string such as ``int4(group=32)``), and in how many bytes."""
 
     format: str
+    nbytes: Bytes
+
+
+class OuterPlan(Stored):
+    """The matrices outside of the layers: in memory."""
+
     placement: Literal["resident"] = "resident"
-    nbytes: Bytes
 
 
-class LayerPlan(Strict):
-    """How the matrices of one layer are stored (a spec string such as ``int4(group=32)``) and where they lie: in
-    memory, or all but the first ``resident`` parameters on the disk."""
+class LayerPlan(Stored):
+    """The matrices of one layer: in memory, or all but its first ``resident`` parameters on the disk."""
 
-    format: str
     placement: Literal["resident", "streamed"] = "resident"
-    nbytes: Bytes
     resident: int | None = Field(default=None, ge=0, description="parameters of a streamed layer that stay in memory")
 
 
