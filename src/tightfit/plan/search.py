@@ -29,6 +29,7 @@ LEVELS = (OWN, "int8", "int6", "int5", "int4", "int4(group=64)", "int4(group=128
 # What is left of a budget is spent on the next more precise level for some of the layers.
 BETTER = {"int6": "int8", "int5": "int6", "int4": "int5"}
 CHUNKS = (512, 256, 128, 64, 32, 16)
+SMALL_CHUNK = 128
 BUFFERS = (3, 2)  # of streamed layers: one in use, others that are read ahead
 SHARE_OF_WORKSPACE = 4  # the scratch of a chunk is at most so many times smaller than streamed weights
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -71,15 +72,20 @@ class Search:
 
         Raises BudgetError, which names the smallest budget that would work.
         """
-        for level in self.levels():
-            for chunk in self.chunks():
-                plan = self.uniform(level, chunk, runtime)
-                if plan.total <= plan.budget:
-                    return plan if self.constraints.weights is not None else self._upgrade(plan)
+        for level, chunk in self._by_preference():
+            plan = self.uniform(level, chunk, runtime)
+            if plan.total <= plan.budget:
+                return plan if self.constraints.weights is not None else self._upgrade(plan)
         streamed = self._streamed(runtime)
         if streamed is not None:
             return streamed
         raise self.refusal(runtime)
+
+    def _by_preference(self) -> list[tuple[str, int]]:
+        """(format, chunk): more bits before larger chunks, but that rounding more is better than chunks so small that
+        prompts take several times as long."""
+        both = [(level, chunk) for level in self.levels() for chunk in self.chunks()]
+        return sorted(both, key=lambda pair: pair[0] != OWN and pair[1] < SMALL_CHUNK)
 
     def _streamed(self, runtime: int) -> Plan | None:
         """The plan that streams least at the largest chunk that leaves most of the memory to the weights, or if none
