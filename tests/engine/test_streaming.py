@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests import tiny_llama
 
 import tightfit
+from tightfit.checkpoints.checkpoint import Checkpoint
+from tightfit.checkpoints.positioned import PositionedFile
 from tightfit.engine.compress import compress
 from tightfit.engine.opening import Wish, open_model, plan_for
 from tightfit.errors import CheckpointError
@@ -91,3 +96,52 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_text(tmp_path: 
             opened.truncate(1000)
         with pytest.raises(CheckpointError, match="shrank while in use"):
             loaded.generate("a", max_new_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Iterator[Callable[[], list[int]]]:
+    """What a streamed model answers, each time it is asked: the same."""
+    folder = tiny_llama.write(tmp_path / "tiny")
+    with tightfit.load(str(folder), plan=streamed(resident_plan(str(folder)), 2)) as loaded:
+        yield lambda: loaded.generate("import os", max_new_tokens=8, ignore_eos=True).tokens
+
+
+def test_a_read_that_fails_is_an_error_and_the_next_request_tries_again(
+    answers: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answers()
+    read, failing = Checkpoint.read_into, [5]
+
+    def fails(self: Checkpoint, *arguments: Any, **options: Any) -> None:
+        failing[0] -= 1
+        if failing[0] == 0:
+            raise CheckpointError("the disk gave up", "Buy another.")
+        read(self, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoint, "read_into", fails)
+    with pytest.raises(CheckpointError, match="gave up"):
+        answers()
+    assert answers() == expected
+
+
+def test_reads_that_are_slow_or_short_change_nothing(
+    answers: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answers()
+    read = PositionedFile.read_some
+
+    def short(self: PositionedFile, position: int, view: memoryview, again: bool) -> int:
+        time.sleep(0.001)
+        return read(self, position, view[: max(len(view) // 2, 1)], again)
+
+    monkeypatch.setattr(PositionedFile, "read_some", short)
+    assert answers() == expected
+
+
+def test_a_file_that_is_replaced_is_read_to_the_end(answers: Callable[[], list[int]], tmp_path: Path) -> None:
+    expected = answers()
+    [file] = (tmp_path / "tiny").glob("*.safetensors")
+    other = tmp_path / "other"
+    other.write_bytes(bytes(file.stat().st_size))
+    other.replace(file)
+    assert answers() == expected
