@@ -106,6 +106,20 @@ def answers(tmp_path: Path) -> Iterator[Callable[[], list[int]]]:
         yield lambda: loaded.generate("import os", max_new_tokens=8, ignore_eos=True).tokens
 
 
+def test_embeddings_stay_on_the_disk_unless_they_are_the_head(tmp_path: Path) -> None:
+    placements = []
+    for tied in (False, True):
+        folder = tiny_llama.write(tmp_path / str(tied), tie_word_embeddings=tied)
+        plan = resident_plan(str(folder))
+        texts = []
+        for chosen in (plan, streamed(plan, 2)):
+            with tightfit.load(str(folder), plan=chosen) as loaded:
+                texts.append(loaded.generate(PROMPTS, max_new_tokens=8, ignore_eos=True)[1].tokens)
+                placements.append(loaded.plan.outer.placement)
+        assert texts[0] == texts[1]
+    assert placements == ["resident", "streamed", "resident", "resident"]
+
+
 def test_a_read_that_fails_is_an_error_and_the_next_request_tries_again(
     answers: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,7 +90,16 @@ def build(
     if plan is not None and plan.streamed:
         counts = [layer.resident or 0 for layer in plan.layers]
         placement = Streamed(
-            checkpoint, spec, shape.outer, shape.formats, gemm, weights, activations, counts, plan.buffers
+            checkpoint,
+            spec,
+            shape.outer,
+            shape.formats,
+            gemm,
+            weights,
+            activations,
+            counts,
+            plan.buffers,
+            plan.outer.placement == "streamed",
         )
     else:
         placement = Resident(checkpoint, spec, shape.outer, kept, gemm, weights, activations)

@@ -35,9 +35,9 @@ class Stored(Strict):
 
 
 class OuterPlan(Stored):
-    """The matrices outside of the layers: in memory."""
+    """The matrices outside of the layers: in memory, or the embeddings on the disk, read row by row."""
 
-    placement: Literal["resident"] = "resident"
+    placement: Literal["resident", "streamed"] = "resident"
 
 
 class LayerPlan(Stored):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tightfit.budget.ledger import PAGE, align
 from tightfit.budget.units import format_bytes
@@ -22,7 +22,7 @@ from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import OWN, LayerPlan, ModelRef, Numerics, OuterPlan, Plan
 from tightfit.weights.placement.fill import scratch_bytes
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, group_of, layer_name, params_of
-from tightfit.weights.placement.streamed import least_resident, spread, streaming_nbytes
+from tightfit.weights.placement.streamed import embeddings_on_disk, least_resident, spread, streaming_nbytes
 
 # From the most precise to the smallest. Fewer than 4 bits lose so much that they must be asked for.
 LEVELS = (OWN, "int8", "int6", "int5", "int4", "int4(group=64)", "int4(group=128)")
@@ -115,7 +115,7 @@ class Search:
         least = [layer.resident or 0 for layer in smallest.layers]
         room = (smallest.budget - smallest.total + smallest.accounts["weights"]) // PAGE * PAGE
         for buffers in BUFFERS:
-            resident = spread(smallest.outer.nbytes, groups, least, buffers, room)
+            resident = spread(self._outer_kept(formats[0]), groups, least, buffers, room)
             if resident is not None:
                 return self.plan(formats[0], formats, chunk, runtime, resident, buffers)
         return smallest
@@ -225,10 +225,13 @@ class Search:
         layer_sizes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
         outer_bytes, layer_bytes = sum(size for size, _ in outer_sizes), [size for size, _ in layer_sizes]
         weights = outer_bytes + sum(layer_bytes)
+        outer_placement: Literal["resident", "streamed"] = "resident"
         layers = [LayerPlan(format=fmt, nbytes=nbytes) for fmt, nbytes in zip(formats, layer_bytes, strict=True)]
         if resident is not None:
             groups = [self._group(layer_name(index), fmt) for index, fmt in enumerate(formats)]
-            weights = streaming_nbytes(outer_bytes, groups, resident, buffers)
+            weights = streaming_nbytes(self._outer_kept(outer), groups, resident, buffers)
+            if embeddings_on_disk(self.checkpoint, spec, self._group(EMBEDDINGS, outer)):
+                outer_placement = "streamed"
             layers = [
                 layer.model_copy(update={"placement": "streamed", "resident": count})
                 for layer, count in zip(layers, resident, strict=True)
@@ -249,7 +252,7 @@ class Search:
                 "kv": align(kv, PAGE),
                 "workspace": 0,
             },
-            outer=OuterPlan(format=outer, nbytes=outer_bytes),
+            outer=OuterPlan(format=outer, nbytes=outer_bytes, placement=outer_placement),
             layers=tuple(layers),
             buffers=buffers,
             chunk=chunk,
@@ -268,6 +271,12 @@ class Search:
             found = self._group(group, stored_as)
             self._sizes[key] = found.nbytes, scratch_bytes(self.checkpoint, found, self.constraints.threads)
         return self._sizes[key]
+
+    def _outer_kept(self, level: str) -> int:
+        """Bytes of the matrices outside of the layers that are in memory where layers are streamed."""
+        head, embeddings = self._group(HEAD, level), self._group(EMBEDDINGS, level)
+        on_disk = embeddings_on_disk(self.checkpoint, self.spec, embeddings)
+        return head.nbytes + (0 if on_disk else embeddings.nbytes)
 
     def _group(self, name: str, stored_as: str) -> Group:
         key = (name, stored_as)

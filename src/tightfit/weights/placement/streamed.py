@@ -28,6 +28,7 @@ from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, Place, gr
 from tightfit.weights.placement.read import is_plain, read_bytes, tensor_of
 from tightfit.weights.placement.resident import Progress, parameter
 from tightfit.weights.placement.ring import Piece, Read, Ring
+from tightfit.weights.placement.rows import RowsOnDisk, by_rows
 
 PIECE = 4 << 20  # bytes that a thread reads before it takes the next
 READERS = 4  # threads: what keeps a disk busy
@@ -65,9 +66,14 @@ def streamed_nbytes(group: Group, resident: int) -> int:
     return 0 if resident == len(group.places) else group.nbytes - cut_at(group, resident)[1]
 
 
+def embeddings_on_disk(checkpoint: Checkpoint, spec: ModelSpec, group: Group) -> bool:
+    """Whether the embeddings, ``group``, can stay on the disk: where the head is a matrix of its own."""
+    return not spec.tied and all(by_rows(place) and streamable(checkpoint, place) for place in group.places)
+
+
 def streaming_nbytes(outer: int, groups: Sequence[Group], resident: Sequence[int], buffers: int) -> int:
-    """What the ``weights`` account takes where the first ``resident[i]`` places of each of ``groups`` stay, and the
-    embeddings and the head take ``outer`` bytes."""
+    """What the ``weights`` account takes where the first ``resident[i]`` places of each of ``groups`` stay, and
+    ``outer`` bytes of what is outside of the layers."""
     kept = sum(align(cut_at(group, count)[0]) for group, count in zip(groups, resident, strict=True))
     largest = max(streamed_nbytes(group, count) for group, count in zip(groups, resident, strict=True))
     return outer + kept + buffers * align(largest, ALIGNMENT) + ALIGNMENT + READERS * OF_A_READER
@@ -93,8 +99,8 @@ def spread(outer: int, groups: Sequence[Group], least: Sequence[int], buffers: i
 
 
 class Streamed(Placement):
-    """The first ``resident[i]`` places of layer i stay in ``arena``, embeddings and head whole; what is left of each
-    layer goes through ``buffers`` buffers of the largest one's size.
+    """The first ``resident[i]`` places of layer i stay in ``arena``, and the head; what is left of each layer goes
+    through ``buffers`` buffers of the largest one's size. Embeddings stay too unless they are ``on_disk``.
 
     ``formats`` are the spec strings of the layers, ``outer`` that of the embeddings and the head. Nothing is read
     before :meth:`load`.
@@ -113,6 +119,7 @@ class Streamed(Placement):
         activations: ActivationType,
         resident: Sequence[int],
         buffers: int,
+        on_disk: bool,
     ) -> None:
         self._checkpoint = checkpoint
         self._settings = gemm_dtype, activations
@@ -120,6 +127,10 @@ class Streamed(Placement):
         self._kept: list[tuple[Group, torch.Tensor]] = []
         for name in (EMBEDDINGS, HEAD):
             group = group_of(checkpoint, spec, name, outer)
+            if name == EMBEDDINGS and on_disk:
+                [place] = group.places
+                model[place.param.name] = RowsOnDisk(checkpoint, group, place, self._settings)
+                continue
             model |= self._keep(group, arena.take(group.nbytes))
         self.model = Parameters(model)
 
