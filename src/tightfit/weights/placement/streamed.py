@@ -143,7 +143,9 @@ class Streamed(Placement):
             self._rest.append((replace(group, places=group.places[count:]), begin))
         self._units = [index for index, (group, _) in enumerate(self._rest) if group.places]
         self._unit_of = {index: unit for unit, index in enumerate(self._units)}
-        self._ready: dict[tuple[int, int], Parameters] = {}
+        self._whole = {
+            index: Parameters(fixed) for index, fixed in enumerate(self._fixed) if index not in self._unit_of
+        }
         self._buffers: list[torch.Tensor] = []
         self._ring: Ring | None = None
         self._sizes = [self._rest[index][0].nbytes - self._rest[index][1] for index in self._units]
@@ -166,8 +168,8 @@ class Streamed(Placement):
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Parameters]:
-        if self._ring is None or index not in self._unit_of:
-            yield self._in(index, -1)
+        if self._ring is None or index in self._whole:
+            yield self._whole[index]
             return
         unit = self._unit_of[index]
         with self._ring.use(unit) as buffer:
@@ -180,16 +182,14 @@ class Streamed(Placement):
         return {place.param.name: parameter(place, place.of(data), *self._settings) for place in group.places}
 
     def _in(self, index: int, buffer: int) -> Parameters:
-        """The parameters of a layer whose rest lies in a buffer."""
-        known = self._ready.get((index, buffer))
-        if known is None:
-            group, begin = self._rest[index]
-            made = dict(self._fixed[index])
-            for place in group.places:
-                moved = replace(place, offset=place.offset - begin)
-                made[place.param.name] = parameter(place, moved.of(self._buffers[buffer]), *self._settings)
-            known = self._ready[index, buffer] = Parameters(made)
-        return known
+        """The parameters of a layer whose rest lies in a buffer. They are made for each use, which takes far less time
+        than reading them: kept, those of a large model would take megabytes that no account holds."""
+        group, begin = self._rest[index]
+        made = dict(self._fixed[index])
+        for place in group.places:
+            moved = replace(place, offset=place.offset - begin)
+            made[place.param.name] = parameter(place, moved.of(self._buffers[buffer]), *self._settings)
+        return Parameters(made)
 
     def _reader(self) -> Read:
         """What reads a piece of a unit. It does not hold the placement, which ends the ring when it goes."""
