@@ -176,6 +176,18 @@ class _Times:
         return _Times(self.busy - other.busy, self.steal - other.steal, self.own - other.own)
 
 
+def in_page_cache(model: Path, wanted: bool) -> None:
+    """Reads the files of ``model``, or lets the operating system forget what it has of them."""
+    for path in model.rglob("*") if model.is_dir() else [model]:
+        if not path.is_file():
+            continue
+        with open(path, "rb", buffering=0) as file:
+            if not wanted:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while wanted and file.read(16 << 20):
+                pass
+
+
 def wait_until_idle(patience: float) -> None:
     """Waits for a second in which little happens, for at most ``patience`` seconds."""
     until = time.monotonic() + patience

@@ -265,6 +265,8 @@ def main() -> None:
         print(f"{weights}: {results[-1].losses['int8'].divergence_decode:.5f}", file=sys.stderr)
     written = report(results, rows, arguments.threads, time.monotonic() - began)
     print(json.dumps([asdict(result) for result in results], indent=1) if arguments.json else written)
+    if arguments.plot:
+        written += f"\n![What formats lose beside their bits]({arguments.plot.name})\n"
     if arguments.out:
         arguments.out.write_text(written, encoding="utf-8")
     if arguments.plot:

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -43,7 +42,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import Machine, checked, command, commit, machine, matmul_rate, table
+from benchmarks.common import Machine, checked, command, commit, in_page_cache, machine, matmul_rate, table
 from tests import random_model
 from tests.measure import run_measured
 
@@ -196,18 +195,6 @@ def tightfit_systems(
             yield stored(first, f", TIGHTFIT_CPU={level}", {"TIGHTFIT_CPU": level, **HELD_BACK})
     if name == "start":
         yield tightfit_system(f"{first}, from the bfloat16 checkpoint", model, section, threads, first)
-
-
-def in_page_cache(model: Path, wanted: bool) -> None:
-    """Reads the files of ``model``, or lets the operating system forget what it has of them."""
-    for path in model.rglob("*") if model.is_dir() else [model]:
-        if not path.is_file():
-            continue
-        with open(path, "rb", buffering=0) as file:
-            if not wanted:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while wanted and file.read(16 * MiB):
-                pass
 
 
 def run(system: System, section: Section, watched: Machine) -> Run:

@@ -27,8 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import checked, command, commit, machine, table
-from benchmarks.runtimes import in_page_cache
+from benchmarks.common import checked, command, commit, in_page_cache, machine, table
 from tests import random_model
 from tests.measure import run_measured
 

@@ -66,6 +66,7 @@ class Search:
         self._workspace = workspace
         self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
         self._groups: dict[tuple[str, str], Group] = {}
+        self._workspaces: dict[tuple[str, tuple[str, ...], int], int] = {}  # what is resident does not change them
 
     def best(self, runtime: int) -> Plan:
         """The plan to run where the interpreter and its libraries take ``runtime`` bytes.
@@ -261,7 +262,10 @@ class Search:
         )
         # While loading, cache and scratch are not in use yet: they leave room for what converting takes.
         loading = max(scratch for _, scratch in (*outer_sizes, *layer_sizes))
-        workspace = max(self._workspace(plan), loading - plan.accounts["kv"])
+        shape = outer, tuple(formats), chunk
+        if shape not in self._workspaces:
+            self._workspaces[shape] = self._workspace(plan)
+        workspace = max(self._workspaces[shape], loading - plan.accounts["kv"])
         return plan.model_copy(update={"accounts": plan.accounts | {"workspace": workspace}})
 
     def _size(self, group: str, stored_as: str) -> tuple[int, int]:

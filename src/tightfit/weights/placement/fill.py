@@ -23,12 +23,11 @@ from tightfit.weights.formats.base import Format
 from tightfit.weights.formats.dense import Dense
 from tightfit.weights.placement.places import Group, Place
 from tightfit.weights.placement.read import (
-    FORMAT_OF,
     block_nbytes,
     block_rows,
     block_scratch,
     blocks,
-    is_plain,
+    is_stored_as,
     read_plain,
     tensor_of,
 )
@@ -132,7 +131,7 @@ class BlockMemory(threading.local):
 def _place(checkpoint: Checkpoint, rows: Rows, memory: BlockMemory) -> int:
     place, param, fmt = rows.place, rows.place.param, rows.place.format
     info = tensor_of(checkpoint, param, rows.expert)
-    if fmt is not None and is_plain(param, info) and fmt.name == FORMAT_OF[info.dtype]:
+    if fmt is not None and is_stored_as(param, info, fmt.name):
         begin, end = (fmt.nbytes(row, param.shape[1]) for row in (rows.start, rows.stop))
         read_plain(checkpoint, param, rows.expert, rows.start, rows.data[begin:end])
     else:

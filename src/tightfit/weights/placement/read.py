@@ -111,6 +111,11 @@ def is_plain(param: Param, info: TensorInfo) -> bool:
     return info.dtype in DTYPES and not param.source.transposed and param.source.step == 1
 
 
+def is_stored_as(param: Param, info: TensorInfo, name: str) -> bool:
+    """Whether the bytes of ``param`` in the format ``name`` stand in the file as they stand in memory."""
+    return is_plain(param, info) and FORMAT_OF[info.dtype] == name
+
+
 def read_plain(checkpoint: Checkpoint, param: Param, expert: int, start: int, out: torch.Tensor) -> None:
     """Fills ``out`` (contiguous, whole rows) with the bytes from row ``start`` of a parameter for which
     :func:`is_plain` holds."""

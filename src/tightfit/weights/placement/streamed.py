@@ -25,7 +25,7 @@ from tightfit.plan.schema import ActivationType
 from tightfit.weights.placement.base import Parameters, Placement
 from tightfit.weights.placement.fill import fill
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, Place, group_of, layer_name
-from tightfit.weights.placement.read import is_plain, read_bytes, tensor_of
+from tightfit.weights.placement.read import is_stored_as, read_bytes, tensor_of
 from tightfit.weights.placement.resident import Progress, parameter
 from tightfit.weights.placement.ring import Piece, Read, Ring
 from tightfit.weights.placement.rows import RowsOnDisk, by_rows
@@ -39,13 +39,8 @@ def streamable(checkpoint: Checkpoint, place: Place) -> bool:
     """Whether the bytes of a place stand in the file as they stand in memory."""
     if checkpoint.compressed is not None:
         return True
-    if place.format is None:
-        return False
-    info = tensor_of(checkpoint, place.param)
-    return is_plain(place.param, info) and FORMATS.get(info.dtype) == place.format.name
-
-
-FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+    fmt = place.format
+    return fmt is not None and is_stored_as(place.param, tensor_of(checkpoint, place.param), fmt.name)
 
 
 def least_resident(checkpoint: Checkpoint, group: Group) -> int:
