@@ -15,15 +15,28 @@ import numpy as np
 
 from tightfit import zoo
 
-# The shapes of TinyLlama with the vocabulary of the published baselines, and of a 3B model.
+# The shapes of TinyLlama with the vocabulary of the published baselines, of a 3B model, and of a mixture of 1.7 billion
+# parameters of which a token uses 0.3.
 PRESETS = {
     "1b": {"hidden": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "ffn": 5632, "vocab": 19219},
     "3b": {"hidden": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "ffn": 8192, "vocab": 32000},
+    "moe": {"hidden": 1024, "layers": 16, "heads": 16, "kv_heads": 8, "ffn": 512, "vocab": 19219, "experts": 64},
 }
+EXPERTS_PER_TOKEN = 8
 BLOCK = (1 << 22) - 3  # numbers made once; odd, so that rows do not repeat
 
 
-def config(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> dict[str, object]:
+def config(
+    hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, experts: int = 0
+) -> dict[str, object]:
+    """A llama's config.json, or a Mixtral's with ``experts``."""
+    mixture = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": experts,
+        "num_experts_per_tok": EXPERTS_PER_TOKEN,
+        "sliding_window": None,
+    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -42,11 +55,12 @@ def config(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab:
         "bos_token_id": 0,
         "eos_token_id": 1,
         "torch_dtype": "bfloat16",
+        **(mixture if experts else {}),
     }
 
 
 def shapes(settings: dict[str, object]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each tensor of a llama checkpoint."""
+    """Name and shape of each tensor of a llama checkpoint, or of a Mixtral's."""
 
     def size(key: str) -> int:
         return int(str(settings[key]))
@@ -62,6 +76,14 @@ def shapes(settings: dict[str, object]) -> Iterator[tuple[str, tuple[int, ...]]]
         yield prefix + "self_attn.v_proj.weight", (kv_width, hidden)
         yield prefix + "self_attn.o_proj.weight", (hidden, width)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
+        if "num_local_experts" in settings:
+            yield prefix + "block_sparse_moe.gate.weight", (size("num_local_experts"), hidden)
+            for expert in range(size("num_local_experts")):
+                each = f"{prefix}block_sparse_moe.experts.{expert}."
+                yield each + "w1.weight", (ffn, hidden)
+                yield each + "w3.weight", (ffn, hidden)
+                yield each + "w2.weight", (hidden, ffn)
+            continue
         yield prefix + "mlp.gate_proj.weight", (ffn, hidden)
         yield prefix + "mlp.up_proj.weight", (ffn, hidden)
         yield prefix + "mlp.down_proj.weight", (hidden, ffn)
@@ -81,9 +103,11 @@ def write(folder: Path, preset: str = "1b", seed: int = 0) -> Path:
     ones = np.full(BLOCK, 0x3F80, np.uint16)
     with open(folder / "model.safetensors", "r+b") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
-        for index, (_, shape) in enumerate(shapes(settings)):
+        for index, (name, shape) in enumerate(shapes(settings)):
             left = int(np.prod(shape))
             source = ones if len(shape) == 1 else np.roll(numbers, 7919 * index)
+            if "num_local_experts" in settings and name.startswith("model.embed_tokens"):
+                source = source + (5 << 7)  # 32 times as large: which experts are chosen shall depend on the token
             while left:
                 left -= file.write(source[:left].tobytes()) // 2
     return folder

@@ -147,6 +147,7 @@ def load(
     weights: str | None = None,
     chunk: int | None = None,
     activations: str | None = None,
+    experts: str | None = None,
     threads: int | None = None,
     plan: Plan | None = None,
     chat: bool = False,
@@ -155,13 +156,14 @@ def load(
     """Opens a model and loads it inside ``memory``.
 
     ``model`` is a folder, a hub name, or an embedded model; ``memory`` bounds the peak resident set of the whole
-    process (``"600MiB"``, ``"4GB"``, ``"50%"``, bytes; default: what is available less a margin). ``context`` tokens
-    are reserved for each of ``batch`` sequences at once (one). ``weights`` is a format (``"int4"``; default: the most
-    precise that fits), ``chunk`` how many prompt tokens are computed at once, ``activations`` whether decoding
-    rounds what low-bit weights are multiplied with (``"int8"``, the default) or not (``"float32"``), ``threads`` how
-    many cores are used. A ``plan`` made before is followed to the letter, and fixes all of these but the model. With
-    ``chat``, a model without a chat template is refused at once. ``progress(done, total)`` is called with bytes while
-    weights are loaded.
+    process (``"600MiB"``, ``"4GB"``, ``"50%"``, bytes; default: what is available less a margin). ``context``
+    tokens are reserved for each of ``batch`` sequences at once (one). ``weights`` is a format (``"int4"``; default:
+    the most precise that fits), ``chunk`` how many prompt tokens are computed at once, ``activations`` whether
+    decoding rounds what low-bit weights are multiplied with (``"int8"``, the default) or not (``"float32"``),
+    ``experts`` which of a mixture stay in memory where not all fit (``"score+gate"``), ``threads`` how many cores
+    are used. A ``plan`` made before is followed to the letter, and fixes all of these but the model. With ``chat``,
+    a model without a chat template is refused at once. ``progress(done, total)`` is called with bytes while weights
+    are loaded.
 
     Raises BudgetError if it does not fit (``smallest_bytes`` says what would), CheckpointError for a model that cannot
     be opened, UsageError for arguments that make no sense.
@@ -169,7 +171,7 @@ def load(
     from tightfit.engine.following import planned
     from tightfit.engine.opening import Wish, open_model
 
-    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations)
+    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts)
     if plan is not None:
         wish = planned(wish, plan)
     opened = open_model(wish)

@@ -18,6 +18,7 @@ from tightfit.errors import UsageError
 # The packages whose import registers a seam's techniques. A package listed here must not import torch when imported.
 SEAMS = {
     "weights": ("tightfit.weights.formats",),
+    "experts": ("tightfit.experts",),
 }
 
 VALUE_TYPES: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

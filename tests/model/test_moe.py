@@ -21,7 +21,7 @@ from tightfit.model.decoder import Decoder
 from tightfit.model.spec import MoeSpec
 from tightfit.plan.schema import Numerics
 from tightfit.plan.search import Constraints, Search
-from tightfit.weights.placement.resident import Experts
+from tightfit.weights.placement.resident import ExpertMatrices
 
 CONTEXT, CHUNK = 64, 32
 
@@ -85,13 +85,13 @@ def test_decoding_one_token_touches_only_the_experts_it_chose(
     model = Running(tmp_path, family)
     model.step(Segment(0, 0, tokens(CHUNK)))
     used: set[tuple[int, int]] = set()
-    get = Experts.__getitem__
+    get = ExpertMatrices.__getitem__
 
-    def noted(experts: Experts, expert: int) -> Any:
+    def noted(experts: ExpertMatrices, expert: int) -> Any:
         used.add((experts._data.data_ptr(), expert))
         return get(experts, expert)
 
-    monkeypatch.setattr(Experts, "__getitem__", noted)
+    monkeypatch.setattr(ExpertMatrices, "__getitem__", noted)
     one = Segment(0, CHUNK, tokens(1), decode=True)
     logits, _ = model.step(one)
     mixtures = [layer.mlp for layer in model.spec.layers if isinstance(layer.mlp, MoeSpec)]
@@ -99,7 +99,7 @@ def test_decoding_one_token_touches_only_the_experts_it_chose(
     for layer in range(len(model.spec.layers)):
         with model.placement.layer(layer) as weights:
             for name, stack in weights.items():
-                if name.startswith("experts.") and isinstance(stack, Experts):
+                if name.startswith("experts.") and isinstance(stack, ExpertMatrices):
                     for expert in range(len(stack)):
                         if (stack._data.data_ptr(), expert) not in used:
                             stack._data[expert].view(torch.float32).fill_(torch.nan)

@@ -122,7 +122,7 @@ class MachineRecord:
         )
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(self.file, text)
+            write_atomically(self.file, text)
         except OSError:
             return False
         return True
@@ -156,7 +156,8 @@ def machine_identity(root: Path = Path("/")) -> dict[str, str]:
     }
 
 
-def _write_atomically(file: Path, text: str) -> None:
+def write_atomically(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
     try:
         with os.fdopen(handle, "w") as temporary:

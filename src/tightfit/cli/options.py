@@ -36,6 +36,15 @@ Weights = Annotated[
         help="How weights are stored: bf16, int8, int4(group=64), ... Default: the most precise that fits.",
     ),
 ]
+Experts = Annotated[
+    str | None,
+    typer.Option(
+        "--experts",
+        metavar="POLICY",
+        help="Which experts of a mixture stay in memory where not all fit: lru, lfu, score, static; with +gate the "
+        "next layer's are read ahead. Default: score+gate.",
+    ),
+]
 Chunk = Annotated[
     int | None,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tightfit.cli.options import Activations, Chunk, Context, Debug, Json, Memory, Model, Threads, Weights
+from tightfit.cli.options import Activations, Chunk, Context, Debug, Experts, Json, Memory, Model, Threads, Weights
 from tightfit.cli.output import print_json
 from tightfit.errors import BudgetError
 
@@ -26,6 +26,7 @@ def plan(
     batch: Batch = None,
     chunk: Chunk = None,
     activations: Activations = None,
+    experts: Experts = None,
     threads: Threads = None,
     out: Out = None,
     json: Json = False,
@@ -39,7 +40,7 @@ def plan(
     from tightfit.cli.planfile import write_plan
     from tightfit.engine.opening import Wish, open_model, survey
 
-    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations)
+    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts)
     opened = open_model(wish, headers_only=True)
     with opened.checkpoint:
         answer = survey(wish, opened)

@@ -41,7 +41,15 @@ def _streamed(receipt: dict[str, Any]) -> list[str]:
         nbytes = receipt[f"{phase}_streamed_bytes_per_token"]
         if nbytes is not None:
             found.append(f"{format_bytes(int(nbytes))} for each {name} token")
-    return [f"weights read from the disk: {', '.join(found)}"] if found else []
+    lines = [f"weights read from the disk: {', '.join(found)}"] if found else []
+    for phase, name in (("prefill", "prompt"), ("decode", "new tokens")):
+        experts = receipt[f"{phase}_experts"]
+        if experts is not None:
+            lines.append(
+                f"experts of the {name}: {experts['hit_rate']:.1%} were in memory, {experts['late_rate']:.1%} on their "
+                f"way, {experts['foreseen_rate']:.1%} foreseen"
+            )
+    return lines
 
 
 def show_plan(answer: dict[str, Any]) -> None:
@@ -77,10 +85,13 @@ def show_plan(answer: dict[str, Any]) -> None:
 
 def _in_memory(plan: dict[str, Any]) -> str:
     """How much of the weights is, where that is not all."""
-    if not plan["buffers"]:
+    experts = plan["experts"]
+    if not plan["buffers"] and experts is None:
         return ""
     whole = plan["outer"]["nbytes"] + sum(layer["nbytes"] for layer in plan["layers"])
-    return f", {format_bytes(plan['accounts']['weights'])} of {format_bytes(whole)} in memory"
+    held = plan["accounts"]["weights"] + plan["accounts"].get("experts", 0)
+    slots = "" if experts is None else f" with {experts['slots']} experts ({experts['policy']})"
+    return f", {format_bytes(held)} of {format_bytes(whole)} in memory{slots}"
 
 
 def _speed(rate: float | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import abc
+from collections import Counter, abc
 from dataclasses import dataclass, field
 
 from tightfit.checkpoints.tokenizer import Tokenizer
@@ -31,8 +31,8 @@ class Completion:
 
 @dataclass
 class Timing:
-    """Sums over everything that was computed. A step with prompt tokens in it counts as prefill. Seconds, and bytes of
-    weights that came from the disk."""
+    """Sums over everything that was computed. A step with prompt tokens in it counts as prefill. Seconds, bytes of
+    weights that came from the disk, and what the cache of experts counted."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -42,6 +42,8 @@ class Timing:
     decode_seconds: float = 0.0
     prefill_streamed: int = 0
     decode_streamed: int = 0
+    prefill_experts: Counter[str] = field(default_factory=Counter)
+    decode_experts: Counter[str] = field(default_factory=Counter)
     first_token_seconds: float | None = None
 
 
@@ -130,9 +132,10 @@ class Generator:
 
     def _step(self) -> list[tuple[Sequence, int]]:
         weights = self.engine.decoder.weights
-        started, before = time.perf_counter(), weights.used_bytes
+        started, before, counted = time.perf_counter(), weights.used_bytes, Counter(weights.expert_counts)
         sampled = self.engine.step()
         seconds, streamed = time.perf_counter() - started, weights.used_bytes - before
+        experts = weights.expert_counts - counted
         timing = self.timing
         timing.new_tokens += len(sampled)
         prefilled = self.engine.last_prefill_tokens
@@ -140,10 +143,12 @@ class Generator:
             timing.prefill_tokens += prefilled
             timing.prefill_seconds += seconds
             timing.prefill_streamed += streamed
+            timing.prefill_experts += experts
         else:
             timing.decode_tokens += len(sampled)
             timing.decode_seconds += seconds
             timing.decode_streamed += streamed
+            timing.decode_experts += experts
         return sampled
 
     def _sequence(self, request: Request, kept: Kept | None) -> Sequence:

@@ -18,8 +18,10 @@ from tightfit.checkpoints.checkpoint import HUB_NAME, Checkpoint, open_checkpoin
 from tightfit.checkpoints.config import Config
 from tightfit.engine.request import Requests
 from tightfit.errors import CheckpointError, UsageError
+from tightfit.experts.census import read_census
+from tightfit.experts.policy import Scheme, scheme
 from tightfit.model.families import model_spec
-from tightfit.model.spec import ModelSpec
+from tightfit.model.spec import ModelSpec, MoeSpec
 from tightfit.plan.schema import ActivationType, Plan
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Wish:
     chunk: int | None = None
     threads: int | None = None
     activations: str | None = None
+    experts: str | None = None
 
     @property
     def sequences(self) -> int:
@@ -100,11 +103,14 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
     if wish.activations is not None and wish.activations not in get_args(ActivationType):
         known = " or ".join(get_args(ActivationType))
         raise UsageError(f"there are no activations {wish.activations!r}", f"Use --activations {known}.")
+    how = None if wish.experts is None else scheme(wish.experts)
     checkpoint = _open(wish.model, headers_only)
     try:
         spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
         if wish.weights is not None:
             _check_weights(wish.weights, checkpoint)
+        if how is not None:
+            _check_experts(how, checkpoint, spec)
         context = wish.context if wish.context is not None else min(spec.context, DEFAULT_CONTEXT)
         if context > spec.context:
             raise UsageError(
@@ -125,6 +131,15 @@ def _check_weights(weights: str, checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} is compressed with {compressed.weights}, and {weights} was asked for",
             f"Leave --weights out, or take the model that it was made from: {compressed.source}.",
         )
+
+
+def _check_experts(how: Scheme, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Raises UsageError for a model without experts, CheckpointError if the census is missing that is asked for."""
+    mixtures = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, MoeSpec)]
+    if not mixtures:
+        raise UsageError(f"{checkpoint.name} has no experts", "Leave --experts out.")
+    if how.policy.needs_census:
+        read_census(checkpoint.name, checkpoint.fingerprint, len(mixtures), max(moe.experts for moe in mixtures))
 
 
 def _open(model: str, headers_only: bool) -> Checkpoint:
@@ -209,6 +224,7 @@ def _constraints(wish: Wish, opened: Opened) -> Constraints:
         numerics=numerics(types, cast(ActivationType, wish.activations or "int8")),
         weights=compressed.weights if compressed else wish.weights,
         chunk=wish.chunk,
+        experts=wish.experts,
     )
 
 

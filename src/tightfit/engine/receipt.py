@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from tightfit.budget.ledger import Ledger
@@ -26,8 +27,20 @@ def receipt(plan: Plan, ledger: Ledger, timing: Timing) -> dict[str, Any]:
         "decode_tokens_per_s": rate(timing.decode_tokens, timing.decode_seconds),
         "prefill_streamed_bytes_per_token": rate(timing.prefill_streamed, timing.prefill_tokens),
         "decode_streamed_bytes_per_token": rate(timing.decode_streamed, timing.decode_tokens),
+        "prefill_experts": experts(timing.prefill_experts),
+        "decode_experts": experts(timing.decode_experts),
         "plan": plan.model_dump(),
     }
+
+
+def experts(counts: Counter[str]) -> dict[str, float] | None:
+    """How many experts steps used, and which shares of them were in memory when they were wanted (``hit_rate``), were
+    being read ahead (``late_rate``), and had been foreseen (``foreseen_rate``). None where they were not cached."""
+    used = counts["used"]
+    if not used:
+        return None
+    shares = {"hit_rate": "hits", "late_rate": "late", "foreseen_rate": "foreseen"}
+    return {"used": used} | {name: counts[key] / used for name, key in shares.items()}
 
 
 def rate(count: float, seconds: float) -> float | None:

@@ -24,6 +24,7 @@ from tightfit.decode.params import SamplingParams
 from tightfit.decode.sample import Sampler
 from tightfit.engine.engine import Engine, use_threads
 from tightfit.errors import BudgetError, UsageError
+from tightfit.experts.store import LEAST_SLOTS, CachedExperts, on_disk
 from tightfit.kernels import cpu, ops
 from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch, Segment
@@ -32,9 +33,9 @@ from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.search import Constraints, Search
 from tightfit.weights.placement.base import Placement
-from tightfit.weights.placement.places import check, group_of, layer_name
+from tightfit.weights.placement.places import Place, check, group_of, layer_name
 from tightfit.weights.placement.resident import Resident
-from tightfit.weights.placement.streamed import Streamed, least_resident
+from tightfit.weights.placement.streamed import Streamed
 
 FIRST_GUESS = 48 << 20  # what running everything once adds to the resident set, at most
 MARGIN = 8 << 20  # small temporaries, text and token lists that a long run adds after the rehearsal
@@ -80,27 +81,34 @@ def build(
     weights: Arena,
     kv: Arena,
     plan: Plan | None = None,
+    slots: Arena | None = None,
 ) -> tuple[Placement, Decoder, Cache]:
     """Weights, decoder and cache of the given layers in their arenas; nothing is read or written. Parameters are all
-    resident unless a ``plan`` for all layers says something else."""
+    resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts."""
     kept = {index: shape.formats[index] for index in layers}
     gemm, kv_type = DTYPES[shape.numerics.gemm], DTYPES[shape.numerics.kv]
     activations = shape.numerics.activations
     placement: Placement
     if plan is not None and plan.streamed:
-        counts = [layer.resident or 0 for layer in plan.layers]
+        groups = [group_of(checkpoint, spec, layer_name(index), fmt) for index, fmt in kept.items()]
+        experts: list[tuple[Place, ...]] = []
+        if plan.experts is not None:
+            both = [on_disk(checkpoint, group) for group in groups]
+            groups, experts = [group for group, _ in both], [of_layer for _, of_layer in both]
         placement = Streamed(
             checkpoint,
             spec,
             shape.outer,
-            shape.formats,
+            groups,
             gemm,
             weights,
             activations,
-            counts,
+            [layer.resident or 0 for layer in plan.layers],
             plan.buffers,
             plan.outer.placement == "streamed",
         )
+        if plan.experts is not None and slots is not None:
+            placement = CachedExperts(checkpoint, spec, placement, experts, slots, plan.experts, (gemm, activations))
     else:
         placement = Resident(checkpoint, spec, shape.outer, kept, gemm, weights, activations)
     spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
@@ -216,11 +224,13 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, el
 
 def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     """``plan`` with the bytes that its choices take here. Raises BudgetError if they exceed the budget it names."""
-    constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, plan.numerics)
+    experts = None if plan.experts is None else plan.experts.policy
+    constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, plan.numerics, experts=experts)
     search = search_for(checkpoint, spec, constraints)
     resident = _resident(search, plan) if plan.streamed else None
     formats = [layer.format for layer in plan.layers]
-    anew = search.plan(plan.outer.format, formats, plan.chunk, 0, resident, plan.buffers)
+    slots = 0 if plan.experts is None else plan.experts.slots
+    anew = search.plan(plan.outer.format, formats, plan.chunk, 0, resident, plan.buffers, slots)
     anew = anew.model_copy(update={"accounts": anew.accounts | {"runtime": _measured(search, anew)}})
     if anew.total > anew.budget:
         raise BudgetError(
@@ -236,11 +246,16 @@ def _resident(search: Search, plan: Plan) -> list[int]:
     """How many of each layer's first parameters a plan keeps in memory. Raises UsageError for numbers that make no
     sense."""
     counts = []
-    for index, layer in enumerate(plan.layers):
-        group = group_of(search.checkpoint, search.spec, layer_name(index), layer.format)
-        least, most = least_resident(search.checkpoint, group), len(group.places)
+    groups, experts = search.apart([layer.format for layer in plan.layers])
+    if any(experts) != (plan.experts is not None) or (plan.experts is not None and plan.experts.slots < LEAST_SLOTS):
+        raise UsageError(
+            f"the plan names {'no' if plan.experts is None else plan.experts.slots} slots for experts",
+            f"Experts that can stay on the disk take {LEAST_SLOTS} slots or more; a model without them takes none.",
+        )
+    for index, (layer, group) in enumerate(zip(plan.layers, groups, strict=True)):
+        least, most = search.least_resident(group), len(group.places)
         count = most if layer.resident is None else layer.resident
-        if not least <= count <= most or not plan.buffers:
+        if not least <= count <= most or (count < most and not plan.buffers):
             raise UsageError(
                 f"the plan streams layer {index} with {count} parameters in memory and {plan.buffers} buffers",
                 f"Of this layer {least} to {most} parameters can stay in memory; there must be a buffer.",
@@ -268,9 +283,13 @@ def start(
     weights.use_large_pages()
     kv = ledger.arena("kv", plan.accounts["kv"])
     scratch = ledger.arena("workspace", plan.accounts["workspace"])
+    slots = None
+    if plan.experts is not None:
+        slots = ledger.arena("experts", plan.accounts["experts"])
+        slots.use_large_pages()
     cpu.set_threads(plan.threads)
     shape = Shape.of(plan)
-    placement, decoder, cache = build(checkpoint, spec, range(len(spec.layers)), shape, weights, kv, plan)
+    placement, decoder, cache = build(checkpoint, spec, range(len(spec.layers)), shape, weights, kv, plan, slots)
     drop_code_pages()
     before = resident_set().peak
     torch.set_num_threads(1)  # every thread that loads converts blocks of its own

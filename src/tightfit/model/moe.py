@@ -39,32 +39,25 @@ def moe(
 def _moe(spec: MoeSpec, weights: Parameters, x: torch.Tensor, out: torch.Tensor, ws: Workspace, split: Split) -> None:
     tokens, hidden = x.shape
     with ws.frame():
-        (logits,) = project(weights, ("router",), ((spec.experts,),), x, ws, split)
-        chosen = ws.empty(tokens, spec.experts_per_token, dtype=torch.int64)
-        gains = ws.empty(tokens, spec.experts_per_token)
-        ops.route(
-            logits,
-            spec.experts_per_token,
-            spec.scoring,
-            weights.get("router_correction"),
-            spec.n_group,
-            spec.topk_group,
-            spec.group_score,
-            spec.normalize,
-            spec.scaling,
-            chosen,
-            gains,
-            split.parts,
-        )
+        scores, chosen, gains = _route(spec, weights, x, ws, split)
+        experts = weights.experts
+        assert experts is not None
+        if not ops.is_dry():
+            experts.want(chosen, scores)
+        # In a dry run the next mixture is taken to be like this one.
+        following = (spec, weights) if ops.is_dry() else experts.following
+        if following is not None:
+            with ws.frame():
+                _, expected, _ = _route(*following, x, ws, split)
+                if not ops.is_dry():
+                    experts.expect(expected)
         ops.zero_(out)
-        experts = _named(weights, "experts.")
         each = MlpSpec(spec.intermediate_size, spec.activation)
         for expert, rows, columns in _by_expert(chosen):
-            with ws.frame():
+            with ws.frame(), experts.use(expert) as of_one:
                 picked = ws.empty(len(rows), hidden)
                 ops.gather_rows(x, rows, picked)
                 answer = ws.empty(len(rows), hidden)
-                of_one = Parameters({name: of[expert] for name, of in experts.items()})
                 mlp(each, of_one, picked, answer, ws, split.of_rows(rows))
                 ops.add_rows_(out, rows, answer, gains[rows, columns])
         if spec.shared_intermediate_size:
@@ -76,6 +69,33 @@ def _moe(spec: MoeSpec, weights: Parameters, x: torch.Tensor, out: torch.Tensor,
                     (gate,) = project(weights, ("shared_gate",), ((1,),), x, ws, split)
                     ops.gate_(answer, gate, split.parts)
                 ops.add_(out, answer)
+
+
+def _route(
+    spec: MoeSpec, weights: Parameters, x: torch.Tensor, ws: Workspace, split: Split
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the router of ``weights`` says of ``x``: scores (tokens, experts), for ``topk_softmax`` logits, and which
+    experts each token chooses, and their gains, (tokens, experts_per_token) each; in scratch memory of the enclosing
+    frame."""
+    tokens = x.shape[0]
+    (scores,) = project(weights, ("router",), ((spec.experts,),), x, ws, split)
+    chosen = ws.empty(tokens, spec.experts_per_token, dtype=torch.int64)
+    gains = ws.empty(tokens, spec.experts_per_token)
+    ops.route(
+        scores,
+        spec.experts_per_token,
+        spec.scoring,
+        weights.get("router_correction"),
+        spec.n_group,
+        spec.topk_group,
+        spec.group_score,
+        spec.normalize,
+        spec.scaling,
+        chosen,
+        gains,
+        split.parts,
+    )
+    return scores, chosen, gains
 
 
 def _by_expert(chosen: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:

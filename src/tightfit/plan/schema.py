@@ -41,10 +41,19 @@ class OuterPlan(Stored):
 
 
 class LayerPlan(Stored):
-    """The matrices of one layer: in memory, or all but its first ``resident`` parameters on the disk."""
+    """The matrices of one layer: in memory, or all but its first ``resident`` parameters on the disk. Where the plan
+    has ``experts``, theirs do not count: they are on the disk."""
 
     placement: Literal["resident", "streamed"] = "resident"
     resident: int | None = Field(default=None, ge=0, description="parameters of a streamed layer that stay in memory")
+
+
+class ExpertsPlan(Strict):
+    """Experts that are on the disk, but for those in ``slots`` slots; ``policy`` is a spec string such as
+    ``score+gate``."""
+
+    policy: str
+    slots: int = Field(ge=1)
 
 
 class Numerics(Strict):
@@ -77,6 +86,7 @@ class Plan(Strict):
     cache: Literal["exact"] = "exact"
     prefill: Literal["chunked"] = "chunked"
     buffers: int = Field(default=0, ge=0, description="that streamed layers are read into, ahead of their use")
+    experts: ExpertsPlan | None = Field(default=None, description="where the experts of mixtures are on the disk")
     chunk: int = Field(ge=1, description="prompt tokens computed at once")
     threads: int = Field(ge=1)
     numerics: Numerics

@@ -2,7 +2,8 @@
 
 Weights stay in their own precision if they fit, or are rounded to 8, 6, 5 or 4 bits, with as many layers in the next
 more precise format as there is room for. Of two plans with equal weights the one with larger chunks is faster. Where
-nothing fits, layers are read from the disk in each step, as the files have them, but for as much as there is room for.
+nothing fits, weights stay on the disk, as the files have them: of mixtures first the experts, but for as many as there
+is room for; then layers are read in each step, again but for as much as there is room for.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from tightfit.budget.ledger import PAGE, align
 from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.errors import BudgetError
+from tightfit.experts.store import LEAST_SLOTS, caching_nbytes, expert_count, on_disk, slot_nbytes
 from tightfit.kv.cache import Cache
 from tightfit.model.decoder import cache_layouts
 from tightfit.model.spec import ModelSpec
-from tightfit.plan.schema import OWN, LayerPlan, ModelRef, Numerics, OuterPlan, Plan
+from tightfit.plan.schema import OWN, ExpertsPlan, LayerPlan, ModelRef, Numerics, OuterPlan, Plan
 from tightfit.weights.placement.fill import scratch_bytes
-from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, group_of, layer_name, params_of
+from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, Place, group_of, layer_name, params_of
 from tightfit.weights.placement.streamed import embeddings_on_disk, least_resident, spread, streaming_nbytes
 
 # From the most precise to the smallest. Fewer than 4 bits lose so much that they must be asked for.
@@ -30,14 +32,17 @@ LEVELS = (OWN, "int8", "int6", "int5", "int4", "int4(group=64)", "int4(group=128
 BETTER = {"int6": "int8", "int5": "int6", "int4": "int5"}
 CHUNKS = (512, 256, 128, 64, 32, 16)
 SMALL_CHUNK = 128
+EXPERTS = "score+gate"  # how experts on the disk are cached, unless it is said
 BUFFERS = (3, 2)  # of streamed layers: one in use, others that are read ahead
 SHARE_OF_WORKSPACE = 4  # the scratch of a chunk is at most so many times smaller than streamed weights
+ROUTER = "router"
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What the user asked for. ``weights`` and ``chunk`` are chosen if they are None; ``budget`` is bytes."""
+    """What the user asked for. ``weights``, ``chunk`` and ``experts`` are chosen if they are None; ``budget`` is
+    bytes."""
 
     budget: int
     context: int
@@ -46,6 +51,7 @@ class Constraints:
     numerics: Numerics
     weights: str | None = None
     chunk: int | None = None
+    experts: str | None = None
 
 
 WorkspaceBytes = Callable[[Plan], int]
@@ -95,7 +101,8 @@ class Search:
         for chunk in self.chunks() if self.streamable() else ():
             plan = self.streaming(chunk, runtime)
             if plan.total <= plan.budget:
-                if SHARE_OF_WORKSPACE * plan.accounts["workspace"] <= plan.accounts["weights"]:
+                weights = plan.accounts["weights"] + plan.accounts.get("experts", 0)
+                if SHARE_OF_WORKSPACE * plan.accounts["workspace"] <= weights:
                     return plan
                 fitting.append(plan)
         return fitting[0] if fitting else None
@@ -103,30 +110,43 @@ class Search:
     def streamable(self) -> str | None:
         """The format in which layers can be read from the disk as they are used: that of the files."""
         level = self.constraints.weights or OWN
-        groups = [self._group(layer_name(index), level) for index in range(len(self.spec.layers))]
+        groups, experts = self.apart([level] * len(self.spec.layers))
         some = any(least_resident(self.checkpoint, group) < len(group.places) for group in groups)
-        return level if some else None
+        return level if some or any(experts) else None
 
     def streaming(self, chunk: int, runtime: int) -> Plan:
         """The plan with as much in memory as the budget allows, or if that is too little, with the least that must
         be there."""
         smallest = self._least_streaming(chunk, runtime)
         formats = [layer.format for layer in smallest.layers]
-        groups = [self._group(layer_name(index), level) for index, level in enumerate(formats)]
+        groups, experts = self.apart(formats)
         least = [layer.resident or 0 for layer in smallest.layers]
         room = (smallest.budget - smallest.total + smallest.accounts["weights"]) // PAGE * PAGE
         for buffers in BUFFERS:
             resident = spread(self._outer_kept(formats[0]), groups, least, buffers, room)
             if resident is not None:
-                return self.plan(formats[0], formats, chunk, runtime, resident, buffers)
+                whole = all(count == len(group.places) for group, count in zip(groups, resident, strict=True))
+                buffers = 0 if whole else buffers
+                found = self.plan(formats[0], formats, chunk, runtime, resident, buffers, LEAST_SLOTS)
+                if found.experts is None:
+                    return found
+                slots = LEAST_SLOTS + (found.budget - found.total) // slot_nbytes(experts)
+                slots = min(slots, expert_count(experts))
+                return self.plan(formats[0], formats, chunk, runtime, resident, buffers, slots)
         return smallest
 
     def _least_streaming(self, chunk: int, runtime: int) -> Plan:
         level = self.streamable()
         assert level is not None
-        groups = [self._group(layer_name(index), level) for index in range(len(self.spec.layers))]
-        least = [least_resident(self.checkpoint, group) for group in groups]
-        return self.plan(level, [level] * len(groups), chunk, runtime, least, min(BUFFERS))
+        groups, _ = self.apart([level] * len(self.spec.layers))
+        least = [self.least_resident(group) for group in groups]
+        return self.plan(level, [level] * len(groups), chunk, runtime, least, min(BUFFERS), LEAST_SLOTS)
+
+    def least_resident(self, group: Group) -> int:
+        """How many of the first parameters of a layer, ``group`` without its experts, must stay in memory: routers
+        too, which are asked before their turn."""
+        routers = [index for index, place in enumerate(group.places) if place.param.name == ROUTER]
+        return max([least_resident(self.checkpoint, group), *(index + 1 for index in routers)])
 
     def smallest(self, runtime: int) -> Plan:
         """The plan that needs least; its ``budget`` is what it needs."""
@@ -216,9 +236,11 @@ class Search:
         runtime: int,
         resident: Sequence[int] | None = None,
         buffers: int = 0,
+        slots: int = 0,
     ) -> Plan:
         """The plan with embeddings and head in ``outer`` and each layer in its own of ``formats``, whether it fits or
-        not. With ``resident`` only so many of each layer's first parameters stay in memory."""
+        not. With ``resident`` only so many of each layer's first parameters stay in memory, and ``slots`` experts of
+        those that can stay on the disk."""
         spec, constraints = self.spec, self.constraints
         layouts = cache_layouts(spec, constraints.context, chunk)
         kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.numerics.kv])
@@ -228,8 +250,13 @@ class Search:
         weights = outer_bytes + sum(layer_bytes)
         outer_placement: Literal["resident", "streamed"] = "resident"
         layers = [LayerPlan(format=fmt, nbytes=nbytes) for fmt, nbytes in zip(formats, layer_bytes, strict=True)]
+        accounts: dict[str, int] = {}
+        cached: ExpertsPlan | None = None
         if resident is not None:
-            groups = [self._group(layer_name(index), fmt) for index, fmt in enumerate(formats)]
+            groups, experts = self.apart(formats)
+            if any(experts):
+                cached = ExpertsPlan(policy=constraints.experts or EXPERTS, slots=slots)
+                accounts["experts"] = align(caching_nbytes(experts, slots), PAGE)
             weights = streaming_nbytes(self._outer_kept(outer), groups, resident, buffers)
             if embeddings_on_disk(self.checkpoint, spec, self._group(EMBEDDINGS, outer)):
                 outer_placement = "streamed"
@@ -250,12 +277,14 @@ class Search:
             accounts={
                 "runtime": runtime,
                 "weights": align(weights, PAGE),
+                **accounts,
                 "kv": align(kv, PAGE),
                 "workspace": 0,
             },
             outer=OuterPlan(format=outer, nbytes=outer_bytes, placement=outer_placement),
             layers=tuple(layers),
             buffers=buffers,
+            experts=cached,
             chunk=chunk,
             threads=constraints.threads,
             numerics=constraints.numerics,
@@ -281,6 +310,11 @@ class Search:
         head, embeddings = self._group(HEAD, level), self._group(EMBEDDINGS, level)
         on_disk = embeddings_on_disk(self.checkpoint, self.spec, embeddings)
         return head.nbytes + (0 if on_disk else embeddings.nbytes)
+
+    def apart(self, formats: Sequence[str]) -> tuple[list[Group], list[tuple[Place, ...]]]:
+        """Of each layer the parameters without those of experts that can stay on the disk, and those."""
+        both = [on_disk(self.checkpoint, self._group(layer_name(index), fmt)) for index, fmt in enumerate(formats)]
+        return [group for group, _ in both], [experts for _, experts in both]
 
     def _group(self, name: str, stored_as: str) -> Group:
         key = (name, stored_as)

@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
+
+from tightfit.model.spec import MoeSpec
 from tightfit.weights.formats.base import Joined
+
+OF_EXPERTS = "experts."  # what the names of their parameters begin with
+
+
+class Experts(ABC):
+    """The experts of a layer's mixture.
+
+    ``following``: the next mixture and its router, where it is guessed what that will choose. ``activated`` (experts,)
+    int64 counts the tokens that chose each, where that is counted.
+    """
+
+    following: tuple[MoeSpec, Parameters] | None = None
+    activated: torch.Tensor | None = None
+
+    def want(self, chosen: torch.Tensor, scores: torch.Tensor) -> None:
+        """A step will use the experts ``chosen`` (tokens, experts_per_token), in ascending order. ``scores`` (tokens,
+        experts) are its router's: logits where the spec's scoring is ``topk_softmax``."""
+        if self.activated is not None:
+            self.activated += chosen.flatten().bincount(minlength=len(self.activated))
+
+    def expect(self, chosen: torch.Tensor) -> None:  # noqa: B027
+        """The next mixture will probably want the experts ``chosen``."""
+
+    @abstractmethod
+    def use(self, expert: int) -> AbstractContextManager[Parameters]:
+        """The parameters of one expert, under their names without ``experts.``, valid inside the context."""
 
 
 class Parameters(dict[str, Any]):
-    """Parameters by name: a :class:`~tightfit.weights.formats.base.Matrix` or a float32 vector each, or for a mixture's
-    experts something that gives one for each expert when indexed."""
+    """Parameters by name: a :class:`~tightfit.weights.formats.base.Matrix` or a float32 vector each. ``experts`` are
+    those of a layer's mixture."""
 
-    def __init__(self, parameters: Mapping[str, Any]) -> None:
+    def __init__(self, parameters: Mapping[str, Any], experts: Experts | None = None) -> None:
         super().__init__(parameters)
+        self.experts = experts
         self._joined: dict[tuple[str, ...], Joined] = {}
 
     def joined(self, *names: str) -> Joined:
@@ -26,16 +57,41 @@ class Parameters(dict[str, Any]):
         return known
 
 
+class StackedExperts(Experts):
+    """Experts all of which are at hand: ``stacks`` have one parameter for each of them when indexed."""
+
+    def __init__(self, stacks: Mapping[str, Any]) -> None:
+        self._stacks = stacks
+
+    @contextmanager
+    def use(self, expert: int) -> Iterator[Parameters]:
+        yield Parameters({name: stack[expert] for name, stack in self._stacks.items()})
+
+
+def layer_parameters(parameters: Mapping[str, Any]) -> Parameters:
+    """The parameters of a layer, of which those named ``experts.`` are stacks."""
+    others: dict[str, Any] = {}
+    stacks: dict[str, Any] = {}
+    for name, value in parameters.items():
+        of_experts = name.startswith(OF_EXPERTS)
+        (stacks if of_experts else others)[name.removeprefix(OF_EXPERTS)] = value
+    return Parameters(others, StackedExperts(stacks) if stacks else None)
+
+
 class Placement(ABC):
     """Where the parameters lie. ``model`` holds those outside of the layers, under the names that the architecture
     gives them. ``fixed``: all of them stay where they are for as long as the placement lives. ``used_bytes`` and
     ``waited_seconds`` are sums over all uses of layers: what had to come from the disk for them, and how long they
-    waited for it."""
+    waited for it. ``expert_counts`` are those of :class:`tightfit.experts.cache.ExpertCache`, empty without one."""
 
     model: Parameters
     fixed: bool
     used_bytes: int = 0
     waited_seconds: float = 0.0
+
+    @property
+    def expert_counts(self) -> Counter[str]:
+        return Counter()
 
     @abstractmethod
     def load(self, progress: Callable[[int], None] = lambda nbytes: None) -> None:

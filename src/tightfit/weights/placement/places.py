@@ -76,8 +76,7 @@ def params_of(spec: ModelSpec) -> dict[str, tuple[Param, ...]]:
 def group_of(checkpoint: Checkpoint, spec: ModelSpec, name: str, stored_as: str) -> Group:
     """The parameters of a group one after the other, the matrices ``stored_as`` says (a spec string, or ``own``); or,
     of a compressed folder, as it has them."""
-    # Vectors first: they are small, and converted when they are read, so that they always stay in memory.
-    params = sorted(params_of(spec)[name], key=lambda param: param.is_matrix)
+    params = sorted(params_of(spec)[name], key=_rank)
     if checkpoint.compressed is not None:
         stored = {param.name: param for param in checkpoint.compressed.groups[name]}
         found = sorted((_stored_place(param, stored[param.name]) for param in params), key=lambda place: place.offset)
@@ -88,6 +87,18 @@ def group_of(checkpoint: Checkpoint, spec: ModelSpec, name: str, stored_as: str)
         fmt = _format_of(checkpoint, param, stored_as, layer, len(spec.layers)) if param.is_matrix else None
         places.append(Place(param, fmt, align(places[-1].end) if places else 0, *_sizes(param, fmt)))
     return Group(name, tuple(places), align(places[-1].end if places else 0, ALIGNMENT))
+
+
+def read_place(
+    checkpoint: Checkpoint, group: str, place: Place, expert: int, start: int, out: torch.Tensor, again: bool = False
+) -> None:
+    """Fills ``out`` (uint8) with the bytes from ``start`` on of one copy of a parameter that the file has as it is
+    used. ``again`` is as in :meth:`~tightfit.checkpoints.checkpoint.Checkpoint.read_into`."""
+    if checkpoint.compressed is not None:
+        begin = place.offset + expert * place.stride + start
+        checkpoint.read_into(checkpoint.tensors[group], begin, out.numpy().data, again)
+    else:
+        read.read_bytes(checkpoint, place.param, expert, start, out, again)
 
 
 def groups(checkpoint: Checkpoint, spec: ModelSpec, outer: str, layers: Mapping[int, str]) -> Iterator[Group]:
@@ -116,6 +127,15 @@ def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
             _check_stored(checkpoint, param, stored.pop(param.name))
         if stored:
             raise _mismatch(checkpoint, f"'{group}' has {', '.join(stored)}, which that does not describe")
+
+
+def _rank(param: Param) -> int:
+    """The order within a group, of which the last ones may stay on the disk. Vectors first: they are small, and
+    converted when they are read. Then routers, which are asked before their turn. Experts last: they are wanted one by
+    one."""
+    if not param.is_matrix:
+        return 0
+    return 3 if param.experts else 1 if param.exact else 2
 
 
 def _check_stored(checkpoint: Checkpoint, param: Param, stored: StoredParam) -> None:

@@ -124,12 +124,15 @@ def read_plain(checkpoint: Checkpoint, param: Param, expert: int, start: int, ou
     read_bytes(checkpoint, param, expert, start * row_bytes, out.view(-1).view(torch.uint8))
 
 
-def read_bytes(checkpoint: Checkpoint, param: Param, expert: int, start: int, out: torch.Tensor) -> None:
-    """Fills ``out`` (uint8) with the bytes from ``start`` on of a parameter for which :func:`is_plain` holds."""
+def read_bytes(
+    checkpoint: Checkpoint, param: Param, expert: int, start: int, out: torch.Tensor, again: bool = False
+) -> None:
+    """Fills ``out`` (uint8) with the bytes from ``start`` on of a parameter for which :func:`is_plain` holds. ``again``
+    is as in :meth:`~tightfit.checkpoints.checkpoint.Checkpoint.read_into`."""
     info = tensor_of(checkpoint, param, expert)
     row_bytes = math.prod(param.shape[1:]) * DTYPES[info.dtype].itemsize
     begin = _expert_byte(param, info, expert) + param.source.start * row_bytes + start
-    checkpoint.read_into(info, begin, _bytes(out))
+    checkpoint.read_into(info, begin, _bytes(out), again)
 
 
 def block_nbytes(checkpoint: Checkpoint, param: Param, expert: int = 0) -> int:

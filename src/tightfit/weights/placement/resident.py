@@ -14,14 +14,14 @@ from tightfit.kernels import cpu
 from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import ActivationType
 from tightfit.weights.formats.base import Format, Matrix
-from tightfit.weights.placement.base import Parameters, Placement
+from tightfit.weights.placement.base import Parameters, Placement, layer_parameters
 from tightfit.weights.placement.fill import fill
 from tightfit.weights.placement.places import Group, Place, groups, layer_name
 
 Progress = Callable[[int], None]
 
 
-class Experts:
+class ExpertMatrices:
     """The matrices of a mixture's experts over ``data`` (experts, bytes), each made when it is asked for.
 
     A large mixture has tens of thousands of them: kept, they would take tens of megabytes that no account holds. Making
@@ -70,7 +70,7 @@ class Resident(Placement):
         self._gemm_dtype, self._activations = gemm_dtype, activations
         self._parts = [(group, arena.take(group.nbytes)) for group in groups(checkpoint, spec, outer, formats)]
         made = {group.name: self._parameters(group, data) for group, data in self._parts}
-        self._layers = [Parameters(made.pop(layer_name(index))) for index in formats]
+        self._layers = [layer_parameters(made.pop(layer_name(index))) for index in formats]
         self.model = Parameters({name: value for group in made.values() for name, value in group.items()})
 
     @contextmanager
@@ -100,5 +100,5 @@ def parameter(place: Place, data: torch.Tensor, gemm_dtype: torch.dtype, activat
     if place.format is None:
         vectors = data.view(torch.float32)
         return vectors if place.param.experts else vectors[0]
-    experts = Experts(data, place.param.shape, place.format, gemm_dtype, activations)
+    experts = ExpertMatrices(data, place.param.shape, place.format, gemm_dtype, activations)
     return experts if place.param.experts else experts[0]

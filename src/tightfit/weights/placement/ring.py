@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,36 +10,21 @@ from time import perf_counter
 
 import torch
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Bytes [start, stop) of a unit, which one request reads."""
-
-    start: int
-    stop: int
-
-
-def pieces(nbytes: int, at_once: int) -> tuple[Piece, ...]:
-    """``nbytes`` bytes in pieces of ``at_once`` at most."""
-    return tuple(Piece(start, min(start + at_once, nbytes)) for start in range(0, nbytes, at_once))
+from tightfit.weights.placement.readers import Filling, Piece, Readers, pieces
 
 
 @dataclass(eq=False)
-class _Filling:
-    """A unit in a buffer: which pieces nobody has begun to read, and how many are not read yet."""
+class _Unit(Filling):
+    """A unit in a buffer; ``abandoned`` when it is no longer wanted."""
 
-    unit: int
-    buffer: int
-    waiting: deque[Piece]
-    left: int
+    unit: int = 0
     abandoned: bool = False
-    error: BaseException | None = None
 
 
 Read = Callable[[int, Piece, torch.Tensor], None]  # (unit, piece, where its bytes go)
 
 
-class Ring:
+class Ring(Readers):
     """``sizes[unit]`` bytes each go through ``buffers`` in the order 0, 1, ..., and again from the start.
 
     Whoever uses them out of turn waits for the unit to be read; what was read ahead is given up then. An error of
@@ -48,16 +32,12 @@ class Ring:
     """
 
     def __init__(self, sizes: Sequence[int], buffers: Sequence[torch.Tensor], read: Read, threads: int, at_once: int):
-        self.waited = 0.0  # seconds, for units that were not there yet
+        super().__init__(buffers, threads)
         self._pieces = [pieces(size, at_once) for size in sizes]
-        self._buffers = buffers
-        self._read = read
-        self._changed = threading.Condition()
+        self._read_unit = read
         self._free = deque(range(len(buffers)))
-        self._window: deque[_Filling] = deque()  # in the order of use
-        self._next = 0  # the unit to begin with when a buffer is free
-        self._stopped = False
-        self._threads = [threading.Thread(target=self._fill, daemon=True) for _ in range(threads)]
+        self._window: deque[_Unit] = deque()  # in the order of use
+        self._following = 0  # the unit to begin with when a buffer is free
 
     @contextmanager
     def use(self, unit: int) -> Iterator[int]:
@@ -72,22 +52,11 @@ class Ring:
                     self._free.append(filling.buffer)
                     self._changed.notify_all()
 
-    def stop(self) -> None:
-        """Ends the threads; those that read end with their request."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
-
-    def _wait_for(self, unit: int) -> _Filling:
+    def _wait_for(self, unit: int) -> _Unit:
         began = perf_counter()
         with self._changed:
-            if self._threads and self._threads[0].ident is None:
-                for thread in self._threads:
-                    thread.start()
-            if (self._window and self._window[0].unit != unit) or (not self._window and self._next != unit):
+            self._start()
+            if (self._window and self._window[0].unit != unit) or (not self._window and self._following != unit):
                 self._seek(unit)
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._window and not self._window[0].left)
@@ -107,36 +76,25 @@ class Ring:
             if not filling.left:
                 self._free.append(filling.buffer)
         self._window.clear()
-        self._next = unit
+        self._following = unit
 
-    def _fill(self) -> None:
-        while (task := self._take()) is not None:
-            filling, piece = task
-            error = None
-            try:
-                self._read(filling.unit, piece, self._buffers[filling.buffer][piece.start : piece.stop])
-            except BaseException as raised:
-                error = raised
-            with self._changed:
-                filling.left -= 1
-                filling.error = filling.error or error
-                if not filling.left:
-                    if filling.abandoned:
-                        self._free.append(filling.buffer)
-                    self._changed.notify_all()
+    def _next(self) -> Filling | None:
+        for filling in self._window:
+            if filling.waiting:
+                return filling
+        if not self._free:
+            return None
+        unit = self._following
+        self._following = (unit + 1) % len(self._pieces)
+        waiting = deque(self._pieces[unit])
+        self._window.append(_Unit(self._free.popleft(), waiting, len(waiting), unit=unit))
+        return self._window[-1]
 
-    def _take(self) -> tuple[_Filling, Piece] | None:
-        """The next piece to read; waits until there is room for one. None at the end."""
-        with self._changed:
-            while not self._stopped:
-                for filling in self._window:
-                    if filling.waiting:
-                        return filling, filling.waiting.popleft()
-                if self._free:
-                    unit = self._next
-                    waiting = deque(self._pieces[unit])
-                    self._window.append(_Filling(unit, self._free.popleft(), waiting, len(waiting)))
-                    self._next = (unit + 1) % len(self._pieces)
-                else:
-                    self._changed.wait()
-        return None
+    def _read(self, filling: Filling, piece: Piece, out: torch.Tensor) -> None:
+        assert isinstance(filling, _Unit)
+        self._read_unit(filling.unit, piece, out)
+
+    def _done(self, filling: Filling) -> None:
+        assert isinstance(filling, _Unit)
+        if filling.abandoned:
+            self._free.append(filling.buffer)

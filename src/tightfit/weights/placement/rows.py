@@ -11,8 +11,7 @@ from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.kernels.layout import TILE_ROWS
 from tightfit.weights.formats.base import Format
 from tightfit.weights.formats.dense import Dense
-from tightfit.weights.placement.places import Group, Place
-from tightfit.weights.placement.read import read_bytes
+from tightfit.weights.placement.places import Group, Place, read_place
 
 
 def by_rows(place: Place) -> bool:
@@ -48,9 +47,4 @@ class RowsOnDisk:
                 matrix.decode(torch.tensor([place]), out[at : at + 1], ws)
 
     def _read(self, block: int, data: torch.Tensor) -> None:
-        checkpoint, start = self._checkpoint, block * self._nbytes
-        if checkpoint.compressed is not None:
-            info = checkpoint.tensors[self._group.name]
-            checkpoint.read_into(info, self._place.offset + start, data.numpy().data, again=True)
-        else:
-            read_bytes(checkpoint, self._place.param, 0, start, data)
+        read_place(self._checkpoint, self._group.name, self._place, 0, block * self._nbytes, data, again=True)

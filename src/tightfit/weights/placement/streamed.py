@@ -22,16 +22,15 @@ from tightfit.checkpoints.positioned import ALIGNMENT, REQUEST
 from tightfit.kernels import cpu
 from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import ActivationType
-from tightfit.weights.placement.base import Parameters, Placement
+from tightfit.weights.placement.base import Parameters, Placement, layer_parameters
 from tightfit.weights.placement.fill import fill
-from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, Place, group_of, layer_name
+from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, Place, group_of
 from tightfit.weights.placement.read import is_stored_as, read_bytes, tensor_of
+from tightfit.weights.placement.readers import PIECE, READERS, Piece
 from tightfit.weights.placement.resident import Progress, parameter
-from tightfit.weights.placement.ring import Piece, Read, Ring
+from tightfit.weights.placement.ring import Read, Ring
 from tightfit.weights.placement.rows import RowsOnDisk, by_rows
 
-PIECE = 4 << 20  # bytes that a thread reads before it takes the next
-READERS = 4  # threads: what keeps a disk busy
 OF_A_READER = REQUEST + (256 << 10)  # bytes: requests that memory is not aligned for, and a stack
 
 
@@ -71,7 +70,8 @@ def streaming_nbytes(outer: int, groups: Sequence[Group], resident: Sequence[int
     ``outer`` bytes of what is outside of the layers."""
     kept = sum(align(cut_at(group, count)[0]) for group, count in zip(groups, resident, strict=True))
     largest = max(streamed_nbytes(group, count) for group, count in zip(groups, resident, strict=True))
-    return outer + kept + buffers * align(largest, ALIGNMENT) + ALIGNMENT + READERS * OF_A_READER
+    reading = buffers * align(largest, ALIGNMENT) + READERS * OF_A_READER if largest else 0
+    return outer + kept + reading + ALIGNMENT
 
 
 def spread(outer: int, groups: Sequence[Group], least: Sequence[int], buffers: int, room: int) -> list[int] | None:
@@ -97,7 +97,7 @@ class Streamed(Placement):
     """The first ``resident[i]`` places of layer i stay in ``arena``, and the head; what is left of each layer goes
     through ``buffers`` buffers of the largest one's size. Embeddings stay too unless they are ``on_disk``.
 
-    ``formats`` are the spec strings of the layers, ``outer`` that of the embeddings and the head. Nothing is read
+    ``layers`` are the parameters of each, ``outer`` is the spec string of the embeddings and the head. Nothing is read
     before :meth:`load`.
     """
 
@@ -108,7 +108,7 @@ class Streamed(Placement):
         checkpoint: Checkpoint,
         spec: ModelSpec,
         outer: str,
-        formats: Sequence[str],
+        layers: Sequence[Group],
         gemm_dtype: torch.dtype,
         arena: Arena,
         activations: ActivationType,
@@ -129,7 +129,6 @@ class Streamed(Placement):
             model |= self._keep(group, arena.take(group.nbytes))
         self.model = Parameters(model)
 
-        layers = [group_of(checkpoint, spec, layer_name(index), fmt) for index, fmt in enumerate(formats)]
         self._fixed: list[Mapping[str, object]] = []
         self._rest: list[tuple[Group, int]] = []  # places that are streamed, and where in the group they begin
         for group, count in zip(layers, resident, strict=True):
@@ -139,7 +138,7 @@ class Streamed(Placement):
         self._units = [index for index, (group, _) in enumerate(self._rest) if group.places]
         self._unit_of = {index: unit for unit, index in enumerate(self._units)}
         self._whole = {
-            index: Parameters(fixed) for index, fixed in enumerate(self._fixed) if index not in self._unit_of
+            index: layer_parameters(fixed) for index, fixed in enumerate(self._fixed) if index not in self._unit_of
         }
         self._buffers: list[torch.Tensor] = []
         self._ring: Ring | None = None
@@ -160,6 +159,10 @@ class Streamed(Placement):
     def close(self) -> None:
         if self._ring is not None:
             self._ring.stop()
+
+    def staying(self, index: int) -> Parameters:
+        """Those parameters of layer ``index`` that stay in memory."""
+        return layer_parameters(self._fixed[index])
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Parameters]:
@@ -184,7 +187,7 @@ class Streamed(Placement):
         for place in group.places:
             moved = replace(place, offset=place.offset - begin)
             made[place.param.name] = parameter(place, moved.of(self._buffers[buffer]), *self._settings)
-        return Parameters(made)
+        return layer_parameters(made)
 
     def _reader(self) -> Read:
         """What reads a piece of a unit. It does not hold the placement, which ends the ring when it goes."""
