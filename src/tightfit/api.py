@@ -96,6 +96,18 @@ class Model:
         self._requests.check_length(len(tokens) - 1, "the text")
         return self._generator.score(tokens)
 
+    def census(self, text: str, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+        """Counts which experts ``text`` activates, and keeps that for ``experts="static"``: ``tokens``, ``file``, and
+        ``most_used_half``, for each mixture the share of its experts on which half of all choices fall.
+        ``progress(done, total)`` is called with tokens."""
+        from tightfit.engine.census import take_census
+        from tightfit.experts.census import write_census
+
+        tokens = self.tokenizer.encode(text)
+        census = take_census(self._generator, self.checkpoint.name, tokens, progress)
+        file = write_census(self.checkpoint.fingerprint, census)
+        return {"tokens": census.tokens, "file": str(file), "most_used_half": census.most_used_half()}
+
     def receipt(self) -> dict[str, Any]:
         """What was promised, what the operating system saw, and how fast it was. Sizes in bytes, times in seconds."""
         from tightfit.engine.receipt import receipt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tightfit.model.decoder import Decoder
 from tightfit.model.spec import MoeSpec
 from tightfit.plan.schema import Numerics
 from tightfit.plan.search import Constraints, Search
+from tightfit.weights.placement.base import Parameters, StackedExperts
 from tightfit.weights.placement.resident import ExpertMatrices
 
 CONTEXT, CHUNK = 64, 32
@@ -96,15 +97,22 @@ def test_decoding_one_token_touches_only_the_experts_it_chose(
     logits, _ = model.step(one)
     mixtures = [layer.mlp for layer in model.spec.layers if isinstance(layer.mlp, MoeSpec)]
     assert len(used) == sum(3 * mixture.experts_per_token for mixture in mixtures)  # gate, up and down of each
+    poisoned = 0
     for layer in range(len(model.spec.layers)):
         with model.placement.layer(layer) as weights:
-            for name, stack in weights.items():
-                if name.startswith("experts.") and isinstance(stack, ExpertMatrices):
-                    for expert in range(len(stack)):
-                        if (stack._data.data_ptr(), expert) not in used:
-                            stack._data[expert].view(torch.float32).fill_(torch.nan)
+            for stack in stacks_of(weights).values():
+                for expert in range(len(stack) if isinstance(stack, ExpertMatrices) else 0):
+                    if (stack._data.data_ptr(), expert) not in used:
+                        stack._data[expert].view(torch.float32).fill_(torch.nan)
+                        poisoned += 1
+    assert poisoned == sum(3 * (mixture.experts - mixture.experts_per_token) for mixture in mixtures)
     again, _ = model.step(one)
     assert torch.equal(again, logits)
+
+
+def stacks_of(weights: Parameters) -> Mapping[str, Any]:
+    """The parameters of all experts of a layer, if it has any."""
+    return weights.experts._stacks if isinstance(weights.experts, StackedExperts) else {}
 
 
 def largest(seed: int = 0) -> list[Segment]:
@@ -187,7 +195,9 @@ def test_rounded_weights_compute_what_their_numbers_say(weights: str, family: st
                 continue
             for expert in range(max(param.experts, 1)):
                 stored = rounded.placement.model if layer is None else rounded.placement._layers[layer]
-                matrix = stored[param.name][expert] if param.experts else stored[param.name]
+                of_experts = stacks_of(stored)
+                name = param.name.removeprefix("experts.")
+                matrix = of_experts[name][expert] if param.experts else stored[name]
                 numbers = torch.empty(*param.shape)
                 matrix.decode(torch.arange(param.shape[0]), numbers, scratch)
                 source = param.source

@@ -77,6 +77,7 @@ def test_a_folder_gives_the_bytes_that_quantising_while_loading_does(family: str
     assert stored.model.keys() == direct.model.keys()
     for ours, theirs in zip(stored._layers, direct._layers, strict=True):
         assert ours.keys() == theirs.keys()
+        assert (ours.experts is None) == (theirs.experts is None)
 
 
 def test_the_file_is_what_its_description_says(tiny: Path, compressed: Path) -> None:

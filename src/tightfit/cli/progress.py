@@ -1,4 +1,4 @@
-"""A progress bar for loading, on standard error, for anything that takes over two seconds."""
+"""Progress bars, on standard error, for anything that takes over two seconds."""
 
 from __future__ import annotations
 
@@ -13,17 +13,38 @@ PATIENCE = 2.0  # seconds before a bar appears
 @contextmanager
 def loading(title: str = "loading") -> Iterator[Callable[[int, int], None]]:
     """Gives ``progress(done, total)`` in bytes. Nothing is shown where standard error is not a terminal."""
+    with _bar(title, of_bytes=True) as progress:
+        yield progress
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """As :func:`loading`, in things that are counted."""
+    with _bar(title, of_bytes=False) as progress:
+        yield progress
+
+
+@contextmanager
+def _bar(title: str, of_bytes: bool) -> Iterator[Callable[[int, int], None]]:
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
+    amount = (DownloadColumn(binary_units=True), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)
     bar = Progress(
         TextColumn(title),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        *amount,
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,

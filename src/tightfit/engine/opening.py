@@ -69,6 +69,16 @@ class Opened:
         """Makes and checks requests, before or after the model is loaded."""
         return Requests(self.checkpoint, self.spec, context or self.context)
 
+    def check_experts(self, how: Scheme | None = None) -> None:
+        """Raises UsageError for a model without experts, CheckpointError if ``how`` asks for a census that there is
+        not."""
+        mixtures = [layer.mlp for layer in self.spec.layers if isinstance(layer.mlp, MoeSpec)]
+        name, fingerprint = self.checkpoint.name, self.checkpoint.fingerprint
+        if not mixtures:
+            raise UsageError(f"{name} has no experts", "Only mixtures of experts have any: leave that out.")
+        if how is not None and how.policy.needs_census:
+            read_census(name, fingerprint, len(mixtures), max(moe.experts for moe in mixtures))
+
     def check_chat(self, system: str | None = None) -> None:
         """Raises UsageError if the model has no chat template or that refuses a ``system`` message, CheckpointError if
         it cannot be used."""
@@ -109,15 +119,16 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
         spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
         if wish.weights is not None:
             _check_weights(wish.weights, checkpoint)
-        if how is not None:
-            _check_experts(how, checkpoint, spec)
         context = wish.context if wish.context is not None else min(spec.context, DEFAULT_CONTEXT)
         if context > spec.context:
             raise UsageError(
                 f"{checkpoint.name} was trained for {spec.context} tokens of context, {context} were asked for",
                 f"Use --context {spec.context} or less.",
             )
-        return Opened(checkpoint, spec, budget, context)
+        opened = Opened(checkpoint, spec, budget, context)
+        if how is not None:
+            opened.check_experts(how)
+        return opened
     except BaseException:
         checkpoint.close()
         raise
@@ -131,15 +142,6 @@ def _check_weights(weights: str, checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} is compressed with {compressed.weights}, and {weights} was asked for",
             f"Leave --weights out, or take the model that it was made from: {compressed.source}.",
         )
-
-
-def _check_experts(how: Scheme, checkpoint: Checkpoint, spec: ModelSpec) -> None:
-    """Raises UsageError for a model without experts, CheckpointError if the census is missing that is asked for."""
-    mixtures = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, MoeSpec)]
-    if not mixtures:
-        raise UsageError(f"{checkpoint.name} has no experts", "Leave --experts out.")
-    if how.policy.needs_census:
-        read_census(checkpoint.name, checkpoint.fingerprint, len(mixtures), max(moe.experts for moe in mixtures))
 
 
 def _open(model: str, headers_only: bool) -> Checkpoint:

@@ -31,8 +31,9 @@ class ExpertCache(Readers):
     """Experts in ``slots``, those that ``ranking`` says are worth most; those of mixture i are read in ``pieces[i]``.
 
     A step says what it wants of a mixture (:meth:`want`), then uses each of that; meanwhile it may say what it expects
-    to want of the next one (:meth:`expect`). What is wanted is read first, in its order. Wherever room is needed, no
-    expert goes that is in use or wanted, and none that is expected unless for one that is wanted.
+    to want of the next one (:meth:`expect`). What is wanted is read first, in its order. Where room is needed, first
+    those go that nobody wants, for one that is wanted also those that are expected, and for one that is waited for,
+    the wanted one whose turn comes last.
 
     ``counts``: ``used`` experts, of which ``hits`` were there when they were wanted and ``late`` ones were being read;
     ``foreseen``: those that had been expected; ``read``: bytes.
@@ -55,6 +56,7 @@ class ExpertCache(Readers):
         self._free = deque(range(len(slots)))
         self._held: dict[Key, _Held] = {}
         self._wanted: dict[Key, None] = {}  # not used yet, in the order of use
+        self._awaited: Key | None = None
         self._expected: deque[Key] = deque()  # for which there was no room yet
         self._foreseen: set[Key] = set()
         self._reading: list[_Held] = []
@@ -90,7 +92,12 @@ class ExpertCache(Readers):
             self._start()
             if key not in self._wanted:
                 self._set_wanted([key])
-            self._changed.wait_for(lambda: key in self._held and not self._held[key].left)
+            self._awaited = key
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: key in self._held and not self._held[key].left)
+            finally:
+                self._awaited = None
             self.waited += perf_counter() - began
             held = self._held[key]
             if held.error is not None:
@@ -145,7 +152,8 @@ class ExpertCache(Readers):
 
     def _begin(self) -> _Held | None:
         """The next expert to read, in the slot that it gets; None if there is none, or no room."""
-        key = next((key for key in self._wanted if key not in self._held), None)
+        first = () if self._awaited is None else (self._awaited,)
+        key = next((key for key in (*first, *self._wanted) if key not in self._held), None)
         if key is not None:
             return self._hold(key, expected=False)
         while self._expected and self._expected[0] in self._held:
@@ -157,7 +165,7 @@ class ExpertCache(Readers):
 
     def _hold(self, key: Key, expected: bool) -> _Held | None:
         if not self._free:
-            victim = self._victim(expected)
+            victim = self._victim(key, expected)
             if victim is None:
                 return None
             self._drop(self._held[victim])
@@ -169,13 +177,14 @@ class ExpertCache(Readers):
         self.counts["read"] += self._sizes[key[0]]
         return held
 
-    def _victim(self, for_expected: bool) -> Key | None:
-        """Who gives up its slot."""
+    def _victim(self, wanted: Key, for_expected: bool) -> Key | None:
+        """Who gives up its slot for ``wanted``."""
         candidates = np.flatnonzero(~self._busy & ~self._ahead)
         if not len(candidates) and not for_expected:
             candidates = np.flatnonzero(~self._busy)
         if not len(candidates):
-            return None
+            held = [self._held[key] for key in self._wanted if key in self._held and wanted == self._awaited]
+            return next((each.key for each in reversed(held) if not (each.left or each.in_use)), None)
         layers, experts = self._layers[candidates], self._experts[candidates]
         least = int(self._ranking.worth.numpy()[layers, experts].argmin())
         return int(layers[least]), int(experts[least])

@@ -19,6 +19,19 @@ class Census:
     tokens: int
     shares: list[list[float]]
 
+    def most_used_half(self) -> list[float]:
+        """Of each mixture the smallest share of its experts on which half of all choices fall."""
+        result = []
+        for row in self.shares:
+            left, count = sum(row) / 2, 0
+            for share in sorted(row, reverse=True):
+                if left <= 0:
+                    break
+                left -= share
+                count += 1
+            result.append(count / len(row))
+        return result
+
 
 def census_file(fingerprint: str) -> Path:
     return cache_folder() / f"experts-{fingerprint[:32]}.json"
@@ -27,7 +40,7 @@ def census_file(fingerprint: str) -> Path:
 def read_census(name: str, fingerprint: str, layers: int, experts: int) -> Census:
     """The census of the model ``name``. Raises CheckpointError if there is none, or none of its mixtures."""
     path = census_file(fingerprint)
-    count = f"Count with `tightfit census {name} --file TEXT` which experts a text activates."
+    count = "Count with `tightfit census MODEL --file TEXT` which experts a text activates."
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         census = Census(values["model"], values["tokens"], values["shares"])
