@@ -16,11 +16,13 @@ import numpy as np
 from tightfit import zoo
 
 # The shapes of TinyLlama with the vocabulary of the published baselines, of a 3B model, and of a mixture of 1.7 billion
-# parameters of which a token uses 0.3.
+# parameters of which a token uses 0.3. The small ones are for tests.
 PRESETS = {
     "1b": {"hidden": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "ffn": 5632, "vocab": 19219},
     "3b": {"hidden": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "ffn": 8192, "vocab": 32000},
     "moe": {"hidden": 1024, "layers": 16, "heads": 16, "kv_heads": 8, "ffn": 512, "vocab": 19219, "experts": 64},
+    "small-moe": {"hidden": 1024, "layers": 6, "heads": 16, "kv_heads": 4, "ffn": 512, "vocab": 6144, "experts": 32},
+    "tiny-moe": {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 32, "vocab": 6144, "experts": 16},
 }
 EXPERTS_PER_TOKEN = 8
 BLOCK = (1 << 22) - 3  # numbers made once; odd, so that rows do not repeat

@@ -209,7 +209,7 @@ def load_opened(
     from tightfit.engine.generate import Generator
     from tightfit.engine.start import start
 
-    total, done = chosen.accounts["weights"], 0
+    total, done = chosen.weights_bytes, 0
 
     def count(nbytes: int) -> None:
         nonlocal done

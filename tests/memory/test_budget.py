@@ -127,6 +127,24 @@ def test_the_smallest_budget_for_a_billion_parameters_in_four_bits(billion: Path
     assert less.exit_code == BUDGETERROR
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random mixture of 0.3 billion parameters in bfloat16, of which 0.2 are experts."""
+    return random_model.write(tmp_path_factory.mktemp("mixture") / "model", "small-moe")
+
+
+def test_experts_that_do_not_fit_stay_inside_the_budget_at_every_size(mixture: Path) -> None:
+    options = ("--context", 512, "--weights", "bf16")
+    smallest = smallest_bytes(mixture, *options)
+    assert smallest < 290 * MIB  # of 647 MiB two experts, two layers' other weights, and the head; and what torch takes
+    for budget in (smallest, smallest + 40 * MIB, smallest + 200 * MIB):
+        done = run_measured(generate(mixture, 480, 16, *options, "--memory", budget), timeout=300)
+        receipt = check(done, budget, at_least=0.93)
+        assert receipt["plan"]["experts"]["slots"] == 2 or budget > smallest
+    less = run_measured(generate(mixture, 480, 8, *options, "--memory", smallest * 95 // 100))
+    assert less.exit_code == BUDGETERROR
+
+
 @pytest.mark.parametrize("cache", ["cold", "warm"])
 def test_a_container_smaller_than_the_machine_is_respected(billion: Path, cache: str) -> None:
     limit = 1200 * MIB

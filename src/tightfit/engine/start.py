@@ -216,7 +216,7 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, el
             fitting = plan.model_copy(update={"accounts": plan.accounts | {"runtime": measured}})
             # What the guess was too large by may hold more weights, or a larger chunk.
             better = search.best(measured)
-            if better.accounts["weights"] <= plan.accounts["weights"] and better.chunk <= plan.chunk:
+            if better.weights_bytes <= plan.weights_bytes and better.chunk <= plan.chunk:
                 break
         runtime = measured
     return Settled(search, fitting, None if fitting else search.refusal(runtime + NOISE))

@@ -108,6 +108,7 @@ class CachedExperts(Placement):
         shelves = [Shelf.of(layers[index]) for index in indices]
         size = slot_nbytes(layers)
         buffers = [arena.take(size) for _ in range(plan.slots)]
+        self._nbytes = plan.slots * size
         mixtures = [mlp for mlp in (spec.layers[index].mlp for index in indices) if isinstance(mlp, MoeSpec)]
         most = max(moe.experts for moe in mixtures)
         how, census = scheme(plan.policy), None
@@ -128,8 +129,11 @@ class CachedExperts(Placement):
     def load(self, progress: Progress = lambda nbytes: None) -> None:
         """Reads what stays, and the experts that are known to be worth it."""
         self._inner.load(progress)
+        left = self._nbytes
         for nbytes in self._cache.fill(self._ranking.first(self._slots)):
             progress(nbytes)
+            left -= nbytes
+        progress(left)  # of slots that are filled when an expert is wanted
         self._cache.counts.clear()
 
     def close(self) -> None:

@@ -97,6 +97,11 @@ class Plan(Strict):
         return any(layer.placement == "streamed" for layer in self.layers)
 
     @property
+    def weights_bytes(self) -> int:
+        """Bytes of matrices in memory, those of experts included."""
+        return self.accounts["weights"] + self.accounts.get("experts", 0)
+
+    @property
     def total(self) -> int:
         """Bytes that are promised in all."""
         return sum(self.accounts.values())

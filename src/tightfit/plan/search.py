@@ -101,8 +101,7 @@ class Search:
         for chunk in self.chunks() if self.streamable() else ():
             plan = self.streaming(chunk, runtime)
             if plan.total <= plan.budget:
-                weights = plan.accounts["weights"] + plan.accounts.get("experts", 0)
-                if SHARE_OF_WORKSPACE * plan.accounts["workspace"] <= weights:
+                if SHARE_OF_WORKSPACE * plan.accounts["workspace"] <= plan.weights_bytes:
                     return plan
                 fitting.append(plan)
         return fitting[0] if fitting else None
