@@ -36,7 +36,7 @@ from tests.measure import run_measured
 from tightfit.budget.ledger import Arena
 from tightfit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tightfit.checkpoints.config import Config
-from tightfit.experts.store import Shelf, on_disk, slot_nbytes
+from tightfit.experts.store import on_disk, slot_nbytes
 from tightfit.model.families import model_spec
 from tightfit.plan.schema import OWN
 from tightfit.weights.placement.places import Place, group_of, layer_name, read_place
@@ -94,7 +94,7 @@ class Stored:
 
     def rate(self) -> float:
         """Bytes per second of reading experts as the cache does, and nothing else."""
-        arena = Arena(2 * READERS * max(max(Shelf.of(places).sizes) for places in self.layers.values()))
+        arena = Arena(2 * READERS * max(place.nbytes for places in self.layers.values() for place in places))
         arena.use_large_pages()
         free = [arena.take(arena.capacity // 2 // READERS) for _ in range(READERS)]
         dice = random.Random(0)

@@ -21,7 +21,7 @@ from tightfit.model.decoder import Decoder
 from tightfit.model.spec import MoeSpec
 from tightfit.plan.schema import Numerics
 from tightfit.plan.search import Constraints, Search
-from tightfit.weights.placement.base import Parameters, StackedExperts
+from tightfit.weights.placement.base import Experts, Parameters, StackedExperts
 from tightfit.weights.placement.resident import ExpertMatrices
 
 CONTEXT, CHUNK = 64, 32
@@ -86,13 +86,13 @@ def test_decoding_one_token_touches_only_the_experts_it_chose(
     model = Running(tmp_path, family)
     model.step(Segment(0, 0, tokens(CHUNK)))
     used: set[tuple[int, int]] = set()
-    get = ExpertMatrices.__getitem__
+    use = StackedExperts.use
 
-    def noted(experts: ExpertMatrices, expert: int) -> Any:
-        used.add((experts._data.data_ptr(), expert))
-        return get(experts, expert)
+    def noted(experts: StackedExperts, expert: int) -> Any:
+        used.update((stack._data.data_ptr(), expert) for stack in matrices_of(experts))
+        return use(experts, expert)
 
-    monkeypatch.setattr(ExpertMatrices, "__getitem__", noted)
+    monkeypatch.setattr(StackedExperts, "use", noted)
     one = Segment(0, CHUNK, tokens(1), decode=True)
     logits, _ = model.step(one)
     mixtures = [layer.mlp for layer in model.spec.layers if isinstance(layer.mlp, MoeSpec)]
@@ -100,8 +100,8 @@ def test_decoding_one_token_touches_only_the_experts_it_chose(
     poisoned = 0
     for layer in range(len(model.spec.layers)):
         with model.placement.layer(layer) as weights:
-            for stack in stacks_of(weights).values():
-                for expert in range(len(stack) if isinstance(stack, ExpertMatrices) else 0):
+            for stack in matrices_of(weights.experts):
+                for expert in range(len(stack)):
                     if (stack._data.data_ptr(), expert) not in used:
                         stack._data[expert].view(torch.float32).fill_(torch.nan)
                         poisoned += 1
@@ -113,6 +113,12 @@ def test_decoding_one_token_touches_only_the_experts_it_chose(
 def stacks_of(weights: Parameters) -> Mapping[str, Any]:
     """The parameters of all experts of a layer, if it has any."""
     return weights.experts._stacks if isinstance(weights.experts, StackedExperts) else {}
+
+
+def matrices_of(experts: Experts | None) -> list[ExpertMatrices]:
+    """Those of all experts of a layer, if it has any."""
+    stacks = experts._stacks.values() if isinstance(experts, StackedExperts) else ()
+    return [stack for stack in stacks if isinstance(stack, ExpertMatrices)]
 
 
 def largest(seed: int = 0) -> list[Segment]:

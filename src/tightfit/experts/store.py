@@ -5,10 +5,9 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -20,7 +19,8 @@ from tightfit.experts.census import read_census
 from tightfit.experts.policy import scheme
 from tightfit.model.spec import ModelSpec, MoeSpec
 from tightfit.plan.schema import ActivationType, ExpertsPlan
-from tightfit.weights.placement.base import OF_EXPERTS, Experts, Parameters, Placement
+from tightfit.weights.formats.base import Format
+from tightfit.weights.placement.base import EXPERT_OBJECTS, OF_EXPERTS, Experts, Parameters, Placement
 from tightfit.weights.placement.places import Group, Place, layer_name, read_place
 from tightfit.weights.placement.readers import READERS, Piece, pieces
 from tightfit.weights.placement.resident import Progress
@@ -31,30 +31,69 @@ SCORED = 64  # tokens of a step whose scores a policy sees: the last ones
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """Where the matrices of an expert lie in a slot: each at a multiple of 4 KiB."""
+class Laid:
+    """A matrix of an expert, and its bytes in a slot."""
 
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    name: str
+    format: Format
+    rows: int
+    cols: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """How an expert lies in a slot: each matrix at a multiple of 4 KiB."""
+
+    matrices: tuple[Laid, ...]
 
     @staticmethod
     def of(places: Sequence[Place]) -> Shelf:
-        offsets, end = [], 0
+        matrices: list[Laid] = []
+        end = 0
         for place in places:
-            offsets.append(end)
+            assert place.format is not None
+            name, (rows, cols) = place.param.name.removeprefix(OF_EXPERTS), place.param.shape
+            matrices.append(Laid(name, place.format, rows, cols, end, place.nbytes))
             end = align(end + place.nbytes, ALIGNMENT)
-        return Shelf(tuple(offsets), tuple(place.nbytes for place in places))
+        return Shelf(tuple(matrices))
 
     @property
     def nbytes(self) -> int:
-        return align(self.offsets[-1] + self.sizes[-1], ALIGNMENT)
+        return align(self.matrices[-1].offset + self.matrices[-1].nbytes, ALIGNMENT)
 
     @property
     def pieces(self) -> list[Piece]:
         """Of each matrix its own, so that several threads read one expert."""
-        return [
-            piece for offset, size in zip(self.offsets, self.sizes, strict=True) for piece in pieces(size, start=offset)
-        ]
+        return [piece for laid in self.matrices for piece in pieces(laid.nbytes, start=laid.offset)]
+
+
+class Slots:
+    """Memory for experts, and the parameters of those that lie there."""
+
+    def __init__(self, arena: Arena, count: int, nbytes: int, settings: tuple[torch.dtype, ActivationType]) -> None:
+        self.buffers = [arena.take(nbytes) for _ in range(count)]
+        self._settings = settings
+        self._made: dict[int, tuple[Shelf, Parameters]] = {}
+
+    def parameters(self, slot: int, shelf: Shelf) -> Parameters:
+        """The matrices of an expert that lies in ``slot`` as ``shelf`` says."""
+        made = self._made.get(slot)
+        if made is None or made[0] is not shelf:
+            data = self.buffers[slot]
+            made = self._made[slot] = (
+                shelf,
+                Parameters(
+                    {
+                        laid.name: laid.format.matrix(
+                            data[laid.offset : laid.offset + laid.nbytes], laid.rows, laid.cols, *self._settings
+                        )
+                        for laid in shelf.matrices
+                    }
+                ),
+            )
+        return made[1]
 
 
 def on_disk(checkpoint: Checkpoint, group: Group) -> tuple[Group, tuple[Place, ...]]:
@@ -75,7 +114,7 @@ def slot_nbytes(layers: Sequence[Sequence[Place]]) -> int:
 
 def caching_nbytes(layers: Sequence[Sequence[Place]], slots: int) -> int:
     """What the ``experts`` account takes for ``slots`` slots."""
-    return slots * slot_nbytes(layers) + READERS * OF_A_READER
+    return slots * (slot_nbytes(layers) + EXPERT_OBJECTS) + READERS * OF_A_READER
 
 
 def expert_count(layers: Sequence[Sequence[Place]]) -> int:
@@ -102,13 +141,12 @@ class CachedExperts(Placement):
         plan: ExpertsPlan,
         settings: tuple[torch.dtype, ActivationType],
     ) -> None:
-        self._inner, self._slots = inner, plan.slots
+        self._inner = inner
         self.model = inner.model
         indices = [index for index, places in enumerate(layers) if places]
-        shelves = [Shelf.of(layers[index]) for index in indices]
-        size = slot_nbytes(layers)
-        buffers = [arena.take(size) for _ in range(plan.slots)]
-        self._nbytes = plan.slots * size
+        different = {shelf: shelf for shelf in (Shelf.of(layers[index]) for index in indices)}
+        shelves = [different[Shelf.of(layers[index])] for index in indices]
+        slots = self._slots = Slots(arena, plan.slots, slot_nbytes(layers), settings)
         mixtures = [mlp for mlp in (spec.layers[index].mlp for index in indices) if isinstance(mlp, MoeSpec)]
         most = max(moe.experts for moe in mixtures)
         how, census = scheme(plan.policy), None
@@ -116,12 +154,11 @@ class CachedExperts(Placement):
             census = read_census(checkpoint.name, checkpoint.fingerprint, len(mixtures), most)
         self._ranking = how.policy.ranking(len(mixtures), most, mixtures[0].experts_per_token, census)
         reader = _reader(checkpoint, [(layer_name(index), layers[index]) for index in indices], shelves)
-        self._cache = ExpertCache(buffers, [shelf.pieces for shelf in shelves], reader, self._ranking, READERS)
+        self._cache = ExpertCache(slots.buffers, [shelf.pieces for shelf in shelves], reader, self._ranking, READERS)
         weakref.finalize(self, self._cache.stop)
         self._experts: dict[int, _OfLayer] = {}
-        for mixture, index in enumerate(indices):
-            made = _OfLayer(self._cache, buffers, mixture, mixtures[mixture], layers[index], shelves[mixture], settings)
-            made.others = inner.staying(index).experts
+        for mixture, (index, shelf) in enumerate(zip(indices, shelves, strict=True)):
+            made = _OfLayer(self._cache, slots, mixture, mixtures[mixture], shelf, inner.staying(index).experts)
             if how.ahead and mixture + 1 < len(mixtures):
                 made.following = mixtures[mixture + 1], inner.staying(indices[mixture + 1])
             self._experts[index] = made
@@ -129,8 +166,8 @@ class CachedExperts(Placement):
     def load(self, progress: Progress = lambda nbytes: None) -> None:
         """Reads what stays, and the experts that are known to be worth it."""
         self._inner.load(progress)
-        left = self._nbytes
-        for nbytes in self._cache.fill(self._ranking.first(self._slots)):
+        left = sum(map(len, self._slots.buffers))
+        for nbytes in self._cache.fill(self._ranking.first(len(self._slots.buffers))):
             progress(nbytes)
             left -= nbytes
         progress(left)  # of slots that are filled when an expert is wanted
@@ -154,54 +191,36 @@ class CachedExperts(Placement):
 
 
 class _OfLayer(Experts):
-    """The experts of one layer. ``others`` has their vectors, where they have some."""
-
-    others: Experts | None = None
+    """The experts of one layer, which lie in slots as ``shelf`` says. ``others`` has their vectors, if they have
+    some."""
 
     def __init__(
-        self,
-        cache: ExpertCache,
-        buffers: Sequence[torch.Tensor],
-        mixture: int,
-        spec: MoeSpec,
-        places: Sequence[Place],
-        shelf: Shelf,
-        settings: tuple[torch.dtype, ActivationType],
+        self, cache: ExpertCache, slots: Slots, mixture: int, spec: MoeSpec, shelf: Shelf, others: Experts | None
     ) -> None:
-        self._cache, self._buffers, self._mixture, self._spec = cache, buffers, mixture, spec
-        self._places, self._shelf, self._settings = places, shelf, settings
+        self._cache, self._slots, self._mixture, self._spec = cache, slots, mixture, spec
+        self._shelf, self._others = shelf, others
 
-    def want(self, chosen: torch.Tensor, scores: torch.Tensor) -> None:
-        super().want(chosen, scores)
+    def want(self, experts: Mapping[int, int], scores: torch.Tensor) -> None:
+        super().want(experts, scores)
         latest = scores[-SCORED:].double()
         if self._spec.scoring == "topk_softmax":
             latest = latest.softmax(-1)
         elif self._spec.scoring == "sigmoid":
             latest /= latest.sum(-1, keepdim=True)
-        self._cache.want(self._mixture, chosen.unique().tolist(), latest)
+        self._cache.want(self._mixture, list(experts), latest)
 
-    def expect(self, chosen: torch.Tensor) -> None:
-        self._cache.expect(self._mixture + 1, chosen.unique().tolist())
+    def expect(self, experts: Sequence[int]) -> None:
+        self._cache.expect(self._mixture + 1, experts)
 
     @contextmanager
     def use(self, expert: int) -> Iterator[Parameters]:
-        if self.others is None:
-            others: AbstractContextManager[Parameters] = nullcontext(Parameters({}))
-        else:
-            others = self.others.use(expert)
-        with others as vectors, self._cache.use((self._mixture, expert)) as slot:
-            yield Parameters(vectors | self._in(slot))
-
-    def _in(self, slot: int) -> dict[str, Any]:
-        """The matrices of the expert in a slot."""
-        made = {}
-        for place, offset, size in zip(self._places, self._shelf.offsets, self._shelf.sizes, strict=True):
-            assert place.format is not None
-            data = self._buffers[slot][offset : offset + size]
-            name = place.param.name.removeprefix(OF_EXPERTS)
-            rows, cols = place.param.shape
-            made[name] = place.format.matrix(data, rows, cols, *self._settings)
-        return made
+        with self._cache.use((self._mixture, expert)) as slot:
+            matrices = self._slots.parameters(slot, self._shelf)
+            if self._others is None:
+                yield matrices
+                return
+            with self._others.use(expert) as vectors:
+                yield Parameters(vectors | matrices)
 
 
 def _reader(checkpoint: Checkpoint, layers: Sequence[tuple[str, Sequence[Place]]], shelves: Sequence[Shelf]) -> Read:
@@ -209,8 +228,8 @@ def _reader(checkpoint: Checkpoint, layers: Sequence[tuple[str, Sequence[Place]]
 
     def read(key: Key, piece: Piece, out: torch.Tensor) -> None:
         mixture, expert = key
-        (group, places), offsets = layers[mixture], shelves[mixture].offsets
-        which = bisect_right(offsets, piece.start) - 1
-        read_place(checkpoint, group, places[which], expert, piece.start - offsets[which], out)
+        (group, places), matrices = layers[mixture], shelves[mixture].matrices
+        which = bisect_right(matrices, piece.start, key=lambda laid: laid.offset) - 1
+        read_place(checkpoint, group, places[which], expert, piece.start - matrices[which].offset, out)
 
     return read

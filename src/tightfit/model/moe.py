@@ -6,8 +6,6 @@ is made in the same order whatever else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from tightfit.budget.ledger import Workspace
@@ -42,21 +40,25 @@ def _moe(spec: MoeSpec, weights: Parameters, x: torch.Tensor, out: torch.Tensor,
         scores, chosen, gains = _route(spec, weights, x, ws, split)
         experts = weights.experts
         assert experts is not None
+        groups = _by_expert(chosen)
         if not ops.is_dry():
-            experts.want(chosen, scores)
+            experts.want({expert: len(rows) for expert, rows, _ in groups}, scores)
         # In a dry run the next mixture is taken to be like this one.
         following = (spec, weights) if ops.is_dry() else experts.following
         if following is not None:
             with ws.frame():
                 _, expected, _ = _route(*following, x, ws, split)
                 if not ops.is_dry():
-                    experts.expect(expected)
+                    experts.expect(expected.unique().tolist())
         ops.zero_(out)
         each = MlpSpec(spec.intermediate_size, spec.activation)
-        for expert, rows, columns in _by_expert(chosen):
+        for expert, rows, columns in groups:
             with ws.frame(), experts.use(expert) as of_one:
                 picked = ws.empty(len(rows), hidden)
-                ops.gather_rows(x, rows, picked)
+                if len(rows) < tokens:
+                    ops.gather_rows(x, rows, picked)
+                else:
+                    picked = x
                 answer = ws.empty(len(rows), hidden)
                 mlp(each, of_one, picked, answer, ws, split.of_rows(rows))
                 ops.add_rows_(out, rows, answer, gains[rows, columns])
@@ -98,17 +100,18 @@ def _route(
     return scores, chosen, gains
 
 
-def _by_expert(chosen: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(expert, rows of the tokens that chose it, in which column) for every expert that was chosen.
+def _by_expert(chosen: torch.Tensor) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(expert, rows of the tokens that chose it, in which column) for every expert that was chosen, in their order.
 
     In a dry run one expert is wanted by every token: that is the worst case for scratch.
     """
     if ops.is_dry():
-        yield 0, torch.arange(chosen.shape[0]), torch.zeros(chosen.shape[0], dtype=torch.int64)
-        return
-    for expert in chosen.unique().tolist():
-        rows, columns = torch.nonzero(chosen == expert, as_tuple=True)
-        yield expert, rows, columns
+        return [(0, torch.arange(chosen.shape[0]), torch.zeros(chosen.shape[0], dtype=torch.int64))]
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    experts, counts = flat[order].unique_consecutive(return_counts=True)
+    places = [part.split(counts.tolist()) for part in (order // chosen.shape[1], order % chosen.shape[1])]
+    return list(zip(experts.tolist(), *places, strict=True))
 
 
 def _named(weights: Parameters, prefix: str) -> Parameters:

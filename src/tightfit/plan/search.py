@@ -17,11 +17,12 @@ from tightfit.budget.ledger import PAGE, align
 from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.errors import BudgetError
-from tightfit.experts.store import LEAST_SLOTS, caching_nbytes, expert_count, on_disk, slot_nbytes
+from tightfit.experts.store import LEAST_SLOTS, caching_nbytes, expert_count, on_disk
 from tightfit.kv.cache import Cache
 from tightfit.model.decoder import cache_layouts
-from tightfit.model.spec import ModelSpec
+from tightfit.model.spec import ModelSpec, MoeSpec
 from tightfit.plan.schema import OWN, ExpertsPlan, LayerPlan, ModelRef, Numerics, OuterPlan, Plan
+from tightfit.weights.placement.base import EXPERT_OBJECTS
 from tightfit.weights.placement.fill import scratch_bytes
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, Place, group_of, layer_name, params_of
 from tightfit.weights.placement.streamed import embeddings_on_disk, least_resident, spread, streaming_nbytes
@@ -129,7 +130,8 @@ class Search:
                 found = self.plan(formats[0], formats, chunk, runtime, resident, buffers, LEAST_SLOTS)
                 if found.experts is None:
                     return found
-                slots = LEAST_SLOTS + (found.budget - found.total) // slot_nbytes(experts)
+                each = caching_nbytes(experts, 1) - caching_nbytes(experts, 0)
+                slots = LEAST_SLOTS + (found.budget - found.total) // each
                 slots = min(slots, expert_count(experts))
                 return self.plan(formats[0], formats, chunk, runtime, resident, buffers, slots)
         return smallest
@@ -247,6 +249,7 @@ class Search:
         layer_sizes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
         outer_bytes, layer_bytes = sum(size for size, _ in outer_sizes), [size for size, _ in layer_sizes]
         weights = outer_bytes + sum(layer_bytes)
+        experts: list[tuple[Place, ...]] = [()] * len(formats)
         outer_placement: Literal["resident", "streamed"] = "resident"
         layers = [LayerPlan(format=fmt, nbytes=nbytes) for fmt, nbytes in zip(formats, layer_bytes, strict=True)]
         accounts: dict[str, int] = {}
@@ -263,6 +266,11 @@ class Search:
                 layer.model_copy(update={"placement": "streamed", "resident": count})
                 for layer, count in zip(layers, resident, strict=True)
             ]
+        weights += EXPERT_OBJECTS * sum(
+            layer.mlp.experts
+            for layer, cut in zip(spec.layers, experts, strict=True)
+            if isinstance(layer.mlp, MoeSpec) and not cut
+        )
         plan = Plan(
             model=ModelRef(
                 name=self.checkpoint.name,

@@ -44,6 +44,8 @@ class Split:
 
     def of_rows(self, rows: torch.Tensor) -> Split:
         """The split of a selection of the rows: ``rows`` (n,) int64, ascending."""
+        if not self.gemm:
+            return Split(len(rows))
         edges = [self.vector, *(stop for _, stop in self.gemm)]
         counts = [int((rows < edge).sum()) for edge in edges]
         return Split(counts[0], tuple((start, stop) for start, stop in pairwise(counts) if stop > start))

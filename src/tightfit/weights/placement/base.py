@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from tightfit.model.spec import MoeSpec
 from tightfit.weights.formats.base import Joined
 
 OF_EXPERTS = "experts."  # what the names of their parameters begin with
+EXPERT_OBJECTS = 6 << 10  # bytes that the objects take through which an expert's matrices are used
 
 
 class Experts(ABC):
@@ -26,14 +27,15 @@ class Experts(ABC):
     following: tuple[MoeSpec, Parameters] | None = None
     activated: torch.Tensor | None = None
 
-    def want(self, chosen: torch.Tensor, scores: torch.Tensor) -> None:
-        """A step will use the experts ``chosen`` (tokens, experts_per_token), in ascending order. ``scores`` (tokens,
-        experts) are its router's: logits where the spec's scoring is ``topk_softmax``."""
+    def want(self, experts: Mapping[int, int], scores: torch.Tensor) -> None:
+        """A step will use ``experts``, in their order; of each it is said how many tokens chose it. ``scores`` (tokens,
+        experts) are the router's: logits where the spec's scoring is ``topk_softmax``."""
         if self.activated is not None:
-            self.activated += chosen.flatten().bincount(minlength=len(self.activated))
+            for expert, tokens in experts.items():
+                self.activated[expert] += tokens
 
-    def expect(self, chosen: torch.Tensor) -> None:  # noqa: B027
-        """The next mixture will probably want the experts ``chosen``."""
+    def expect(self, experts: Sequence[int]) -> None:  # noqa: B027
+        """The next mixture will probably want ``experts``."""
 
     @abstractmethod
     def use(self, expert: int) -> AbstractContextManager[Parameters]:
@@ -62,10 +64,13 @@ class StackedExperts(Experts):
 
     def __init__(self, stacks: Mapping[str, Any]) -> None:
         self._stacks = stacks
+        self._made: dict[int, Parameters] = {}  # making them takes longer than reading a small expert
 
     @contextmanager
     def use(self, expert: int) -> Iterator[Parameters]:
-        yield Parameters({name: stack[expert] for name, stack in self._stacks.items()})
+        if expert not in self._made:
+            self._made[expert] = Parameters({name: stack[expert] for name, stack in self._stacks.items()})
+        yield self._made[expert]
 
 
 def layer_parameters(parameters: Mapping[str, Any]) -> Parameters:

@@ -22,11 +22,7 @@ Progress = Callable[[int], None]
 
 
 class ExpertMatrices:
-    """The matrices of a mixture's experts over ``data`` (experts, bytes), each made when it is asked for.
-
-    A large mixture has tens of thousands of them: kept, they would take tens of megabytes that no account holds. Making
-    one takes a few microseconds.
-    """
+    """The matrices of a mixture's experts over ``data`` (experts, bytes), each made when it is asked for."""
 
     def __init__(
         self,
