@@ -103,6 +103,8 @@ class Model:
         from tightfit.engine.census import take_census
         from tightfit.experts.census import write_census
 
+        if not text:
+            raise UsageError("the text is empty", "Give one that is like what the model will be used for.")
         tokens = self.tokenizer.encode(text)
         census = take_census(self._generator, self.checkpoint.name, tokens, progress)
         file = write_census(self.checkpoint.fingerprint, census)

@@ -17,13 +17,11 @@ def take_census(
     generator: Generator, name: str, tokens: list[int], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Census:
     """The census of ``tokens``, which are computed one context after the other. Raises UsageError for a model without
-    experts, or no text."""
+    experts."""
     engine = generator.engine
     experts = [found for index in range(len(engine.decoder.spec.layers)) if (found := _experts(generator, index))]
     if not experts:
         raise UsageError(f"{name} has no experts", "Only mixtures of experts have any to count.")
-    if not tokens:
-        raise UsageError("the text is empty", "Give one with --file or -p.")
     try:
         for of_layer, count in experts:
             of_layer.activated = torch.zeros(count, dtype=torch.int64)
