@@ -25,6 +25,7 @@ from tightfit.decode.sample import Sampler
 from tightfit.engine.engine import Engine, use_threads
 from tightfit.errors import BudgetError, UsageError
 from tightfit.kernels import cpu, ops
+from tightfit.kernels.layout import TILE_ROWS
 from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
@@ -34,7 +35,7 @@ from tightfit.plan.search import Constraints, Search
 from tightfit.weights.placement.base import Placement
 from tightfit.weights.placement.places import check, group_of, layer_name
 from tightfit.weights.placement.resident import Resident
-from tightfit.weights.placement.streamed import Streamed, least_resident
+from tightfit.weights.placement.streamed import Kept, Streamed, least_resident
 
 FIRST_GUESS = 48 << 20  # what running everything once adds to the resident set, at most
 MARGIN = 8 << 20  # small temporaries, text and token lists that a long run adds after the rehearsal
@@ -83,30 +84,26 @@ def build(
 ) -> tuple[Placement, Decoder, Cache]:
     """Weights, decoder and cache of the given layers in their arenas; nothing is read or written. Parameters are all
     resident unless a ``plan`` for all layers says something else."""
-    kept = {index: shape.formats[index] for index in layers}
+    formats = {index: shape.formats[index] for index in layers}
     gemm, kv_type = DTYPES[shape.numerics.gemm], DTYPES[shape.numerics.kv]
     activations = shape.numerics.activations
     placement: Placement
     if plan is not None and plan.streamed:
-        counts = [layer.resident or 0 for layer in plan.layers]
+        kept = Kept(tuple(layer.resident or 0 for layer in plan.layers), head_rows(spec, plan))
         placement = Streamed(
-            checkpoint,
-            spec,
-            shape.outer,
-            shape.formats,
-            gemm,
-            weights,
-            activations,
-            counts,
-            plan.buffers,
-            plan.outer.placement == "streamed",
+            checkpoint, spec, shape.outer, shape.formats, gemm, weights, activations, kept, plan.buffers
         )
     else:
-        placement = Resident(checkpoint, spec, shape.outer, kept, gemm, weights, activations)
+        placement = Resident(checkpoint, spec, shape.outer, formats, gemm, weights, activations)
     spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
     layouts = cache_layouts(spec, shape.context, shape.chunk)
     cache = Cache(layouts, shape.sequences, kv_type, kv, gemm_dtype=gemm)
     return placement, Decoder(spec, placement), cache
+
+
+def head_rows(spec: ModelSpec, plan: Plan) -> int:
+    """How many rows of the head stay in memory."""
+    return spec.vocab_size if plan.outer.resident is None else plan.outer.resident
 
 
 def largest_step(shape: Shape) -> Batch:
@@ -218,9 +215,9 @@ def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     """``plan`` with the bytes that its choices take here. Raises BudgetError if they exceed the budget it names."""
     constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, plan.numerics)
     search = search_for(checkpoint, spec, constraints)
-    resident = _resident(search, plan) if plan.streamed else None
+    kept = _kept(search, plan) if plan.streamed else None
     formats = [layer.format for layer in plan.layers]
-    anew = search.plan(plan.outer.format, formats, plan.chunk, 0, resident, plan.buffers)
+    anew = search.plan(plan.outer.format, formats, plan.chunk, 0, kept, plan.buffers)
     anew = anew.model_copy(update={"accounts": anew.accounts | {"runtime": _measured(search, anew)}})
     if anew.total > anew.budget:
         raise BudgetError(
@@ -232,9 +229,8 @@ def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     return anew
 
 
-def _resident(search: Search, plan: Plan) -> list[int]:
-    """How many of each layer's first parameters a plan keeps in memory. Raises UsageError for numbers that make no
-    sense."""
+def _kept(search: Search, plan: Plan) -> Kept:
+    """What a plan keeps in memory. Raises UsageError for numbers that make no sense."""
     counts = []
     for index, layer in enumerate(plan.layers):
         group = group_of(search.checkpoint, search.spec, layer_name(index), layer.format)
@@ -246,7 +242,13 @@ def _resident(search: Search, plan: Plan) -> list[int]:
                 f"Of this layer {least} to {most} parameters can stay in memory; there must be a buffer.",
             )
         counts.append(count)
-    return counts
+    outer, rows = search.outer(plan.outer.format), head_rows(search.spec, plan)
+    if not outer.least <= rows <= outer.rows or (rows % TILE_ROWS and rows < outer.rows):
+        raise UsageError(
+            f"the plan keeps {rows} rows of the head in memory",
+            f"Of this head {outer.least} to {outer.rows} rows can stay in memory, a multiple of {TILE_ROWS} or all.",
+        )
+    return Kept(tuple(counts), rows)
 
 
 def _buckets(length: int) -> list[Batch]:

@@ -8,9 +8,9 @@ nothing fits, layers are read from the disk in each step, as the files have them
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from tightfit.budget.ledger import PAGE, align
 from tightfit.budget.units import format_bytes
@@ -22,7 +22,7 @@ from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import OWN, LayerPlan, ModelRef, Numerics, OuterPlan, Plan
 from tightfit.weights.placement.fill import scratch_bytes
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, group_of, layer_name, params_of
-from tightfit.weights.placement.streamed import embeddings_on_disk, least_resident, spread, streaming_nbytes
+from tightfit.weights.placement.streamed import Kept, Outer, least_resident, spread, streaming_nbytes
 
 # From the most precise to the smallest. Fewer than 4 bits lose so much that they must be asked for.
 LEVELS = (OWN, "int8", "int6", "int5", "int4", "int4(group=64)", "int4(group=128)")
@@ -116,16 +116,16 @@ class Search:
         least = [layer.resident or 0 for layer in smallest.layers]
         room = (smallest.budget - smallest.total + smallest.accounts["weights"]) // PAGE * PAGE
         for buffers in BUFFERS:
-            resident = spread(self._outer_kept(formats[0]), groups, least, buffers, room)
-            if resident is not None:
-                return self.plan(formats[0], formats, chunk, runtime, resident, buffers)
+            kept = spread(self.outer(formats[0]), groups, least, buffers, room)
+            if kept is not None:
+                return self.plan(formats[0], formats, chunk, runtime, kept, buffers)
         return smallest
 
     def _least_streaming(self, chunk: int, runtime: int) -> Plan:
         level = self.streamable()
         assert level is not None
         groups = [self._group(layer_name(index), level) for index in range(len(self.spec.layers))]
-        least = [least_resident(self.checkpoint, group) for group in groups]
+        least = Kept(tuple(least_resident(self.checkpoint, group) for group in groups), self.outer(level).least)
         return self.plan(level, [level] * len(groups), chunk, runtime, least, min(BUFFERS))
 
     def smallest(self, runtime: int) -> Plan:
@@ -214,11 +214,11 @@ class Search:
         formats: list[str],
         chunk: int,
         runtime: int,
-        resident: Sequence[int] | None = None,
+        kept: Kept | None = None,
         buffers: int = 0,
     ) -> Plan:
         """The plan with embeddings and head in ``outer`` and each layer in its own of ``formats``, whether it fits or
-        not. With ``resident`` only so many of each layer's first parameters stay in memory."""
+        not. With ``kept`` only so much of them stays in memory."""
         spec, constraints = self.spec, self.constraints
         layouts = cache_layouts(spec, constraints.context, chunk)
         kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.numerics.kv])
@@ -226,16 +226,18 @@ class Search:
         layer_sizes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
         outer_bytes, layer_bytes = sum(size for size, _ in outer_sizes), [size for size, _ in layer_sizes]
         weights = outer_bytes + sum(layer_bytes)
-        outer_placement: Literal["resident", "streamed"] = "resident"
+        outer_plan = OuterPlan(format=outer, nbytes=outer_bytes)
         layers = [LayerPlan(format=fmt, nbytes=nbytes) for fmt, nbytes in zip(formats, layer_bytes, strict=True)]
-        if resident is not None:
+        if kept is not None:
             groups = [self._group(layer_name(index), fmt) for index, fmt in enumerate(formats)]
-            weights = streaming_nbytes(self._outer_kept(outer), groups, resident, buffers)
-            if embeddings_on_disk(self.checkpoint, spec, self._group(EMBEDDINGS, outer)):
-                outer_placement = "streamed"
+            around = self.outer(outer)
+            weights = streaming_nbytes(around, groups, kept, buffers)
+            rows = None if kept.rows == around.rows else kept.rows
+            if around.on_disk or rows is not None:
+                outer_plan = outer_plan.model_copy(update={"placement": "streamed", "resident": rows})
             layers = [
                 layer.model_copy(update={"placement": "streamed", "resident": count})
-                for layer, count in zip(layers, resident, strict=True)
+                for layer, count in zip(layers, kept.layers, strict=True)
             ]
         plan = Plan(
             model=ModelRef(
@@ -253,7 +255,7 @@ class Search:
                 "kv": align(kv, PAGE),
                 "workspace": 0,
             },
-            outer=OuterPlan(format=outer, nbytes=outer_bytes, placement=outer_placement),
+            outer=outer_plan,
             layers=tuple(layers),
             buffers=buffers,
             chunk=chunk,
@@ -276,11 +278,10 @@ class Search:
             self._sizes[key] = found.nbytes, scratch_bytes(self.checkpoint, found, self.constraints.threads)
         return self._sizes[key]
 
-    def _outer_kept(self, level: str) -> int:
-        """Bytes of the matrices outside of the layers that are in memory where layers are streamed."""
-        head, embeddings = self._group(HEAD, level), self._group(EMBEDDINGS, level)
-        on_disk = embeddings_on_disk(self.checkpoint, self.spec, embeddings)
-        return head.nbytes + (0 if on_disk else embeddings.nbytes)
+    def outer(self, level: str) -> Outer:
+        """The parameters outside of the layers, stored as ``level`` says."""
+        embeddings, head = (self._group(name, level) for name in (EMBEDDINGS, HEAD))
+        return Outer.of(self.checkpoint, self.spec, embeddings, head)
 
     def _group(self, name: str, stored_as: str) -> Group:
         key = (name, stored_as)

@@ -44,11 +44,13 @@ class Ring:
     """``sizes[unit]`` bytes each go through ``buffers`` in the order 0, 1, ..., and again from the start.
 
     Whoever uses them out of turn waits for the unit to be read; what was read ahead is given up then. An error of
-    reading is raised to the user of its unit, and the next use tries again.
+    reading is raised to the user of its unit, and the next use tries again. ``used`` counts the bytes that were used,
+    ``waited`` the seconds for units that were not there yet.
     """
 
     def __init__(self, sizes: Sequence[int], buffers: Sequence[torch.Tensor], read: Read, threads: int, at_once: int):
-        self.waited = 0.0  # seconds, for units that were not there yet
+        self.used, self.waited = 0, 0.0
+        self._sizes = sizes
         self._pieces = [pieces(size, at_once) for size in sizes]
         self._buffers = buffers
         self._read = read
@@ -56,6 +58,7 @@ class Ring:
         self._free = deque(range(len(buffers)))
         self._window: deque[_Filling] = deque()  # in the order of use
         self._next = 0  # the unit to begin with when a buffer is free
+        self._round = len(sizes)
         self._stopped = False
         self._threads = [threading.Thread(target=self._fill, daemon=True) for _ in range(threads)]
 
@@ -71,6 +74,12 @@ class Ring:
                     self._window.popleft()
                     self._free.append(filling.buffer)
                     self._changed.notify_all()
+
+    def go_round(self, units: int) -> None:
+        """From now on only the first ``units`` units are read ahead: after them the first one comes again."""
+        with self._changed:
+            self._round = units
+            self._next = self._next if self._next < units else 0
 
     def stop(self) -> None:
         """Ends the threads; those that read end with their request."""
@@ -96,6 +105,7 @@ class Ring:
             if filling.error is not None:
                 self._seek(unit)
                 raise filling.error
+            self.used += self._sizes[unit]
             return filling
 
     def _seek(self, unit: int) -> None:
@@ -136,7 +146,7 @@ class Ring:
                     unit = self._next
                     waiting = deque(self._pieces[unit])
                     self._window.append(_Filling(unit, self._free.popleft(), waiting, len(waiting)))
-                    self._next = (unit + 1) % len(self._pieces)
+                    self._next = unit + 1 if unit + 1 < self._round else 0
                 else:
                     self._changed.wait()
         return None
