@@ -15,10 +15,12 @@ import numpy as np
 
 from tightfit import zoo
 
-# The shapes of TinyLlama with the vocabulary of the published baselines, and of a 3B model.
+# The shapes of TinyLlama with the vocabulary of the published baselines, of a 3B model, and of a small model with a large
+# vocabulary, whose head is half of all.
 PRESETS = {
     "1b": {"hidden": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "ffn": 5632, "vocab": 19219},
     "3b": {"hidden": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "ffn": 8192, "vocab": 32000},
+    "wide": {"hidden": 512, "layers": 12, "heads": 8, "kv_heads": 4, "ffn": 1536, "vocab": 98304},
 }
 BLOCK = (1 << 22) - 3  # numbers made once; odd, so that rows do not repeat
 

@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def tensors(seed: int = 0) -> dict[str, np.ndarray]:
+def tensors(seed: int = 0, vocab: int = VOCAB) -> dict[str, np.ndarray]:
     """Every tensor of the model, by name."""
     rng = np.random.default_rng(seed)
 
@@ -45,7 +45,7 @@ def tensors(seed: int = 0) -> dict[str, np.ndarray]:
         return (rng.standard_normal((rows, cols)) / cols**0.5).astype(np.float32)
 
     head_dim = HIDDEN // HEADS
-    made = {"model.embed_tokens.weight": matrix(VOCAB, HIDDEN), "lm_head.weight": matrix(VOCAB, HIDDEN)}
+    made = {"model.embed_tokens.weight": matrix(vocab, HIDDEN), "lm_head.weight": matrix(vocab, HIDDEN)}
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
         made |= {
@@ -62,12 +62,13 @@ def tensors(seed: int = 0) -> dict[str, np.ndarray]:
     return made | {"model.norm.weight": np.ones(HIDDEN, np.float32)}
 
 
-def write(folder: Path, *, shards: int = 1, chat: bool = False, **config: Any) -> Path:
+def write(folder: Path, *, shards: int = 1, chat: bool = False, vocab: int = VOCAB, **config: Any) -> Path:
     """The model in ``folder``; keys of ``config`` replace those of config.json, and None removes one."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in (CONFIG | config).items() if value is not None}
+    changes = {"vocab_size": vocab} | config
+    settings = {key: value for key, value in (CONFIG | changes).items() if value is not None}
     (folder / "config.json").write_text(json.dumps(settings))
-    save(folder, tensors(), shards)
+    save(folder, tensors(vocab=vocab), shards)
     nano = zoo.path("nano")
     shutil.copy(nano / "tokenizer.json", folder)
     tokenizer = json.loads((nano / "tokenizer_config.json").read_text())

@@ -80,7 +80,9 @@ def _in_memory(plan: dict[str, Any]) -> str:
     if not plan["buffers"]:
         return ""
     whole = plan["outer"]["nbytes"] + sum(layer["nbytes"] for layer in plan["layers"])
-    return f", {format_bytes(plan['accounts']['weights'])} of {format_bytes(whole)} in memory"
+    rows = plan["outer"]["resident"]
+    of_head = "" if rows is None else f" (of the head {rows:,} rows)"
+    return f", {format_bytes(plan['accounts']['weights'])} of {format_bytes(whole)} in memory{of_head}"
 
 
 def _speed(rate: float | None) -> str:

@@ -79,7 +79,8 @@ class Ring:
         """From now on only the first ``units`` units are read ahead: after them the first one comes again."""
         with self._changed:
             self._round = units
-            self._next = self._next if self._next < units else 0
+            if self._window:
+                self._next = self._after(self._window[-1].unit)
 
     def stop(self) -> None:
         """Ends the threads; those that read end with their request."""
@@ -119,6 +120,9 @@ class Ring:
         self._window.clear()
         self._next = unit
 
+    def _after(self, unit: int) -> int:
+        return unit + 1 if unit + 1 < self._round else 0
+
     def _fill(self) -> None:
         while (task := self._take()) is not None:
             filling, piece = task
@@ -146,7 +150,7 @@ class Ring:
                     unit = self._next
                     waiting = deque(self._pieces[unit])
                     self._window.append(_Filling(unit, self._free.popleft(), waiting, len(waiting)))
-                    self._next = unit + 1 if unit + 1 < self._round else 0
+                    self._next = self._after(unit)
                 else:
                     self._changed.wait()
         return None

@@ -19,7 +19,7 @@ import torch
 
 from tightfit.budget.ledger import Arena, align
 from tightfit.checkpoints.checkpoint import Checkpoint
-from tightfit.checkpoints.positioned import ALIGNMENT, REQUEST
+from tightfit.checkpoints.positioned import ALIGNMENT, REQUEST, SMALL
 from tightfit.kernels import cpu
 from tightfit.kernels.layout import TILE_ROWS
 from tightfit.model.spec import ModelSpec
@@ -102,11 +102,18 @@ class Outer:
             return [first_rows, self.head]
         return [first_rows] if self.on_disk else [self.embeddings, first_rows]
 
-    def run_nbytes(self) -> int:
-        """Bytes of the fewest rows that are read at once."""
+    @property
+    def tile_nbytes(self) -> int:
+        """Bytes of 16 rows of the head."""
         last = self.matrix.places[-1]
         assert last.format is not None
         return last.format.nbytes(TILE_ROWS, last.param.shape[1])
+
+    def least_unit(self, rows: int) -> int:
+        """Bytes of the smallest part in which the rows after the first ``rows`` are read: smaller requests would be
+        slow, and more of what is read would be what lies before, down to where direct I/O may begin."""
+        tiles = -(-(self.rows - rows) // TILE_ROWS)
+        return min(tiles, -(-SMALL // self.tile_nbytes)) * self.tile_nbytes + ALIGNMENT if tiles else 0
 
     def share(self, share: float) -> int:
         """About so much of the rows, in whole tiles."""
@@ -117,7 +124,7 @@ class Outer:
         if rows == self.rows:
             return []
         tiles = -(-(self.rows - rows) // TILE_ROWS)
-        parts = -(-tiles // ((room - ALIGNMENT) // self.run_nbytes()))
+        parts = -(-tiles // ((room - ALIGNMENT) // self.tile_nbytes))
         each = -(-tiles // parts) * TILE_ROWS
         starts = range(rows, self.rows, each)
         return [rows_of(self.matrix.places[-1], start, min(start + each, self.rows)) for start in starts]
@@ -134,7 +141,7 @@ class Kept:
 def buffer_nbytes(outer: Outer, groups: Sequence[Group], kept: Kept) -> int:
     """What a buffer must hold: the largest rest of a layer. The head is read in parts that fit."""
     largest = max(streamed_nbytes(group, count) for group, count in zip(groups, kept.layers, strict=True))
-    return largest if kept.rows == outer.rows else max(largest, outer.run_nbytes() + ALIGNMENT)
+    return max(largest, outer.least_unit(kept.rows))
 
 
 def streaming_nbytes(outer: Outer, groups: Sequence[Group], kept: Kept, buffers: int) -> int:
@@ -162,7 +169,7 @@ def spread(outer: Outer, groups: Sequence[Group], least: Sequence[int], buffers:
         kept = Kept(tuple(counts), outer.share(1 - sum(left) / whole if whole else 1.0))
         free = room - streaming_nbytes(outer, groups, kept, buffers)
         if free >= 0:
-            more = free // align(outer.run_nbytes()) * TILE_ROWS
+            more = free // align(outer.tile_nbytes) * TILE_ROWS
             best = replace(kept, rows=min(kept.rows + more, outer.rows))
         most = max(left)
         if not most:
