@@ -94,7 +94,8 @@ def test_what_streams_uses_any_budget_up_and_keeps_of_the_head_what_it_keeps_of_
     checkpoint = open_checkpoint(str(random_model.write_headers(tmp_path / "wide", settings)))
     smallest = search(checkpoint, weights="own").smallest(RUNTIME)
     assert (smallest.outer.placement, smallest.outer.resident) == ("streamed", 0)
-    spec, vocab = model_spec(Config(checkpoint.config, "wide"), checkpoint.tensors), random_model.PRESETS["wide"]["vocab"]
+    vocab = random_model.PRESETS["wide"]["vocab"]
+    spec = model_spec(Config(checkpoint.config, "wide"), checkpoint.tensors)
     group = group_of(checkpoint, spec, layer_name(0), "own")  # all layers are alike
     rows = []
     for more in range(0, 160 * MIB, 5 * MIB // 2):
