@@ -15,8 +15,8 @@ import numpy as np
 
 from tightfit import zoo
 
-# The shapes of TinyLlama with the vocabulary of the published baselines, of a 3B model, and of a small model whose large
-# vocabulary takes most of it.
+# The shapes of TinyLlama with the vocabulary of the published baselines, of a 3B model, and of a small model that is
+# mostly vocabulary.
 PRESETS = {
     "1b": {"hidden": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "ffn": 5632, "vocab": 19219},
     "3b": {"hidden": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "ffn": 8192, "vocab": 32000},

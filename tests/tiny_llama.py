@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def tensors(seed: int = 0, vocab: int = VOCAB) -> dict[str, np.ndarray]:
+def tensors(seed: int = 0, vocab: int = VOCAB, layers: int = LAYERS) -> dict[str, np.ndarray]:
     """Every tensor of the model, by name."""
     rng = np.random.default_rng(seed)
 
@@ -46,7 +46,7 @@ def tensors(seed: int = 0, vocab: int = VOCAB) -> dict[str, np.ndarray]:
 
     head_dim = HIDDEN // HEADS
     made = {"model.embed_tokens.weight": matrix(vocab, HIDDEN), "lm_head.weight": matrix(vocab, HIDDEN)}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         made |= {
             prefix + "input_layernorm.weight": np.ones(HIDDEN, np.float32),
@@ -62,13 +62,15 @@ def tensors(seed: int = 0, vocab: int = VOCAB) -> dict[str, np.ndarray]:
     return made | {"model.norm.weight": np.ones(HIDDEN, np.float32)}
 
 
-def write(folder: Path, *, shards: int = 1, chat: bool = False, vocab: int = VOCAB, **config: Any) -> Path:
+def write(
+    folder: Path, *, shards: int = 1, chat: bool = False, vocab: int = VOCAB, layers: int = LAYERS, **config: Any
+) -> Path:
     """The model in ``folder``; keys of ``config`` replace those of config.json, and None removes one."""
     folder.mkdir(parents=True, exist_ok=True)
-    changes = {"vocab_size": vocab} | config
+    changes = {"vocab_size": vocab, "num_hidden_layers": layers} | config
     settings = {key: value for key, value in (CONFIG | changes).items() if value is not None}
     (folder / "config.json").write_text(json.dumps(settings))
-    save(folder, tensors(vocab=vocab), shards)
+    save(folder, tensors(vocab=vocab, layers=layers), shards)
     nano = zoo.path("nano")
     shutil.copy(nano / "tokenizer.json", folder)
     tokenizer = json.loads((nano / "tokenizer_config.json").read_text())
