@@ -7,7 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tests import random_model
+import torch
+from tests import random_model, tiny_mixtures
 
 from tightfit import zoo
 from tightfit.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -110,6 +111,22 @@ def test_what_streams_uses_any_budget_up_and_keeps_of_the_head_what_it_keeps_of_
         assert rows[-1] / vocab == pytest.approx(kept, abs=0.1)
     assert len(rows) > 30
     assert all(after > before - vocab // 20 for before, after in pairwise(rows))
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "advised"),
+    [("nano", None, False), ("nano", "int4", True), ("mixtral", None, False), ("gpt_oss", None, True)],
+)
+def test_what_cannot_stream_before_it_is_compressed_is_advised_to_be(
+    model: str, weights: str | None, advised: bool, nano: Checkpoint, tmp_path: Path
+) -> None:
+    """Experts of gpt-oss are stored transposed."""
+    checkpoint = nano
+    if model != "nano":
+        checkpoint, _ = tiny_mixtures.write(tmp_path, tiny_mixtures.config_of(model), torch.bfloat16)
+    with pytest.raises(BudgetError) as refused:
+        search(checkpoint, weights=weights, context=64).best(RUNTIME)
+    assert ("`tightfit compress MODEL --weights int4 --out DIR`" in refused.value.hint) == advised
 
 
 def test_named_weights_are_kept_to(nano: Checkpoint) -> None:

@@ -22,7 +22,7 @@ from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import OWN, LayerPlan, ModelRef, Numerics, OuterPlan, Plan
 from tightfit.weights.placement.fill import scratch_bytes
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, group_of, layer_name, params_of
-from tightfit.weights.placement.streamed import Kept, Outer, least_resident, spread, streaming_nbytes
+from tightfit.weights.placement.streamed import Kept, Outer, least_resident, spread, streamable, streaming_nbytes
 
 # From the most precise to the smallest. Fewer than 4 bits lose so much that they must be asked for.
 LEVELS = (OWN, "int8", "int6", "int5", "int4", "int4(group=64)", "int4(group=128)")
@@ -107,6 +107,14 @@ class Search:
         some = any(least_resident(self.checkpoint, group) < len(group.places) for group in groups)
         return level if some else None
 
+    @property
+    def streams_as_stored(self) -> bool:
+        """Whether the matrices of all layers can be used as they lie in the files, and none must be converted first."""
+        level = self.constraints.weights or OWN
+        groups = (self._group(layer_name(index), level) for index in range(len(self.spec.layers)))
+        places = (place for group in groups for place in group.places if place.param.is_matrix)
+        return all(streamable(self.checkpoint, place) for place in places)
+
     def streaming(self, chunk: int, runtime: int) -> Plan:
         """The plan with as much in memory as the budget allows, or if that is too little, with the least that must
         be there."""
@@ -153,6 +161,10 @@ class Search:
             advice.append("or compress the model in fewer bits (`tightfit compress`)")
         elif constraints.weights is not None:
             advice.append("or leave out --weights, so that fewer bits can be chosen")
+        if not self.streams_as_stored:
+            advice.append(
+                "or run what `tightfit compress MODEL --weights int4 --out DIR` writes, which can be streamed"
+            )
         if constraints.sequences > 1:
             advice.append("or run fewer sequences at once (--batch)")
         if plan.accounts["kv"] > plan.total // 5:
