@@ -15,11 +15,12 @@ import numpy as np
 
 from tightfit import zoo
 
-# The shapes of TinyLlama with the vocabulary of the published baselines, of a 3B model, and of a mixture of 1.7 billion
-# parameters of which a token uses 0.3. The small ones are for tests.
+# The shapes of TinyLlama with the vocabulary of the published baselines, of a 3B model, of a small model that is mostly
+# vocabulary, and of a mixture of 1.7 billion parameters of which a token uses 0.3. The small mixtures are for tests.
 PRESETS = {
     "1b": {"hidden": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "ffn": 5632, "vocab": 19219},
     "3b": {"hidden": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "ffn": 8192, "vocab": 32000},
+    "wide": {"hidden": 512, "layers": 12, "heads": 8, "kv_heads": 4, "ffn": 1536, "vocab": 98304},
     "moe": {"hidden": 1024, "layers": 16, "heads": 16, "kv_heads": 8, "ffn": 512, "vocab": 19219, "experts": 64},
     "small-moe": {"hidden": 1024, "layers": 6, "heads": 16, "kv_heads": 4, "ffn": 512, "vocab": 6144, "experts": 32},
     "tiny-moe": {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 32, "vocab": 6144, "experts": 16},

@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def tensors(seed: int = 0) -> dict[str, np.ndarray]:
+def tensors(seed: int = 0, vocab: int = VOCAB, layers: int = LAYERS) -> dict[str, np.ndarray]:
     """Every tensor of the model, by name."""
     rng = np.random.default_rng(seed)
 
@@ -45,8 +45,8 @@ def tensors(seed: int = 0) -> dict[str, np.ndarray]:
         return (rng.standard_normal((rows, cols)) / cols**0.5).astype(np.float32)
 
     head_dim = HIDDEN // HEADS
-    made = {"model.embed_tokens.weight": matrix(VOCAB, HIDDEN), "lm_head.weight": matrix(VOCAB, HIDDEN)}
-    for layer in range(LAYERS):
+    made = {"model.embed_tokens.weight": matrix(vocab, HIDDEN), "lm_head.weight": matrix(vocab, HIDDEN)}
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         made |= {
             prefix + "input_layernorm.weight": np.ones(HIDDEN, np.float32),
@@ -62,12 +62,15 @@ def tensors(seed: int = 0) -> dict[str, np.ndarray]:
     return made | {"model.norm.weight": np.ones(HIDDEN, np.float32)}
 
 
-def write(folder: Path, *, shards: int = 1, chat: bool = False, **config: Any) -> Path:
+def write(
+    folder: Path, *, shards: int = 1, chat: bool = False, vocab: int = VOCAB, layers: int = LAYERS, **config: Any
+) -> Path:
     """The model in ``folder``; keys of ``config`` replace those of config.json, and None removes one."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in (CONFIG | config).items() if value is not None}
+    changes = {"vocab_size": vocab, "num_hidden_layers": layers} | config
+    settings = {key: value for key, value in (CONFIG | changes).items() if value is not None}
     (folder / "config.json").write_text(json.dumps(settings))
-    save(folder, tensors(), shards)
+    save(folder, tensors(vocab=vocab, layers=layers), shards)
     nano = zoo.path("nano")
     shutil.copy(nano / "tokenizer.json", folder)
     tokenizer = json.loads((nano / "tokenizer_config.json").read_text())

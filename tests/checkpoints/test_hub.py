@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests import tiny_llama
 
+import tightfit
 from tightfit.checkpoints import open_checkpoint
 from tightfit.errors import CheckpointError
 
@@ -88,23 +90,54 @@ def test_offline_a_cached_model_opens(hub, make_model: MakeModel, monkeypatch: p
     assert not hub.served
 
 
-def test_offline_a_cache_laid_out_by_hand_opens(hub, make_model: MakeModel, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    repository = tmp_path / "hf" / "hub" / f"models--{NAME.replace('/', '--')}"
-    snapshot = repository / "snapshots" / hub.commit
+def lay_out(cache: Path, folder: Path, commit: str) -> Path:
+    """Puts a model into a cache as huggingface_hub would; gives the folder of its snapshot."""
+    repository = cache / f"models--{NAME.replace('/', '--')}"
+    snapshot = repository / "snapshots" / commit
     (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(hub.commit)
+    (repository / "refs" / "main").write_text(commit)
     (repository / "blobs").mkdir()
     snapshot.mkdir(parents=True)
-    for file in make_model().iterdir():
+    for file in folder.iterdir():
         shutil.copy(file, repository / "blobs" / f"blob-{file.name}")
         (snapshot / file.name).symlink_to(Path("../../blobs") / f"blob-{file.name}")
-    with open_checkpoint(NAME) as model:
-        assert len(model.tensors) == 4
-    (snapshot / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"no \*.safetensors") as caught:
+    return snapshot
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_offline_a_cache_laid_out_by_hand_opens(
+    shards: int, hub, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    snapshot = lay_out(tmp_path / "hf" / "hub", make_model(shards=shards), hub.commit)
+    for headers_only in (False, True):
+        with open_checkpoint(NAME, headers_only=headers_only) as model:
+            assert len(model.tensors) == 4
+            for tensor in model.tensors.values():
+                model.read_into(tensor, 0, bytearray(tensor.nbytes))
+    assert not hub.served
+    first = sorted(snapshot.glob("*.safetensors"))[0]
+    first.unlink()
+    missing = r"no \*.safetensors" if shards == 1 else f"1 of 3 weight files of .* are missing: {first.name}"
+    with pytest.raises(CheckpointError, match=missing) as caught:
         open_checkpoint(NAME)
     assert "HF_HUB_OFFLINE" in caught.value.hint
+
+
+def test_offline_a_cached_model_runs_and_streams(hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tiny_llama.write(tmp_path / "tiny", shards=4)
+    lay_out(tmp_path / "hf" / "hub", folder, hub.commit)
+    texts = []
+    for name in (str(folder), NAME):
+        with tightfit.load(name, "2GiB", context=64) as model:
+            texts.append(model.generate("import os", max_new_tokens=8, ignore_eos=True).tokens)
+            plan = model.plan
+    layers = [layer.model_copy(update={"placement": "streamed", "resident": 2}) for layer in plan.layers]
+    outer = plan.outer.model_copy(update={"resident": 0})
+    with tightfit.load(NAME, plan=plan.model_copy(update={"layers": layers, "outer": outer, "buffers": 2})) as model:
+        texts.append(model.generate("import os", max_new_tokens=8, ignore_eos=True).tokens)
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_offline_an_unknown_model_is_refused(hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.search import Constraints, Search
 from tightfit.weights import store
 from tightfit.weights.placement.base import EXPERT_OBJECTS
+from tightfit.weights.placement.streamed import Kept
 
 CONTEXT, CHUNK = 64, 32
 # Experts of these are stored transposed, and must be converted while they are read.
@@ -49,8 +50,11 @@ class Model:
         """A plan with so many experts in memory, and of what else there is ``all`` or the ``least``."""
         groups, experts = self.search.apart(self.formats)
         assert any(experts)
-        counts = [len(group.places) if others == "all" else self.search.least_resident(group) for group in groups]
-        plan = self.search.plan(self.formats[0], self.formats, CHUNK, 0, counts, 2, slots)
+        outer = self.search.outer(self.formats[0])
+        kept = Kept(tuple(len(group.places) for group in groups), outer.rows)
+        if others == "least":
+            kept = Kept(tuple(self.search.least_resident(group) for group in groups), outer.least)
+        plan = self.search.plan(self.formats[0], self.formats, CHUNK, 0, kept, 2, slots)
         assert plan.experts is not None
         return plan.model_copy(update={"experts": plan.experts.model_copy(update={"policy": policy})})
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tests import random_model
+import torch
+from tests import random_model, tiny_mixtures
 
 from tightfit import zoo
 from tightfit.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -16,6 +18,8 @@ from tightfit.errors import BudgetError
 from tightfit.model.families import model_spec
 from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.search import LEVELS, Constraints, Search
+from tightfit.weights.placement.places import group_of, layer_name
+from tightfit.weights.placement.streamed import cut_at
 
 MIB = 1 << 20
 RUNTIME = 200 * MIB
@@ -84,6 +88,45 @@ def test_the_smallest_plan_works_and_one_byte_less_is_refused_with_its_number(na
     with pytest.raises(BudgetError) as refused:
         search(nano, budget=smallest - 1).best(RUNTIME)
     assert refused.value.smallest_bytes == smallest
+
+
+def test_what_streams_uses_any_budget_up_and_keeps_of_the_head_what_it_keeps_of_the_layers(tmp_path: Path) -> None:
+    settings = random_model.config(**random_model.PRESETS["wide"])
+    checkpoint = open_checkpoint(str(random_model.write_headers(tmp_path / "wide", settings)))
+    smallest = search(checkpoint, weights="own").smallest(RUNTIME)
+    assert (smallest.outer.placement, smallest.outer.resident) == ("streamed", 0)
+    vocab = random_model.PRESETS["wide"]["vocab"]
+    spec = model_spec(Config(checkpoint.config, "wide"), checkpoint.tensors)
+    group = group_of(checkpoint, spec, layer_name(0), "own")  # all layers are alike
+    rows = []
+    for more in range(0, 160 * MIB, 5 * MIB // 2):
+        plan = search(checkpoint, weights="own", budget=smallest.total + more).best(RUNTIME)
+        assert Plan.model_validate_json(plan.model_dump_json()) == plan
+        if plan.outer.resident is None:
+            break
+        assert plan.total > plan.budget - MIB // 2
+        rows.append(plan.outer.resident)
+        kept = sum(cut_at(group, layer.resident or 0)[0] for layer in plan.layers) / (len(plan.layers) * group.nbytes)
+        # The head has what is too little for the next of a layer's matrices.
+        assert rows[-1] / vocab == pytest.approx(kept, abs=0.1)
+    assert len(rows) > 30
+    assert all(after > before - vocab // 20 for before, after in pairwise(rows))
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "advised"),
+    [("nano", None, False), ("nano", "int4", True), ("mixtral", None, False), ("gpt_oss", None, True)],
+)
+def test_what_cannot_stream_before_it_is_compressed_is_advised_to_be(
+    model: str, weights: str | None, advised: bool, nano: Checkpoint, tmp_path: Path
+) -> None:
+    """Experts of gpt-oss are stored transposed."""
+    checkpoint = nano
+    if model != "nano":
+        checkpoint, _ = tiny_mixtures.write(tmp_path, tiny_mixtures.config_of(model), torch.bfloat16)
+    with pytest.raises(BudgetError) as refused:
+        search(checkpoint, weights=weights, context=64).best(RUNTIME)
+    assert ("`tightfit compress MODEL --weights int4 --out DIR`" in refused.value.hint) == advised
 
 
 def test_named_weights_are_kept_to(nano: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -191,6 +192,60 @@ def test_a_write_that_fails_leaves_nothing(limit: int, tiny: Path, tmp_path: Pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert nothing_is_left(tmp_path)
+
+
+class FullDisk:
+    """Writes as os.write does, fewer bytes than it is given, until ``room`` bytes are there."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self._write = room, os.write
+
+    def __call__(self, descriptor: int, data: Any) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self._write(descriptor, memoryview(data)[: min(self.room, 5000)])
+        self.room -= written
+        return written
+
+
+@pytest.mark.parametrize("room", [0, 70_000, 200_000])
+def test_a_disk_that_fills_up_leaves_what_was_there(
+    room: int, tiny: Path, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(compressed, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(os, "write", FullDisk(room))
+    with pytest.raises(FileError, match=r"out cannot be written: No space left on device") as refused:
+        compress(tiny, "int8", out, force=True)
+    assert "another disk" in refused.value.hint
+    assert nothing_is_left(tmp_path, "out")
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_disk_that_tells_late_that_it_is_full_leaves_what_was_there(
+    call: str, tiny: Path, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(compressed, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    rename = Path.rename
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_for_new_names(self: Path, target: Path) -> Path:
+        if target == out and self.name.endswith(f".{os.getpid()}.part"):
+            full()
+        return rename(self, target)
+
+    if call == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        monkeypatch.setattr(Path, "rename", full_for_new_names)
+    with pytest.raises(FileError, match="No space left on device"):
+        compress(tiny, "int8", out, force=True)
+    assert nothing_is_left(tmp_path, "out")
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def test_a_damaged_checkpoint_leaves_nothing(tiny: Path, tmp_path: Path) -> None:

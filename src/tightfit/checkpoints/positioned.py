@@ -11,6 +11,8 @@ import mmap
 import os
 import threading
 
+from tightfit.checkpoints.descriptors import keep_open
+
 ALIGNMENT = 4096  # bytes: what direct I/O asks of places in files and memory
 SMALL = 128 << 10  # bytes: less than this is read through the page cache
 REQUEST = 1 << 20  # bytes that one request asks for: a disk is busy where several threads read
@@ -51,8 +53,8 @@ class DirectFile:
         self._pages = CachedPages(descriptor)
         self._own = threading.local()
         try:
-            self._descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | DIRECT)
-        except OSError:  # not every file system has it
+            self._descriptor = keep_open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | DIRECT)
+        except OSError:  # not every file system has it, and not every process may open so many files
             self._descriptor = -1
 
     def read_some(self, position: int, view: memoryview) -> int:

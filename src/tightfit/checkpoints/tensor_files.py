@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tightfit.checkpoints import descriptors
 from tightfit.checkpoints.files import DOWNLOAD_AGAIN
 from tightfit.checkpoints.hub import RemoteHeader
 from tightfit.checkpoints.layout import read_index
@@ -106,12 +108,17 @@ class TensorFiles:
             # A pipe would block the open, so look before.
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise CheckpointError(f"{path} is not a regular file", DOWNLOAD_AGAIN)
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = descriptors.keep_open(path, os.O_RDONLY)
             self._files[file] = PositionedFile(descriptor)
             size = self.sizes[file] = os.fstat(descriptor).st_size
             with open(descriptor, "rb", closefd=False) as stream:
                 return self._take(file, read_header(stream, size, file, str(path)))
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise CheckpointError(
+                    f"{path} is one weight file too many: this process may have {descriptors.limit()} files open",
+                    "Let it have more (ulimit -n 1024, where ulimit -Hn allows that).",
+                ) from error
             raise CheckpointError(
                 f"{path} cannot be read: {error.strerror}", "Check the file and its permissions."
             ) from error

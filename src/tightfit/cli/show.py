@@ -90,8 +90,10 @@ def _in_memory(plan: dict[str, Any]) -> str:
         return ""
     whole = plan["outer"]["nbytes"] + sum(layer["nbytes"] for layer in plan["layers"])
     held = plan["accounts"]["weights"] + plan["accounts"].get("experts", 0)
+    rows = plan["outer"]["resident"]
+    of_head = "" if rows is None else f" (of the head {rows:,} rows)"
     slots = "" if experts is None else f" with {experts['slots']} experts ({experts['policy']})"
-    return f", {format_bytes(held)} of {format_bytes(whole)} in memory{slots}"
+    return f", {format_bytes(held)} of {format_bytes(whole)} in memory{of_head}{slots}"
 
 
 def _speed(rate: float | None) -> str:

@@ -26,6 +26,7 @@ from tightfit.engine.engine import Engine, use_threads
 from tightfit.errors import BudgetError, UsageError
 from tightfit.experts.store import LEAST_SLOTS, CachedExperts, on_disk
 from tightfit.kernels import cpu, ops
+from tightfit.kernels.layout import TILE_ROWS
 from tightfit.kv.cache import Cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
@@ -35,7 +36,7 @@ from tightfit.plan.search import Constraints, Search
 from tightfit.weights.placement.base import Placement
 from tightfit.weights.placement.places import Place, check, group_of, layer_name
 from tightfit.weights.placement.resident import Resident
-from tightfit.weights.placement.streamed import Streamed
+from tightfit.weights.placement.streamed import Kept, Streamed
 
 FIRST_GUESS = 48 << 20  # what running everything once adds to the resident set, at most
 MARGIN = 8 << 20  # small temporaries, text and token lists that a long run adds after the rehearsal
@@ -85,36 +86,31 @@ def build(
 ) -> tuple[Placement, Decoder, Cache]:
     """Weights, decoder and cache of the given layers in their arenas; nothing is read or written. Parameters are all
     resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts."""
-    kept = {index: shape.formats[index] for index in layers}
+    formats = {index: shape.formats[index] for index in layers}
     gemm, kv_type = DTYPES[shape.numerics.gemm], DTYPES[shape.numerics.kv]
     activations = shape.numerics.activations
     placement: Placement
     if plan is not None and plan.streamed:
-        groups = [group_of(checkpoint, spec, layer_name(index), fmt) for index, fmt in kept.items()]
+        groups = [group_of(checkpoint, spec, layer_name(index), fmt) for index, fmt in formats.items()]
         experts: list[tuple[Place, ...]] = []
         if plan.experts is not None:
             both = [on_disk(checkpoint, group) for group in groups]
             groups, experts = [group for group, _ in both], [of_layer for _, of_layer in both]
-        placement = Streamed(
-            checkpoint,
-            spec,
-            shape.outer,
-            groups,
-            gemm,
-            weights,
-            activations,
-            [layer.resident or 0 for layer in plan.layers],
-            plan.buffers,
-            plan.outer.placement == "streamed",
-        )
+        kept = Kept(tuple(layer.resident or 0 for layer in plan.layers), head_rows(spec, plan))
+        placement = Streamed(checkpoint, spec, shape.outer, groups, gemm, weights, activations, kept, plan.buffers)
         if plan.experts is not None and slots is not None:
             placement = CachedExperts(checkpoint, spec, placement, experts, slots, plan.experts, (gemm, activations))
     else:
-        placement = Resident(checkpoint, spec, shape.outer, kept, gemm, weights, activations)
+        placement = Resident(checkpoint, spec, shape.outer, formats, gemm, weights, activations)
     spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
     layouts = cache_layouts(spec, shape.context, shape.chunk)
     cache = Cache(layouts, shape.sequences, kv_type, kv, gemm_dtype=gemm)
     return placement, Decoder(spec, placement), cache
+
+
+def head_rows(spec: ModelSpec, plan: Plan) -> int:
+    """How many rows of the head stay in memory."""
+    return spec.vocab_size if plan.outer.resident is None else plan.outer.resident
 
 
 def largest_step(shape: Shape) -> Batch:
@@ -227,10 +223,10 @@ def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     experts = None if plan.experts is None else plan.experts.policy
     constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, plan.numerics, experts=experts)
     search = search_for(checkpoint, spec, constraints)
-    resident = _resident(search, plan) if plan.streamed else None
+    kept = _kept(search, plan) if plan.streamed else None
     formats = [layer.format for layer in plan.layers]
     slots = 0 if plan.experts is None else plan.experts.slots
-    anew = search.plan(plan.outer.format, formats, plan.chunk, 0, resident, plan.buffers, slots)
+    anew = search.plan(plan.outer.format, formats, plan.chunk, 0, kept, plan.buffers, slots)
     anew = anew.model_copy(update={"accounts": anew.accounts | {"runtime": _measured(search, anew)}})
     if anew.total > anew.budget:
         raise BudgetError(
@@ -242,9 +238,8 @@ def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     return anew
 
 
-def _resident(search: Search, plan: Plan) -> list[int]:
-    """How many of each layer's first parameters a plan keeps in memory. Raises UsageError for numbers that make no
-    sense."""
+def _kept(search: Search, plan: Plan) -> Kept:
+    """What a plan keeps in memory. Raises UsageError for numbers that make no sense."""
     counts = []
     groups, experts = search.apart([layer.format for layer in plan.layers])
     if any(experts) != (plan.experts is not None) or (plan.experts is not None and plan.experts.slots < LEAST_SLOTS):
@@ -261,7 +256,13 @@ def _resident(search: Search, plan: Plan) -> list[int]:
                 f"Of this layer {least} to {most} parameters can stay in memory; there must be a buffer.",
             )
         counts.append(count)
-    return counts
+    outer, rows = search.outer(plan.outer.format), head_rows(search.spec, plan)
+    if not outer.least <= rows <= outer.rows or (rows % TILE_ROWS and rows < outer.rows):
+        raise UsageError(
+            f"the plan keeps {rows} rows of the head in memory",
+            f"Of this head {outer.least} to {outer.rows} rows can stay in memory, a multiple of {TILE_ROWS} or all.",
+        )
+    return Kept(tuple(counts), rows)
 
 
 def _buckets(length: int) -> list[Batch]:

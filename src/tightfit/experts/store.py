@@ -182,8 +182,17 @@ class CachedExperts(Placement):
         with self._inner.layer(index) as parameters:
             parameters.experts = self._experts.get(index)
             yield parameters
-        self.used_bytes = self._inner.used_bytes + self._cache.counts["read"]
-        self.waited_seconds = self._inner.waited_seconds + self._cache.waited
+
+    def begin(self, logits: bool) -> None:
+        self._inner.begin(logits)
+
+    @property
+    def used_bytes(self) -> int:
+        return self._inner.used_bytes + self._cache.counts["read"]
+
+    @property
+    def waited_seconds(self) -> float:
+        return self._inner.waited_seconds + self._cache.waited
 
     @property
     def expert_counts(self) -> Counter[str]:

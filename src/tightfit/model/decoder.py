@@ -58,6 +58,7 @@ class Decoder:
         """Runs the layers; gives the normalised hidden states (n, hidden) of the rows for which logits are wanted, in
         the order of ``batch.logit_rows``, in scratch memory of the enclosing frame."""
         spec = self.spec
+        self.weights.begin(logits=len(batch.logit_rows) > 0)
         x = ws.empty(batch.size, spec.hidden_size)
         with ws.frame():
             self.weights.model["embed_tokens"].decode(batch.tokens, x, ws)
@@ -74,20 +75,17 @@ class Decoder:
         ops.rms_norm(selected, self.weights.model["norm"], spec.rms_norm_eps, selected)
         return selected
 
-    def logits(self, hidden: torch.Tensor, ws: Workspace, split: Split | None = None) -> torch.Tensor:
-        """(n, vocab) float32 logits of hidden states (n, hidden), in scratch memory of the enclosing frame.
-
-        ``split`` None multiplies row by row, as decoding does.
-        """
+    def logits(self, hidden: torch.Tensor, ws: Workspace) -> torch.Tensor:
+        """(n, vocab) float32 logits of hidden states (n, hidden), in scratch memory of the enclosing frame, multiplied
+        row by row, as decoding does."""
         spec = self.spec
         head = self.weights.model["embed_tokens" if spec.tied else "lm_head"]
-        split = split or Split.rows(hidden.shape[0])
         out = ws.empty(hidden.shape[0], spec.vocab_size)
-        head.matmul(hidden, out, ws, split)
+        head.matmul(hidden, out, ws)
         if spec.logit_multiplier != 1.0:
             ops.scale_(out, spec.logit_multiplier)
         if spec.logit_softcap is not None:
-            ops.softcap_(out, spec.logit_softcap, split.parts)
+            ops.softcap_(out, spec.logit_softcap, Split.rows(hidden.shape[0]).parts)
         return out
 
     def _layers(

@@ -35,9 +35,11 @@ class Stored(Strict):
 
 
 class OuterPlan(Stored):
-    """The matrices outside of the layers: in memory, or the embeddings on the disk, read row by row."""
+    """The matrices outside of the layers: in memory, or the embeddings, read row by row, and the rows of the head but
+    the first ``resident`` on the disk."""
 
     placement: Literal["resident", "streamed"] = "resident"
+    resident: int | None = Field(default=None, ge=0, description="rows of the head that stay in memory; null: all")
 
 
 class LayerPlan(Stored):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from tightfit.budget.ledger import PAGE, align
 from tightfit.budget.units import format_bytes
@@ -25,7 +25,7 @@ from tightfit.plan.schema import OWN, ExpertsPlan, LayerPlan, ModelRef, Numerics
 from tightfit.weights.placement.base import EXPERT_OBJECTS
 from tightfit.weights.placement.fill import scratch_bytes
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, Place, group_of, layer_name, params_of
-from tightfit.weights.placement.streamed import embeddings_on_disk, least_resident, spread, streaming_nbytes
+from tightfit.weights.placement.streamed import Kept, Outer, least_resident, spread, streamable, streaming_nbytes
 
 # From the most precise to the smallest. Fewer than 4 bits lose so much that they must be asked for.
 LEVELS = (OWN, "int8", "int6", "int5", "int4", "int4(group=64)", "int4(group=128)")
@@ -114,6 +114,14 @@ class Search:
         some = any(least_resident(self.checkpoint, group) < len(group.places) for group in groups)
         return level if some or any(experts) else None
 
+    @property
+    def streams_as_stored(self) -> bool:
+        """Whether the matrices of all layers can be used as they lie in the files, and none must be converted first."""
+        level = self.constraints.weights or OWN
+        groups = (self._group(layer_name(index), level) for index in range(len(self.spec.layers)))
+        places = (place for group in groups for place in group.places if place.param.is_matrix)
+        return all(streamable(self.checkpoint, place) for place in places)
+
     def streaming(self, chunk: int, runtime: int) -> Plan:
         """The plan with as much in memory as the budget allows, or if that is too little, with the least that must
         be there."""
@@ -122,25 +130,26 @@ class Search:
         groups, experts = self.apart(formats)
         least = [layer.resident or 0 for layer in smallest.layers]
         room = (smallest.budget - smallest.total + smallest.accounts["weights"]) // PAGE * PAGE
+        outer = self.outer(formats[0])
         for buffers in BUFFERS:
-            resident = spread(self._outer_kept(formats[0]), groups, least, buffers, room)
-            if resident is not None:
-                whole = all(count == len(group.places) for group, count in zip(groups, resident, strict=True))
+            kept = spread(outer, groups, least, buffers, room)
+            if kept is not None:
+                whole = [len(group.places) for group in groups] == [*kept.layers] and kept.rows == outer.rows
                 buffers = 0 if whole else buffers
-                found = self.plan(formats[0], formats, chunk, runtime, resident, buffers, LEAST_SLOTS)
+                found = self.plan(formats[0], formats, chunk, runtime, kept, buffers, LEAST_SLOTS)
                 if found.experts is None:
                     return found
                 each = caching_nbytes(experts, 1) - caching_nbytes(experts, 0)
                 slots = LEAST_SLOTS + (found.budget - found.total) // each
                 slots = min(slots, expert_count(experts))
-                return self.plan(formats[0], formats, chunk, runtime, resident, buffers, slots)
+                return self.plan(formats[0], formats, chunk, runtime, kept, buffers, slots)
         return smallest
 
     def _least_streaming(self, chunk: int, runtime: int) -> Plan:
         level = self.streamable()
         assert level is not None
         groups, _ = self.apart([level] * len(self.spec.layers))
-        least = [self.least_resident(group) for group in groups]
+        least = Kept(tuple(self.least_resident(group) for group in groups), self.outer(level).least)
         return self.plan(level, [level] * len(groups), chunk, runtime, least, min(BUFFERS), LEAST_SLOTS)
 
     def least_resident(self, group: Group) -> int:
@@ -174,6 +183,10 @@ class Search:
             advice.append("or compress the model in fewer bits (`tightfit compress`)")
         elif constraints.weights is not None:
             advice.append("or leave out --weights, so that fewer bits can be chosen")
+        if not self.streams_as_stored:
+            advice.append(
+                "or run what `tightfit compress MODEL --weights int4 --out DIR` writes, which can be streamed"
+            )
         if constraints.sequences > 1:
             advice.append("or run fewer sequences at once (--batch)")
         if plan.accounts["kv"] > plan.total // 5:
@@ -235,13 +248,13 @@ class Search:
         formats: list[str],
         chunk: int,
         runtime: int,
-        resident: Sequence[int] | None = None,
+        kept: Kept | None = None,
         buffers: int = 0,
         slots: int = 0,
     ) -> Plan:
         """The plan with embeddings and head in ``outer`` and each layer in its own of ``formats``, whether it fits or
-        not. With ``resident`` only so many of each layer's first parameters stay in memory, and ``slots`` experts of
-        those that can stay on the disk."""
+        not. With ``kept`` only so much of them stays in memory, and ``slots`` experts of those that can stay on the
+        disk."""
         spec, constraints = self.spec, self.constraints
         layouts = cache_layouts(spec, constraints.context, chunk)
         kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.numerics.kv])
@@ -250,21 +263,23 @@ class Search:
         outer_bytes, layer_bytes = sum(size for size, _ in outer_sizes), [size for size, _ in layer_sizes]
         weights = outer_bytes + sum(layer_bytes)
         experts: list[tuple[Place, ...]] = [()] * len(formats)
-        outer_placement: Literal["resident", "streamed"] = "resident"
+        outer_plan = OuterPlan(format=outer, nbytes=outer_bytes)
         layers = [LayerPlan(format=fmt, nbytes=nbytes) for fmt, nbytes in zip(formats, layer_bytes, strict=True)]
         accounts: dict[str, int] = {}
         cached: ExpertsPlan | None = None
-        if resident is not None:
+        if kept is not None:
             groups, experts = self.apart(formats)
             if any(experts):
                 cached = ExpertsPlan(policy=constraints.experts or EXPERTS, slots=slots)
                 accounts["experts"] = align(caching_nbytes(experts, slots), PAGE)
-            weights = streaming_nbytes(self._outer_kept(outer), groups, resident, buffers)
-            if embeddings_on_disk(self.checkpoint, spec, self._group(EMBEDDINGS, outer)):
-                outer_placement = "streamed"
+            around = self.outer(outer)
+            weights = streaming_nbytes(around, groups, kept, buffers)
+            rows = None if kept.rows == around.rows else kept.rows
+            if around.on_disk or rows is not None:
+                outer_plan = outer_plan.model_copy(update={"placement": "streamed", "resident": rows})
             layers = [
                 layer.model_copy(update={"placement": "streamed", "resident": count})
-                for layer, count in zip(layers, resident, strict=True)
+                for layer, count in zip(layers, kept.layers, strict=True)
             ]
         weights += EXPERT_OBJECTS * sum(
             layer.mlp.experts
@@ -288,7 +303,7 @@ class Search:
                 "kv": align(kv, PAGE),
                 "workspace": 0,
             },
-            outer=OuterPlan(format=outer, nbytes=outer_bytes, placement=outer_placement),
+            outer=outer_plan,
             layers=tuple(layers),
             buffers=buffers,
             experts=cached,
@@ -312,11 +327,10 @@ class Search:
             self._sizes[key] = found.nbytes, scratch_bytes(self.checkpoint, found, self.constraints.threads)
         return self._sizes[key]
 
-    def _outer_kept(self, level: str) -> int:
-        """Bytes of the matrices outside of the layers that are in memory where layers are streamed."""
-        head, embeddings = self._group(HEAD, level), self._group(EMBEDDINGS, level)
-        on_disk = embeddings_on_disk(self.checkpoint, self.spec, embeddings)
-        return head.nbytes + (0 if on_disk else embeddings.nbytes)
+    def outer(self, level: str) -> Outer:
+        """The parameters outside of the layers, stored as ``level`` says."""
+        embeddings, head = (self._group(name, level) for name in (EMBEDDINGS, HEAD))
+        return Outer.of(self.checkpoint, self.spec, embeddings, head)
 
     def apart(self, formats: Sequence[str]) -> tuple[list[Group], list[tuple[Place, ...]]]:
         """Of each layer the parameters without those of experts that can stay on the disk, and those."""

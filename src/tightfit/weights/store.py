@@ -151,7 +151,12 @@ def _put(folder: Path, out: Path, force: bool) -> None:
     before = folder.with_name(f"{folder.name}.before{TEMPORARY}")
     if force and out.exists():
         out.rename(before)
-    folder.rename(out)
+    try:
+        folder.rename(out)
+    except OSError:
+        if before.exists():
+            before.rename(out)
+        raise
     shutil.rmtree(before, ignore_errors=True)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tightfit.weights.placement.ring import Piece, Ring
 
-SIZES = [100, 37, 1, 64, 250, 90]
+SIZES = [100, 37, 1, 64, 250, 90]  # bytes; unit 2 is read in one piece
 AT_ONCE = 16
 
 
@@ -79,6 +79,22 @@ def test_the_next_units_are_read_while_one_is_used(disk: Disk) -> None:
             assert 3 not in disk.read  # there is no buffer for it
     finally:
         ring.stop()
+
+
+def test_units_that_are_left_out_are_not_read_and_come_again_when_they_are_wanted(
+    ring: tuple[Ring, list[torch.Tensor]], disk: Disk
+) -> None:
+    ring[0].go_round(4)
+    for _ in range(20):
+        for unit in range(4):
+            check(ring, unit)
+    ring[0].go_round(len(SIZES))
+    assert set(disk.read) == {0, 1, 2, 3}
+    for _ in range(20):
+        for unit in range(len(SIZES)):
+            check(ring, unit)
+    # Nothing was given up: of no unit more was read than its uses, and what is ahead of the last one.
+    assert disk.read.count(2) <= 41
 
 
 def test_an_error_reaches_the_user_of_its_unit_and_the_next_use_tries_again(

@@ -85,17 +85,24 @@ def layer_parameters(parameters: Mapping[str, Any]) -> Parameters:
 
 class Placement(ABC):
     """Where the parameters lie. ``model`` holds those outside of the layers, under the names that the architecture
-    gives them. ``fixed``: all of them stay where they are for as long as the placement lives. ``used_bytes`` and
-    ``waited_seconds`` are sums over all uses of layers: what had to come from the disk for them, and how long they
-    waited for it. ``expert_counts`` are those of :class:`tightfit.experts.cache.ExpertCache`, empty without one."""
+    gives them. ``fixed``: all of them stay where they are for as long as the placement lives."""
 
     model: Parameters
     fixed: bool
-    used_bytes: int = 0
-    waited_seconds: float = 0.0
+
+    @property
+    def used_bytes(self) -> int:
+        """How many bytes had to come from the disk for all uses of layers and of the head."""
+        return 0
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long they were waited for."""
+        return 0.0
 
     @property
     def expert_counts(self) -> Counter[str]:
+        """What :class:`tightfit.experts.cache.ExpertCache` counts; nothing where experts are not cached."""
         return Counter()
 
     @abstractmethod
@@ -104,6 +111,9 @@ class Placement(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Ends what reads ahead."""
+
+    def begin(self, logits: bool) -> None:  # noqa: B027
+        """Told before each pass over the layers: whether the head will be used after it."""
 
     @abstractmethod
     def layer(self, index: int) -> AbstractContextManager[Parameters]:

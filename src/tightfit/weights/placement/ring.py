@@ -28,16 +28,19 @@ class Ring(Readers):
     """``sizes[unit]`` bytes each go through ``buffers`` in the order 0, 1, ..., and again from the start.
 
     Whoever uses them out of turn waits for the unit to be read; what was read ahead is given up then. An error of
-    reading is raised to the user of its unit, and the next use tries again.
+    reading is raised to the user of its unit, and the next use tries again. ``used`` counts the bytes that were used.
     """
 
     def __init__(self, sizes: Sequence[int], buffers: Sequence[torch.Tensor], read: Read, threads: int, at_once: int):
         super().__init__(buffers, threads)
+        self.used = 0
+        self._sizes = sizes
         self._pieces = [pieces(size, at_once) for size in sizes]
         self._read_unit = read
         self._free = deque(range(len(buffers)))
         self._window: deque[_Unit] = deque()  # in the order of use
         self._following = 0  # the unit to begin with when a buffer is free
+        self._round = len(sizes)
 
     @contextmanager
     def use(self, unit: int) -> Iterator[int]:
@@ -52,6 +55,13 @@ class Ring(Readers):
                     self._free.append(filling.buffer)
                     self._changed.notify_all()
 
+    def go_round(self, units: int) -> None:
+        """From now on only the first ``units`` units are read ahead: after them the first one comes again."""
+        with self._changed:
+            self._round = units
+            if self._window:
+                self._following = self._after(self._window[-1].unit)
+
     def _wait_for(self, unit: int) -> _Unit:
         began = perf_counter()
         with self._changed:
@@ -65,6 +75,7 @@ class Ring(Readers):
             if filling.error is not None:
                 self._seek(unit)
                 raise filling.error
+            self.used += self._sizes[unit]
             return filling
 
     def _seek(self, unit: int) -> None:
@@ -78,6 +89,9 @@ class Ring(Readers):
         self._window.clear()
         self._following = unit
 
+    def _after(self, unit: int) -> int:
+        return unit + 1 if unit + 1 < self._round else 0
+
     def _next(self) -> Filling | None:
         for filling in self._window:
             if filling.waiting:
@@ -85,7 +99,7 @@ class Ring(Readers):
         if not self._free:
             return None
         unit = self._following
-        self._following = (unit + 1) % len(self._pieces)
+        self._following = self._after(unit)
         waiting = deque(self._pieces[unit])
         self._window.append(_Unit(self._free.popleft(), waiting, len(waiting), unit=unit))
         return self._window[-1]

@@ -1,7 +1,11 @@
-"""Embeddings that stay on the disk: the rows of a step's tokens are read when they are looked up."""
+"""Matrices outside of the layers that are not all in memory: embeddings, of which the rows of a step's tokens are read
+when they are looked up, and the head, whose rows stream."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +13,7 @@ import torch
 from tightfit.budget.ledger import Workspace
 from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.kernels.layout import TILE_ROWS
-from tightfit.weights.formats.base import Format
+from tightfit.weights.formats.base import Format, Matrix
 from tightfit.weights.formats.dense import Dense
 from tightfit.weights.placement.places import Group, Place, read_place
 
@@ -20,8 +24,19 @@ def by_rows(place: Place) -> bool:
     return fmt is not None and type(fmt).begin is Format.begin
 
 
+def rows_of(place: Place, start: int, stop: int) -> Place:
+    """The rows [start, stop) of a matrix for which :func:`by_rows` holds; ``start`` is a multiple of 16."""
+    fmt, param = place.format, place.param
+    assert fmt is not None
+    cols = param.shape[1]
+    nbytes = fmt.nbytes(stop - start, cols)
+    source = replace(param.source, start=param.source.start + start)
+    part = replace(param, shape=(stop - start, cols), source=source)
+    return Place(part, fmt, place.offset + fmt.nbytes(start, cols), nbytes, nbytes)
+
+
 class RowsOnDisk:
-    """The matrix of ``place`` in ``group``, of which only rows are wanted."""
+    """The matrix of ``place`` in ``group``, of which rows are looked up."""
 
     def __init__(self, checkpoint: Checkpoint, group: Group, place: Place, settings: tuple[Any, ...]) -> None:
         assert place.format is not None
@@ -48,3 +63,40 @@ class RowsOnDisk:
 
     def _read(self, block: int, data: torch.Tensor) -> None:
         read_place(self._checkpoint, self._group.name, self._place, 0, block * self._nbytes, data, again=True)
+
+
+Use = Callable[[int], AbstractContextManager[Mapping[str, Any]]]
+
+
+class StreamedRows(RowsOnDisk):
+    """The same, to be multiplied with too: its first rows are in memory, ``resident``, and the others lie one after the
+    other in ``units`` of what is streamed. ``use`` gives the parameters of a unit."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        group: Group,
+        place: Place,
+        settings: tuple[Any, ...],
+        resident: Matrix | None,
+        units: Sequence[int],
+        use: Use,
+    ) -> None:
+        super().__init__(checkpoint, group, place, settings)
+        self._resident, self._units, self._use = resident, units, use
+
+    def matmul(self, x: torch.Tensor, out: torch.Tensor, ws: Workspace) -> None:
+        """As :meth:`tightfit.weights.formats.base.Matrix.matmul` by the vector kernel, whose bits do not depend on
+        which rows of the matrix are multiplied together. Without tokens nothing is read."""
+        if not len(x):
+            return
+        kept = 0 if self._resident is None else self._resident.rows
+        row = kept
+        for number, unit in enumerate(self._units):
+            if self._resident is not None:  # a share of it at a time, while the next unit is read
+                start, stop = (kept // TILE_ROWS * at // len(self._units) * TILE_ROWS for at in (number, number + 1))
+                self._resident.slice(start, stop).matmul(x, out[:, start:stop], ws)
+            with self._use(unit) as parameters:
+                part: Matrix = parameters[self._place.param.name]
+                part.matmul(x, out[:, row : row + part.rows], ws)
+                row += part.rows
