@@ -50,6 +50,41 @@ void dense_panel(const Weight& w, size_t tile_row, size_t start, size_t stop, ui
     }
 }
 
+// How many of the first `count` inputs of a pruned row have a bit in its bitmap.
+inline size_t count_before(const uint8_t* bitmap, size_t count) {
+    __m512i sums = _mm512_setzero_si512();
+    for (size_t i = 0; i < count; i += 8 * LINE, bitmap += LINE) {
+        const size_t words = std::min<size_t>((count - i) / 32, 16);  // a panel begins at a multiple of 32 inputs
+        const __m512i bits = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << words) - 1), bitmap);
+        sums = _mm512_add_epi64(sums, _mm512_popcnt_epi64(bits));
+    }
+    return static_cast<size_t>(_mm512_reduce_add_epi64(sums));
+}
+
+// The inputs [start, stop) of a tile row of a pruned matrix. A row whose bitmap asks for more values than there are is
+// damaged, and the rest of it zeros.
+void pruned_panel(const Weight& w, size_t tile_row, size_t start, size_t stop, uint8_t* lines) {
+    const size_t rows = std::min(w.rows - tile_row * TILE_ROWS, TILE_ROWS);
+    const uint8_t* bitmaps[TILE_ROWS];
+    size_t places[TILE_ROWS];
+    for (size_t r = 0; r < rows; r++) {
+        bitmaps[r] = w.data + (tile_row * TILE_ROWS + r) * w.row_bytes();
+        places[r] = count_before(bitmaps[r], start);
+    }
+    alignas(64) uint8_t inputs[TILE_ROWS][LINE] = {};
+    for (size_t col = start; col < stop; col += GEMM_STEP, lines += GEMM_TILE) {
+        for (size_t r = 0; r < rows; r++) {
+            uint32_t bits;
+            std::memcpy(&bits, bitmaps[r] + col / 8, sizeof bits);
+            const uint8_t* values = bitmaps[r] + w.bitmap_bytes() + places[r] * sizeof(BF16);
+            places[r] += static_cast<size_t>(__builtin_popcount(bits));
+            if (places[r] > w.kept) bits = 0;
+            _mm512_store_si512(inputs[r], _mm512_maskz_expandloadu_epi16(bits, values));
+        }
+        transpose(inputs[0], LINE, lines);
+    }
+}
+
 // A scale or an offset of each row, in the order of a line's numbers: `low` for the rows 0 to 7, `high` for 8 to 15.
 struct InLine {
     __m512 low, high;
@@ -183,6 +218,7 @@ Panel panel_of(const Weight& w) {
         case Kind::f32: return dense_panel<float>;
         case Kind::f16: return dense_panel<F16>;
         case Kind::bf16: return dense_panel<BF16>;
+        case Kind::pruned: return pruned_panel;
         default: break;
     }
     with_code<Avx512>(w, [&](const auto& code) {
@@ -215,6 +251,12 @@ private:
 
 // The stored inputs [start, stop) of `count` tile rows.
 Ahead stored(const Weight& w, size_t tile_row, size_t count, size_t start, size_t stop, size_t times) {
+    if (w.kind == Kind::pruned) {  // about where their values are
+        const size_t row = tile_row * TILE_ROWS, rows = std::min(w.rows - row, count * TILE_ROWS);
+        const size_t values = w.row_bytes() - w.bitmap_bytes(), width = std::min(stop, w.cols) - start;
+        const uint8_t* data = w.data + row * w.row_bytes() + w.bitmap_bytes() + values * start / w.cols;
+        return {data, values * width / w.cols, w.row_bytes(), rows, times};
+    }
     if (!w.tiled()) {
         const size_t row = tile_row * TILE_ROWS, rows = std::min(w.rows - row, count * TILE_ROWS);
         const size_t bytes = (std::min(stop, w.cols) - start) * itemsize(w.kind);

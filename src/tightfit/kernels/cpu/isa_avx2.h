@@ -10,6 +10,21 @@
 namespace tightfit {
 namespace {
 
+// For each mask of eight bits where the number of a bit that is set lies among those of all; 0x80 makes a zero.
+struct Spread {
+    alignas(16) uint8_t bytes[256][16];
+
+    constexpr Spread() : bytes() {
+        for (int mask = 0; mask < 256; mask++)
+            for (int i = 0, next = 0; i < 8; i++) {
+                const bool kept = mask >> i & 1;
+                bytes[mask][2 * i] = static_cast<uint8_t>(kept ? 2 * next : 0x80);
+                bytes[mask][2 * i + 1] = static_cast<uint8_t>(kept ? 2 * next + 1 : 0x80);
+                next += kept;
+            }
+    }
+};
+
 struct Avx2 {
     static constexpr size_t LANES = 8, TOKENS = 4;
     static constexpr bool SIGNED_DOT = true;
@@ -60,6 +75,14 @@ struct Avx2 {
         T padded[LANES] = {};
         std::memcpy(padded, address, count * sizeof(T));
         return load(padded);
+    }
+
+    // As in isa_portable.h.
+    static constexpr size_t EXPANDED = 1;
+    static void expand(const BF16* values, uint64_t bits, Vector (&inputs)[EXPANDED]) {
+        static constexpr Spread places;
+        const __m128i halves = _mm_shuffle_epi8(load16(values), load16(places.bytes[bits & 255]));
+        inputs[0] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
     }
 
     static float sum(Vector v) {

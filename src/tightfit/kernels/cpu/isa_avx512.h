@@ -64,6 +64,12 @@ struct Avx512 {
         return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(count), address));
     }
 
+    // As in isa_portable.h.
+    static constexpr size_t EXPANDED = 1;
+    static void expand(const BF16* values, uint64_t bits, Vector (&inputs)[EXPANDED]) {
+        inputs[0] = _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), load(values));
+    }
+
     static float sum(Vector v) {
         const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

@@ -56,6 +56,19 @@ struct Portable {
         return load(padded);
     }
 
+    // Of LANES * EXPANDED inputs those whose bit is set, in order from `values` on, and zeros elsewhere. May read as many
+    // numbers as there are inputs.
+    static constexpr size_t EXPANDED = 1;
+    static void expand(const BF16* values, uint64_t bits, Vector (&inputs)[EXPANDED]) {
+        BF16 spread[LANES];
+        for (size_t i = 0; i < LANES; i++) {
+            const bool kept = bits >> i & 1;
+            spread[i].bits = kept ? values->bits : 0;
+            values += kept;
+        }
+        inputs[0] = load(spread);
+    }
+
     static float sum(Vector v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
     static float largest(Vector v) { return std::max(std::max(v[0], v[1]), std::max(v[2], v[3])); }
