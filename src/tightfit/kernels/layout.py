@@ -17,9 +17,11 @@ bits are the magnitude of v and its fifth is set if v is negative: bitnet.cpp's 
 Each run is planes of its own, 80 bytes.
 
 A pruned matrix has no tiles: its rows lie one after the other, each ``[bitmap][values in bfloat16]`` as in Endor
-(https://arxiv.org/abs/2406.11674). Bit ``i % 8`` of the bitmap's byte ``i // 8`` is set if input i is not zero; the
-values are those inputs in order, and zeros behind them where there are fewer than the row has room for. Bitmap and
-values are each filled up to 8 bytes.
+(https://arxiv.org/abs/2406.11674). Bit ``p % 8`` of the bitmap's byte ``p // 8`` is set if the input at place p is not
+zero; the values are those inputs, one place after the other, and zeros behind them where there are fewer than the row
+has room for. Place ``2i + h`` of 32 is input ``16h + i``: then a register of 16-bit numbers is two of 32-bit numbers,
+their upper halves and their lower, each with inputs that follow each other. Bitmap and values are each filled up to 8
+bytes.
 """
 
 from __future__ import annotations

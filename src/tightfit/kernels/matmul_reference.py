@@ -133,7 +133,7 @@ def decode_block(weight: Weight, start: int, stop: int, out: torch.Tensor, ws: W
             for row in range(start, stop, TILE_ROWS):
                 end = min(row + TILE_ROWS, stop)
                 _expand(weight, row, end, expansion)
-                _copy(expansion.numbers[: end - row, : weight.cols], out[row - start : end - start])
+                _copy(expansion.inputs[: end - row, : weight.cols], out[row - start : end - start])
         return
     first, last = weight.row_offset + start, weight.row_offset + stop
     with ws.frame():
@@ -224,7 +224,7 @@ def _gather_pruned(weight: Weight, indices: torch.Tensor, expansion: Expansion, 
         if not 0 <= index < weight.rows:
             raise IndexError(f"row {index} of a matrix of {weight.rows} rows")
         expand(weight, index, index + 1, expansion)
-        out[i].copy_(expansion.numbers[0, : weight.cols])
+        out[i].copy_(expansion.inputs[0, : weight.cols])
 
 
 @op

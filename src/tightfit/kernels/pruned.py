@@ -33,7 +33,7 @@ def prune(block: torch.Tensor, kept: int, out: torch.Tensor) -> None:
         return
     if block.dtype not in TYPES or block.stride(1) != 1:
         block = block.float().contiguous()
-    scratch = torch.empty(cols, dtype=torch.bfloat16)
+    scratch = torch.empty(2, cols, dtype=torch.bfloat16)
     finite: bool = cpu.module.prune(
         TYPES[block.dtype],
         block.data_ptr(),
@@ -53,26 +53,33 @@ def _prune(block: torch.Tensor, kept: int, out: torch.Tensor) -> None:
     if not block.isfinite().all():
         raise not_finite()
     (rows, cols), bitmap = block.shape, bitmap_nbytes(block.shape[1])
-    magnitudes = block.contiguous().view(torch.int16) & MAGNITUDE
+    padded = torch.zeros(rows, 8 * bitmap, dtype=torch.bfloat16)
+    padded[:, :cols] = block
+    magnitudes = padded.view(torch.int16) & MAGNITUDE
     largest = magnitudes.argsort(dim=1, descending=True, stable=True)[:, :kept]
-    stays = torch.zeros(rows, 8 * bitmap, dtype=torch.bool)
-    stays.scatter_(1, largest, True)
-    stays[:, :cols] &= magnitudes != 0
-    places = stays[:, :cols].cumsum(1).sub_(1).masked_fill_(~stays[:, :cols], kept)  # the last is for those that go
-    values = torch.zeros(rows, kept + 1, dtype=torch.bfloat16).scatter_(1, places, block)
+    stays = torch.zeros_like(magnitudes, dtype=torch.bool).scatter_(1, largest, True)
+    stays, padded = _interleaved(stays & (magnitudes != 0)), _interleaved(padded)
+    places = stays.cumsum(1).sub_(1).masked_fill_(~stays, kept)  # the last is for those that go
+    values = torch.zeros(rows, kept + 1, dtype=torch.bfloat16).scatter_(1, places, padded)
     out.zero_()
     for bit in range(8):
         out[:, :bitmap] |= stays[:, bit::8].byte() << bit
     out[:, bitmap : bitmap + 2 * kept].copy_(values[:, :kept].contiguous().view(torch.uint8))
 
 
+def _interleaved(inputs: torch.Tensor) -> torch.Tensor:
+    """Inputs (n, a multiple of 32) in the order of the bitmap's places."""
+    return inputs.unflatten(1, (-1, 2, 16)).transpose(2, 3).flatten(1)
+
+
 @dataclass(frozen=True)
 class Expansion:
-    """Room to expand 16 pruned rows; ``numbers`` (16, cols, filled up to the bitmap's bits) bfloat16 are the result."""
+    """Room to expand 16 pruned rows; ``inputs`` are the result."""
 
     bits: torch.Tensor  # (16, bytes of the bitmap, 8), uint8
-    places: torch.Tensor  # (16, bits), int64
-    numbers: torch.Tensor
+    indices: torch.Tensor  # (16, bits), int64
+    places: torch.Tensor  # (16, bits), bfloat16
+    inputs: torch.Tensor  # the same in their own order
 
     @staticmethod
     def of(weight: Weight, ws: Workspace) -> Expansion:
@@ -81,17 +88,18 @@ class Expansion:
             ws.empty(TILE_ROWS, nbytes, 8, dtype=torch.uint8),
             ws.empty(TILE_ROWS, 8 * nbytes, dtype=torch.int64),
             ws.empty(TILE_ROWS, 8 * nbytes, dtype=torch.bfloat16),
+            ws.empty(TILE_ROWS, 8 * nbytes, dtype=torch.bfloat16),
         )
 
 
 def expand(weight: Weight, start: int, stop: int, expansion: Expansion) -> None:
-    """``expansion.numbers[i]`` = row ``start + i`` of a pruned matrix, for at most 16 rows up to ``stop``."""
-    stored = weight.data.view(weight.rows, -1)[start:stop]
-    bitmap = bitmap_nbytes(weight.cols)
-    bits, places, numbers = (part[: stop - start] for part in (expansion.bits, expansion.places, expansion.numbers))
+    """``expansion.inputs[i]`` = row ``start + i`` of a pruned matrix, for at most 16 rows up to ``stop``."""
+    stored, bitmap, rows = weight.data.view(weight.rows, -1)[start:stop], bitmap_nbytes(weight.cols), stop - start
     for bit in range(8):
-        torch.bitwise_right_shift(stored[:, :bitmap], bit, out=bits[..., bit]).bitwise_and_(1)
-    flat = bits.flatten(1)
-    torch.cumsum(flat, 1, out=places).sub_(1).clamp_(0, weight.kept - 1)
-    torch.gather(stored[:, bitmap:].view(torch.bfloat16), 1, places, out=numbers)
-    numbers.masked_fill_(flat.bitwise_xor_(1).view(torch.bool), 0)
+        torch.bitwise_right_shift(stored[:, :bitmap], bit, out=expansion.bits[:rows, :, bit])
+    bits = expansion.bits[:rows].flatten(1).bitwise_and_(1)
+    indices, places = expansion.indices[:rows], expansion.places[:rows]
+    torch.cumsum(bits, 1, out=indices).sub_(1).clamp_(0, weight.kept - 1)
+    torch.gather(stored[:, bitmap:].view(torch.bfloat16), 1, indices, out=places)
+    places.masked_fill_(bits.bitwise_xor_(1).view(torch.bool), 0)
+    expansion.inputs[:rows].unflatten(1, (-1, 2, 16)).copy_(places.unflatten(1, (-1, 16, 2)).transpose(2, 3))

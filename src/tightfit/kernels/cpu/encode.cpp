@@ -56,18 +56,24 @@ bool prune(const Weight& w, Rows<const T> x, uint8_t* out, BF16* scratch) {
             if (count(scratch, w.cols, least | bit) >= w.kept) least |= bit;
         size_t equal = least ? w.kept - count(scratch, w.cols, least + 1) : 0;  // that are kept; zeros are not
 
-        std::memset(out, 0, w.row_bytes());
-        size_t kept = 0;
         for (size_t i = 0; i < w.cols; i++) {
-            const BF16 number = scratch[i];
-            const uint16_t size = number.bits & MAGNITUDE;
+            const uint16_t size = scratch[i].bits & MAGNITUDE;
             const bool stays = size > least || (size == least && equal > 0);
             equal -= stays && size == least;
-            scratch[kept] = number;
-            kept += stays;
-            out[i / 8] |= static_cast<uint8_t>(stays << i % 8);
+            scratch[i].bits = stays ? scratch[i].bits : 0;
         }
-        std::memcpy(out + w.bitmap_bytes(), scratch, kept * sizeof(BF16));
+
+        std::memset(out, 0, w.row_bytes());
+        BF16* values = scratch + w.cols;
+        size_t kept = 0;
+        for (size_t place = 0; place < w.bitmap_bytes() * 8; place++) {
+            const size_t i = place / 32 * 32 + place % 2 * 16 + place % 32 / 2;
+            if (i >= w.cols) continue;
+            values[kept] = scratch[i];
+            kept += scratch[i].bits != 0;
+            out[place / 8] |= static_cast<uint8_t>((scratch[i].bits != 0) << place % 8);
+        }
+        std::memcpy(out + w.bitmap_bytes(), values, kept * sizeof(BF16));
     }
     return true;
 }

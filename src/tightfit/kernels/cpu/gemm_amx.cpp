@@ -61,6 +61,15 @@ inline size_t count_before(const uint8_t* bitmap, size_t count) {
     return static_cast<size_t>(_mm512_reduce_add_epi64(sums));
 }
 
+// Where in the bitmap each of 32 inputs has its bit.
+struct Interleaved {
+    alignas(64) uint16_t places[32];
+
+    constexpr Interleaved() : places() {
+        for (int i = 0; i < 32; i++) places[i] = static_cast<uint16_t>(i % 16 * 2 + i / 16);
+    }
+};
+
 // The inputs [start, stop) of a tile row of a pruned matrix. A row whose bitmap asks for more values than there are is
 // damaged, and the rest of it zeros.
 void pruned_panel(const Weight& w, size_t tile_row, size_t start, size_t stop, uint8_t* lines) {
@@ -71,6 +80,8 @@ void pruned_panel(const Weight& w, size_t tile_row, size_t start, size_t stop, u
         bitmaps[r] = w.data + (tile_row * TILE_ROWS + r) * w.row_bytes();
         places[r] = count_before(bitmaps[r], start);
     }
+    static constexpr Interleaved interleaved;
+    const __m512i order = _mm512_load_si512(interleaved.places);
     alignas(64) uint8_t inputs[TILE_ROWS][LINE] = {};
     for (size_t col = start; col < stop; col += GEMM_STEP, lines += GEMM_TILE) {
         for (size_t r = 0; r < rows; r++) {
@@ -79,7 +90,8 @@ void pruned_panel(const Weight& w, size_t tile_row, size_t start, size_t stop, u
             const uint8_t* values = bitmaps[r] + w.bitmap_bytes() + places[r] * sizeof(BF16);
             places[r] += static_cast<size_t>(__builtin_popcount(bits));
             if (places[r] > w.kept) bits = 0;
-            _mm512_store_si512(inputs[r], _mm512_maskz_expandloadu_epi16(bits, values));
+            const __m512i places = _mm512_maskz_expandloadu_epi16(bits, values);
+            _mm512_store_si512(inputs[r], _mm512_permutexvar_epi16(order, places));
         }
         transpose(inputs[0], LINE, lines);
     }

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "weight.h"
+#include "isa_avx2.h"
 
 namespace tightfit {
 namespace {
@@ -64,12 +64,6 @@ struct Avx512 {
         return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(count), address));
     }
 
-    // As in isa_portable.h.
-    static constexpr size_t EXPANDED = 1;
-    static void expand(const BF16* values, uint64_t bits, Vector (&inputs)[EXPANDED]) {
-        inputs[0] = _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), load(values));
-    }
-
     static float sum(Vector v) {
         const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -106,6 +100,12 @@ struct Avx512 {
     }
     static Vector lower(Bytes words, F16) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)); }
     static Vector upper(Bytes words, F16) { return lower(_mm512_srli_epi32(words, 16), F16()); }
+
+    // As in isa_portable.h.
+    static Bytes expand(const BF16* values, uint64_t bits) {
+        const __m256i high = Avx2::expand(values + _mm_popcnt_u64(bits & 0xffff), bits >> 16);
+        return _mm512_inserti64x4(_mm512_castsi256_si512(Avx2::expand(values, bits)), high, 1);
+    }
 
     // ---- codes: four bytes to a lane ----
 

@@ -11,6 +11,16 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "matrices are stored in
 namespace tightfit {
 namespace {
 
+// For each eight bits, how many are set before each one that is; 8 for the others.
+struct Spread {
+    uint8_t places[256][8];
+
+    constexpr Spread() : places() {
+        for (int bits = 0; bits < 256; bits++)
+            for (int i = 0, next = 0; i < 8; i++) places[bits][i] = static_cast<uint8_t>(bits >> i & 1 ? next++ : 8);
+    }
+};
+
 struct Portable {
     static constexpr size_t LANES = 4, TOKENS = 2;
     static constexpr bool SIGNED_DOT = true;
@@ -56,19 +66,6 @@ struct Portable {
         return load(padded);
     }
 
-    // Of LANES * EXPANDED inputs those whose bit is set, in order from `values` on, and zeros elsewhere. May read as many
-    // numbers as there are inputs.
-    static constexpr size_t EXPANDED = 1;
-    static void expand(const BF16* values, uint64_t bits, Vector (&inputs)[EXPANDED]) {
-        BF16 spread[LANES];
-        for (size_t i = 0; i < LANES; i++) {
-            const bool kept = bits >> i & 1;
-            spread[i].bits = kept ? values->bits : 0;
-            values += kept;
-        }
-        inputs[0] = load(spread);
-    }
-
     static float sum(Vector v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
     static float largest(Vector v) { return std::max(std::max(v[0], v[1]), std::max(v[2], v[3])); }
@@ -99,6 +96,19 @@ struct Portable {
     static Vector upper(Bytes words, BF16) { return as<Vector>(as<Unsigned>(words) & 0xffff0000); }
     static Vector lower(Bytes words, F16) { return from_f16(as<Unsigned>(words) & 0xffff); }
     static Vector upper(Bytes words, F16) { return from_f16(as<Unsigned>(words) >> 16); }
+
+    // As many halves as there are bits for, two to a lane: those whose bit is set are the next ones of `values`, of which
+    // as many are read as there are halves; the others are zeros.
+    static Bytes expand(const BF16* values, uint64_t bits) {
+        static constexpr Spread spread;
+        uint16_t some[9];
+        std::memcpy(some, values, 8 * sizeof(BF16));
+        some[8] = 0;
+        const uint8_t(&from)[8] = spread.places[bits & 255];
+        uint16_t halves[8];
+        for (int i = 0; i < 8; i++) halves[i] = some[from[i]];
+        return load_as<Bytes>(halves);
+    }
 
     // ---- codes: four bytes to a lane ----
 

@@ -20,52 +20,52 @@ extern const PrunedKernels avx2_pruned_kernels, avx512_pruned_kernels, amx_prune
 
 namespace {
 
+constexpr size_t RUN = 32;  // inputs whose halves take turns in the bitmap
+
 // The values of a row from the first on. A word of the bitmap may have WORD of them, which can be read from anywhere:
 // where the matrix ends before that, from a copy. A bitmap that asks for more than there is, is damaged and gets zeros.
 class Values {
 public:
     Values(const Weight& w, size_t row)
         : next_(reinterpret_cast<const BF16*>(w.data + row * w.row_bytes() + w.bitmap_bytes())),
-          left_(((w.rows - row) * w.row_bytes() - w.bitmap_bytes()) / sizeof(BF16)) {}
+          end_(reinterpret_cast<const BF16*>(w.data + w.rows * w.row_bytes())) {}
 
     const BF16* word() {
-        if (left_ < WORD) {
+        if (end_ - next_ < static_cast<ptrdiff_t>(WORD)) {
+            const size_t left = end_ > next_ ? end_ - next_ : 0;
             BF16 rest[WORD] = {};
-            std::memcpy(rest, next_, left_ * sizeof(BF16));
+            std::memcpy(rest, next_, left * sizeof(BF16));
             std::memcpy(rest_, rest, sizeof rest);
-            next_ = rest_;
+            next_ = rest_, end_ = rest_ + left;
         }
         return next_;
     }
 
-    void skip(size_t count) {
-        count = std::min(count, left_);
-        next_ += count, left_ -= count;
-    }
+    void skip(size_t count) { next_ += count; }
 
 private:
-    const BF16* next_;
-    size_t left_;
+    const BF16 *next_, *end_;
     BF16 rest_[WORD];
 };
 
 inline size_t count_ones(uint64_t bits) { return static_cast<size_t>(__builtin_popcountll(bits)); }
 
-// Calls work(col, i, weights) for each LANES inputs of a row, the i-th of the word of inputs that begins at `col`.
+// Calls work(col, i, weights) for each LANES inputs of a row, from col + i on; `col` is a multiple of WORD.
 template <class Isa, class Work>
 inline void for_vectors(const Weight& w, size_t row, Work work) {
-    constexpr size_t STEP = Isa::LANES * Isa::EXPANDED;
+    constexpr size_t STEP = 2 * Isa::LANES;
     const uint8_t* bitmap = w.data + row * w.row_bytes();
     Values values(w, row);
-    for (size_t col = 0; col < w.cols; col += WORD, bitmap += 8) {
+    for (size_t col = 0; col < w.cols; col += WORD, bitmap += WORD / 8) {
         const uint64_t bits = load_as<uint64_t>(bitmap);
         const BF16* next = values.word();
         prefetch(next);
-        for (size_t step = 0; step < WORD / STEP; step++) {
-            const uint64_t some = bits >> step * STEP & ((uint64_t{1} << STEP) - 1);
-            typename Isa::Vector weights[Isa::EXPANDED];
-            Isa::expand(next, some, weights);
-            for (size_t i = 0; i < Isa::EXPANDED; i++) work(col, step * Isa::EXPANDED + i, weights[i]);
+        for (size_t step = 0; step < WORD; step += STEP) {
+            const uint64_t some = bits >> step & ((uint64_t{1} << STEP) - 1);
+            const typename Isa::Bytes both = Isa::expand(next, some);
+            const size_t i = step / RUN * RUN + step % RUN / 2;
+            work(col, i, Isa::lower(both, BF16()));
+            work(col, i + RUN / 2, Isa::upper(both, BF16()));
             next += count_ones(some);
         }
         values.skip(count_ones(bits));
@@ -81,9 +81,10 @@ inline void pruned_row(const Weight& w, size_t row, Rows<const float> x, const f
     for (auto& token : sums)
         for (auto& sum : token) sum = Isa::zero();
     for_vectors<Isa>(w, row, [&](size_t col, size_t i, typename Isa::Vector weights) {
+        const size_t part = i / Isa::LANES % PARTS;
         for (size_t t = 0; t < TOKENS; t++) {
             const float* inputs = col + WORD <= w.cols ? x[t] + col : ends[t];
-            sums[t][i % PARTS] = Isa::fma(weights, Isa::load(inputs + i * Isa::LANES), sums[t][i % PARTS]);
+            sums[t][part] = Isa::fma(weights, Isa::load(inputs + i), sums[t][part]);
         }
     });
     for (size_t t = 0; t < TOKENS; t++) {
@@ -96,7 +97,7 @@ template <class Isa>
 void pruned_matmul(const Weight& w, size_t first, size_t last, Rows<const float> x, size_t tokens, Rows<float> out,
                    float accumulate) {
     const size_t end = w.cols / WORD * WORD;
-    for_chunks<std::max<size_t>(Isa::TOKENS / 2, 1)>(tokens, [&](size_t t, auto count) {
+    for_chunks<Isa::TOKENS / 2>(tokens, [&](size_t t, auto count) {
         float ends[count][WORD] = {};
         for (size_t i = 0; i < count; i++) std::memcpy(ends[i], x[t + i] + end, (w.cols - end) * sizeof(float));
         for (size_t row = first; row < last; row++)
@@ -108,7 +109,7 @@ template <class Isa, class T>
 void pruned_decode(const Weight& w, size_t first, size_t last, Rows<T> out) {
     for (size_t row = first; row < last; row++)
         for_vectors<Isa>(w, row, [&](size_t col, size_t i, typename Isa::Vector weights) {
-            col += i * Isa::LANES;
+            col += i;
             if (col < w.cols) Isa::store_part(out[row - first] + col, weights, std::min(w.cols - col, +Isa::LANES));
         });
 }
