@@ -22,53 +22,41 @@ namespace {
 
 constexpr size_t RUN = 32;  // inputs whose halves take turns in the bitmap
 
-// The values of a row from the first on. A word of the bitmap may have WORD of them, which can be read from anywhere:
-// where the matrix ends before that, from a copy. A bitmap that asks for more than there is, is damaged and gets zeros.
-class Values {
-public:
-    Values(const Weight& w, size_t row)
-        : next_(reinterpret_cast<const BF16*>(w.data + row * w.row_bytes() + w.bitmap_bytes())),
-          end_(reinterpret_cast<const BF16*>(w.data + w.rows * w.row_bytes())) {}
-
-    const BF16* word() {
-        if (end_ - next_ < static_cast<ptrdiff_t>(WORD)) {
-            const size_t left = end_ > next_ ? end_ - next_ : 0;
-            BF16 rest[WORD] = {};
-            std::memcpy(rest, next_, left * sizeof(BF16));
-            std::memcpy(rest_, rest, sizeof rest);
-            next_ = rest_, end_ = rest_ + left;
-        }
-        return next_;
-    }
-
-    void skip(size_t count) { next_ += count; }
-
-private:
-    const BF16 *next_, *end_;
-    BF16 rest_[WORD];
-};
-
-inline size_t count_ones(uint64_t bits) { return static_cast<size_t>(__builtin_popcountll(bits)); }
-
-// Calls work(col, i, weights) for each LANES inputs of a row, from col + i on; `col` is a multiple of WORD.
+// Calls work(i, weights) for each LANES inputs of a word, from i on. `next` has WORD values that can be read; gives the
+// first one of the next word.
 template <class Isa, class Work>
-inline void for_vectors(const Weight& w, size_t row, Work work) {
+__attribute__((always_inline)) inline const BF16* for_vectors(const uint8_t* bitmap, const BF16* next, Work work) {
     constexpr size_t STEP = 2 * Isa::LANES;
+    for (size_t step = 0; step < WORD; step += STEP) {
+        uint64_t bits = 0;
+        std::memcpy(&bits, bitmap + step / 8, STEP / 8);
+        const typename Isa::Bytes both = Isa::expand(next, bits);
+        const size_t i = step / RUN * RUN + step % RUN / 2;
+        work(i, Isa::lower(both, BF16()));
+        work(i + RUN / 2, Isa::upper(both, BF16()));
+        next += __builtin_popcountll(bits);
+    }
+    return next;
+}
+
+// Calls inside(col, i, weights) for each LANES inputs of a row, from col + i on, `col` a multiple of WORD, and for the
+// rest of them, where a word or its values may end early, at_end(col, i, weights). Values are read from anywhere in the
+// matrix, but not behind it. A bitmap that asks for more than there are is damaged, and gets zeros there.
+template <class Isa, class Inside, class AtEnd>
+inline void for_words(const Weight& w, size_t row, Inside inside, AtEnd at_end) {
+    const size_t cols = w.cols;
     const uint8_t* bitmap = w.data + row * w.row_bytes();
-    Values values(w, row);
-    for (size_t col = 0; col < w.cols; col += WORD, bitmap += WORD / 8) {
-        const uint64_t bits = load_as<uint64_t>(bitmap);
-        const BF16* next = values.word();
+    const BF16* next = reinterpret_cast<const BF16*>(bitmap + w.bitmap_bytes());
+    const BF16* end = reinterpret_cast<const BF16*>(w.data + w.rows * w.row_bytes());
+    size_t col = 0;
+    for (; col + WORD <= cols && end - next >= static_cast<ptrdiff_t>(WORD); col += WORD, bitmap += WORD / 8) {
         prefetch(next);
-        for (size_t step = 0; step < WORD; step += STEP) {
-            const uint64_t some = bits >> step & ((uint64_t{1} << STEP) - 1);
-            const typename Isa::Bytes both = Isa::expand(next, some);
-            const size_t i = step / RUN * RUN + step % RUN / 2;
-            work(col, i, Isa::lower(both, BF16()));
-            work(col, i + RUN / 2, Isa::upper(both, BF16()));
-            next += count_ones(some);
-        }
-        values.skip(count_ones(bits));
+        next = for_vectors<Isa>(bitmap, next, [&](size_t i, auto weights) { inside(col, i, weights); });
+    }
+    for (; col < cols; col += WORD, bitmap += WORD / 8) {
+        BF16 rest[WORD] = {};
+        if (next < end) std::memcpy(rest, next, std::min<size_t>(end - next, WORD) * sizeof(BF16));
+        next += for_vectors<Isa>(bitmap, rest, [&](size_t i, auto weights) { at_end(col, i, weights); }) - rest;
     }
 }
 
@@ -80,13 +68,17 @@ inline void pruned_row(const Weight& w, size_t row, Rows<const float> x, const f
     typename Isa::Vector sums[TOKENS][PARTS];
     for (auto& token : sums)
         for (auto& sum : token) sum = Isa::zero();
-    for_vectors<Isa>(w, row, [&](size_t col, size_t i, typename Isa::Vector weights) {
-        const size_t part = i / Isa::LANES % PARTS;
-        for (size_t t = 0; t < TOKENS; t++) {
-            const float* inputs = col + WORD <= w.cols ? x[t] + col : ends[t];
-            sums[t][part] = Isa::fma(weights, Isa::load(inputs + i), sums[t][part]);
-        }
-    });
+    const auto add = [&](size_t t, const float* inputs, size_t i, typename Isa::Vector weights) {
+        auto& sum = sums[t][i / Isa::LANES % PARTS];
+        sum = Isa::fma(weights, Isa::load(inputs + i), sum);
+    };
+    const auto inside = [&](size_t col, size_t i, auto weights) {
+        for (size_t t = 0; t < TOKENS; t++) add(t, x[t] + col, i, weights);
+    };
+    const auto at_end = [&](size_t col, size_t i, auto weights) {
+        for (size_t t = 0; t < TOKENS; t++) add(t, col + WORD <= w.cols ? x[t] + col : ends[t], i, weights);
+    };
+    for_words<Isa>(w, row, inside, at_end);
     for (size_t t = 0; t < TOKENS; t++) {
         const float sum = Isa::sum(Isa::add(Isa::add(sums[t][0], sums[t][1]), Isa::add(sums[t][2], sums[t][3])));
         *out[t] = accumulate != 0 ? Isa::fma(accumulate, sum, *out[t]) : sum;
@@ -107,11 +99,15 @@ void pruned_matmul(const Weight& w, size_t first, size_t last, Rows<const float>
 
 template <class Isa, class T>
 void pruned_decode(const Weight& w, size_t first, size_t last, Rows<T> out) {
-    for (size_t row = first; row < last; row++)
-        for_vectors<Isa>(w, row, [&](size_t col, size_t i, typename Isa::Vector weights) {
-            col += i;
-            if (col < w.cols) Isa::store_part(out[row - first] + col, weights, std::min(w.cols - col, +Isa::LANES));
-        });
+    for (size_t row = first; row < last; row++) {
+        T* place = out[row - first];
+        const auto inside = [&](size_t col, size_t i, auto weights) { Isa::store(place + col + i, weights); };
+        const auto at_end = [&](size_t col, size_t i, auto weights) {
+            if (col + i < w.cols)
+                Isa::store_part(place + col + i, weights, std::min(w.cols - col - i, +Isa::LANES));
+        };
+        for_words<Isa>(w, row, inside, at_end);
+    }
 }
 
 template <class Isa>
