@@ -24,17 +24,20 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["checkpoint", "int4"])
+@pytest.fixture(scope="module", params=["checkpoint", "int4", "pruned"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The embedded model as it is, or compressed."""
     if request.param == "checkpoint":
         return "nano"
-    out = tmp_path_factory.mktemp("models") / request.param
-    wish = Wish("nano", "2GiB")
+    return str(compressed("nano", request.param, tmp_path_factory.mktemp("models") / request.param))
+
+
+def compressed(model: str, weights: str, out: Path) -> Path:
+    wish = Wish(model, "2GiB")
     opened = open_model(wish)
     with opened.checkpoint:
-        compress(wish, opened, request.param, out)
-    return str(out)
+        compress(wish, opened, weights, out)
+    return out
 
 
 def resident_plan(model: str) -> Plan:
@@ -106,10 +109,13 @@ def answers(tmp_path: Path) -> Iterator[Callable[[], list[int]]]:
         yield lambda: loaded.generate("import os", max_new_tokens=8, ignore_eos=True).tokens
 
 
-def test_embeddings_stay_on_the_disk_unless_they_are_the_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["own", "int4", "pruned"])
+def test_embeddings_stay_on_the_disk_unless_they_are_the_head(tmp_path: Path, weights: str) -> None:
     placements = []
     for tied in (False, True):
         folder = tiny_llama.write(tmp_path / str(tied), tie_word_embeddings=tied)
+        if weights != "own":
+            folder = compressed(str(folder), weights, tmp_path / f"{tied}-{weights}")
         plan = resident_plan(str(folder))
         texts = []
         for chosen in (plan, streamed(plan, 2)):

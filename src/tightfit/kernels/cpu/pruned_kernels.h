@@ -48,9 +48,11 @@ inline void for_words(const Weight& w, size_t row, Inside inside, AtEnd at_end) 
     const uint8_t* bitmap = w.data + row * w.row_bytes();
     const BF16* next = reinterpret_cast<const BF16*>(bitmap + w.bitmap_bytes());
     const BF16* end = reinterpret_cast<const BF16*>(w.data + w.rows * w.row_bytes());
+    const bool two_lines = 2 * w.kept > cols;  // of values for each word
     size_t col = 0;
     for (; col + WORD <= cols && end - next >= static_cast<ptrdiff_t>(WORD); col += WORD, bitmap += WORD / 8) {
         prefetch(next);
+        if (two_lines) prefetch(next + LINE / sizeof(BF16));
         next = for_vectors<Isa>(bitmap, next, [&](size_t i, auto weights) { inside(col, i, weights); });
     }
     for (; col < cols; col += WORD, bitmap += WORD / 8) {
