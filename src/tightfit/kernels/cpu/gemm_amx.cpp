@@ -73,28 +73,26 @@ struct Interleaved {
 // The inputs [start, stop) of a tile row of a pruned matrix. A row whose bitmap asks for more values than there are is
 // damaged, and the rest of it zeros.
 void pruned_panel(const Weight& w, size_t tile_row, size_t start, size_t stop, uint8_t* lines) {
-    const size_t rows = std::min(w.rows - tile_row * TILE_ROWS, TILE_ROWS);
-    const uint8_t* bitmaps[TILE_ROWS];
-    size_t places[TILE_ROWS];
-    for (size_t r = 0; r < rows; r++) {
-        bitmaps[r] = w.data + (tile_row * TILE_ROWS + r) * w.row_bytes();
-        places[r] = count_before(bitmaps[r], start);
-    }
     static constexpr Interleaved interleaved;
     const __m512i order = _mm512_load_si512(interleaved.places);
-    alignas(64) uint8_t inputs[TILE_ROWS][LINE] = {};
-    for (size_t col = start; col < stop; col += GEMM_STEP, lines += GEMM_TILE) {
-        for (size_t r = 0; r < rows; r++) {
+    const size_t rows = std::min(w.rows - tile_row * TILE_ROWS, TILE_ROWS), kept = w.kept;
+    alignas(64) uint8_t inputs[GEMM_BLOCK / GEMM_STEP][TILE_ROWS][LINE];
+    for (size_t r = 0; r < TILE_ROWS; r++) {
+        const uint8_t* bitmap = w.data + (tile_row * TILE_ROWS + std::min(r, rows - 1)) * w.row_bytes();
+        const uint8_t* values = bitmap + w.bitmap_bytes();
+        size_t place = r < rows ? count_before(bitmap, start) : kept;
+        for (size_t col = start; col < stop; col += GEMM_STEP) {
             uint32_t bits;
-            std::memcpy(&bits, bitmaps[r] + col / 8, sizeof bits);
-            const uint8_t* values = bitmaps[r] + w.bitmap_bytes() + places[r] * sizeof(BF16);
-            places[r] += static_cast<size_t>(__builtin_popcount(bits));
-            if (places[r] > w.kept) bits = 0;
-            const __m512i places = _mm512_maskz_expandloadu_epi16(bits, values);
-            _mm512_store_si512(inputs[r], _mm512_permutexvar_epi16(order, places));
+            std::memcpy(&bits, bitmap + col / 8, sizeof bits);
+            const size_t next = place + static_cast<size_t>(_mm_popcnt_u32(bits));
+            if (next > kept) bits = 0;
+            const __m512i some = _mm512_maskz_expandloadu_epi16(bits, values + place * sizeof(BF16));
+            _mm512_store_si512(inputs[(col - start) / GEMM_STEP][r], _mm512_permutexvar_epi16(order, some));
+            place = next;
         }
-        transpose(inputs[0], LINE, lines);
     }
+    for (size_t col = start; col < stop; col += GEMM_STEP, lines += GEMM_TILE)
+        transpose(inputs[(col - start) / GEMM_STEP][0], LINE, lines);
 }
 
 // A scale or an offset of each row, in the order of a line's numbers: `low` for the rows 0 to 7, `high` for 8 to 15.
