@@ -72,7 +72,7 @@ def vector_matmul(
 
     ``x`` is (tokens, cols) and ``out`` (tokens, rows), float32 with any row stride; of joined matrices ``out`` has the
     products one after the other. ``activations="int8"`` rounds x to 8 bits as
-    :func:`tightfit.kernels.matmul_reference.quantize` does, for all kinds of matrices but the dense ones, pruned ones and fp8.
+    :func:`tightfit.kernels.matmul_reference.quantize` does, for all kinds of tiles but fp8.
     """
     tokens = x.shape[0]
     x_stride, out_stride = _check(x, (tokens, weights.cols)), _check(out, (tokens, weights.rows))

@@ -69,7 +69,7 @@ def _prune(block: torch.Tensor, kept: int, out: torch.Tensor) -> None:
 
 def _interleaved(inputs: torch.Tensor) -> torch.Tensor:
     """Inputs (n, a multiple of 32) in the order of the bitmap's places."""
-    return inputs.unflatten(1, (-1, 2, 16)).transpose(2, 3).flatten(1)
+    return inputs.view(len(inputs), -1, 2, 16).transpose(2, 3).flatten(1)
 
 
 @dataclass(frozen=True)

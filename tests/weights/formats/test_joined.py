@@ -22,7 +22,11 @@ def product(matrix, x, split=None, accumulate=0.0, start=float("nan")):
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(st.tuples(st.sampled_from([BF16(), Int8(), Int4(16), FP8(3), Ternary(), Pruned(), LlmInt8()]), st.integers(1, 40))),
+    st.lists(
+        st.tuples(
+            st.sampled_from([BF16(), Int8(), Int4(16), FP8(3), Ternary(), Pruned(), LlmInt8()]), st.integers(1, 40)
+        )
+    ),
     st.sampled_from(SPLITS),
     st.sampled_from(["float32", "int8"]),
     st.sampled_from([0.0, 0.5]),

@@ -122,7 +122,7 @@ def test_a_pruned_product_is_that_of_the_dense_matrix(kernels):
 
 
 def test_a_damaged_bitmap_reads_nothing_outside_of_the_matrix(kernels):
-    # Every input has a bit: the rows ask for twice as many values as there are. What follows the matrix is not a number.
+    # Every input has a bit: the rows ask for twice as many values as there are. Behind the matrix there are no numbers.
     fmt, cols = Pruned(), 1000
     stored = torch.full((2 * fmt.nbytes(20, cols),), 0xFF, dtype=torch.uint8)
     data = stored[: fmt.nbytes(20, cols)]
