@@ -121,7 +121,8 @@ void check_whole_and_slice(const Weight& w) {
 
 void check_kind(Kind kind, size_t group, bool asymmetric = false) {
     for (size_t rows : {1, 16, 53})
-        for (size_t cols : {1, 75, 330}) check_whole_and_slice(random_matrix(kind, group, asymmetric, rows, cols).weight);
+        for (size_t cols : {1, 75, 330})
+            check_whole_and_slice(random_matrix(kind, group, asymmetric, rows, cols).weight);
 }
 
 void check_pruned() {

@@ -275,13 +275,15 @@ void check_whole_and_slice(const Weight& w) {
 
 void check_kind(Kind kind, size_t group, bool asymmetric = false) {
     for (size_t rows : {1, 16, 37})
-        for (size_t cols : {1, 16, 75, 128}) check_whole_and_slice(random_matrix(kind, group, asymmetric, rows, cols).weight);
+        for (size_t cols : {1, 16, 75, 128})
+            check_whole_and_slice(random_matrix(kind, group, asymmetric, rows, cols).weight);
 }
 
 void check_pruned() {
     for (size_t rows : {1, 37})
         for (size_t cols : {1, 16, 75, 128, 321})
-            for (size_t kept : {size_t{1}, (cols + 1) / 2, cols}) check_whole_and_slice(random_pruned(rows, cols, kept).weight);
+            for (size_t kept : {size_t{1}, (cols + 1) / 2, cols})
+                check_whole_and_slice(random_pruned(rows, cols, kept).weight);
 }
 
 // Of every way to round the activations, and rows enough for many tasks.

@@ -18,8 +18,8 @@ DENSE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 class Weight:
     """``rows`` by ``cols`` numbers stored in ``data`` (uint8, one contiguous run).
 
-    ``kind`` is a key of DENSE (row-major), "pruned" (rows with room for ``kept`` values each), both with ``group`` 0, or
-    the kind of canonical tiles of 16 rows by ``group`` inputs, with an offset beside each scale if ``asymmetric`` (see
+    ``kind`` is a key of DENSE (row-major), "pruned" (rows with room for ``kept`` values), both with ``group`` 0, or the
+    kind of canonical tiles of 16 rows by ``group`` inputs, with an offset beside each scale if ``asymmetric`` (see
     ``kernels/layout.py``). ``row_offset`` is the first row's place in the first tile. ``settings`` is the header of an
     fp8 matrix (uint8; byte 0 is the number of exponent bits), None for the others. ``handle`` is the compiled kernels'
     view of the same bytes, and ``product`` that of the matrix as one to multiply with; None if there are none.

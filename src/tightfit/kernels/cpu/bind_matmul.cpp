@@ -29,7 +29,8 @@ Weight make_weight(const std::string& kind, size_t group, bool asymmetric, uintp
     const size_t multiple = weight.kind == Kind::ternary ? 48 : 16;
     if (weight.tiled() && (group == 0 || group % multiple || row_offset >= TILE_ROWS))
         throw nb::value_error("groups are multiples of 16, of ternary codes of 48, and the row offset is below 16");
-    if (weight.kind == Kind::pruned && (kept == 0 || kept > cols)) throw nb::value_error("rows keep 1 to all of their weights");
+    if (weight.kind == Kind::pruned && (kept == 0 || kept > cols))
+        throw nb::value_error("rows keep 1 to all of their weights");
     return weight;
 }
 
@@ -63,7 +64,8 @@ void tightfit::bind_matmul(nb::module_& m) {
         .def("decode_block",
              [](const Weight& w, size_t start, size_t stop, uintptr_t out, size_t out_stride, bool bf16,
                 size_t threads) {
-                 if (w.kind <= Kind::bf16 || start > stop || stop > w.rows) throw nb::index_error("rows outside of the matrix");
+                 if (w.kind <= Kind::bf16 || start > stop || stop > w.rows)
+                     throw nb::index_error("rows outside of the matrix");
                  nb::gil_scoped_release release;
                  if (bf16)
                      decode_block(w, start, stop, rows_at<BF16>(out, out_stride), threads);

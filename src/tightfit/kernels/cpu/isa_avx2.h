@@ -10,7 +10,7 @@
 namespace tightfit {
 namespace {
 
-// For each eight bits, a shuffle that moves the first halves to the places of those that are set, and zeros to the others.
+// For each eight bits, a shuffle that moves the first halves to the places of those that are set, zeros to the others.
 struct Spread {
     alignas(16) uint8_t bytes[256][16];
 
