@@ -30,11 +30,11 @@ class Pruned(Format):
     """Endor's format for matrices with zeros in any places: a bitmap of the weights that are not zero, and those,
     packed, in bfloat16. With ``keep=0.5`` that is (0.5 * 16 + 1) / 16 of dense bfloat16.
 
-    ``keep`` is the share of each row's weights that there is room for, rounded up. A bfloat16 checkpoint that was pruned
-    to it row by row, as Wanda (https://arxiv.org/abs/2306.11695) does, is held bit by bit, but for the sign of zeros.
-    Of rows with more weights the largest magnitudes stay, of equal ones the first. So a checkpoint whose rows keep
-    unequal shares, as SparseGPT (https://arxiv.org/abs/2301.00774) leaves them, needs the share of its fullest row to
-    be held whole; and one that was not pruned gets plain magnitude pruning, the baseline of those two methods.
+    ``keep`` is the share of each row's weights that there is room for, rounded up. A bfloat16 checkpoint that was
+    pruned to it row by row, as Wanda (https://arxiv.org/abs/2306.11695) does, is held bit by bit, but for the sign of
+    zeros. Of rows with more weights the largest magnitudes stay, of equal ones the first. So a checkpoint whose rows
+    keep unequal shares, as SparseGPT (https://arxiv.org/abs/2301.00774) leaves them, needs the share of its fullest row
+    to be held whole; and one that was not pruned gets plain magnitude pruning, the baseline of those two methods.
 
     It departs from Endor in that every row has room for the same number of values, so that the size does not depend on
     the weights and rows are found without an index; and in that nothing is expanded to a dense matrix: products read
