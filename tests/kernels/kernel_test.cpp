@@ -286,6 +286,17 @@ void check_pruned() {
                 check_whole_and_slice(random_pruned(rows, cols, kept).weight);
 }
 
+// A bitmap that asks for more values than there are must not be followed out of the matrix.
+void check_damaged() {
+    const Matrix matrix = random_pruned(5, 321, 100);
+    const Weight& w = matrix.weight;
+    for (size_t row = 0; row < w.rows; row++) std::memset(&matrix.data[row * w.row_bytes()], 0xff, w.bitmap_bytes());
+    std::vector<float> x(3 * w.cols, 1), out(3 * w.rows), rows(w.rows * w.cols);
+    matmul(Joined({w}), {x.data(), w.cols}, 3, {out.data(), w.rows}, 0, false, nullptr, 1);
+    decode_block(w, 0, w.rows, Rows<float>{rows.data(), w.cols}, 1);
+    check(rows.back() == 0 && std::isfinite(out.back()), "zeros behind the last value");
+}
+
 // Of every way to round the activations, and rows enough for many tasks.
 void check_joined() {
     std::vector<Matrix> matrices;
@@ -326,6 +337,7 @@ int main() {
             for (size_t group : {16, 32, 128}) check_kind(kind, group);
         for (size_t group : {48, 96}) check_kind(Kind::ternary, group);
         check_pruned();
+        check_damaged();
         check_joined();
         std::printf("%s: checked\n", name.c_str());
     }
