@@ -46,6 +46,7 @@ SWEEP: dict[str, tuple[object, ...]] = {
     "group": (0, 64, 128),
     "symmetric": (False,),
     "exponent": (4, 5),
+    "keep": (0.75,),
     "ends": ("int8",),
     "down": ("int6",),
 }

@@ -26,7 +26,7 @@ PROMPTS = [
 ]
 
 
-MODELS = ("nano", "nano int4", "nano int8", "untied", "untied int4", "40-shards")
+MODELS = ("nano", "nano int4", "nano int8", "untied", "untied int4", "untied pruned", "40-shards")
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -38,13 +38,15 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         name = str(tiny_llama.write(folder / name, vocab=6150))  # the last 16 rows are not whole
     elif name == "40-shards":
         name = str(tiny_llama.write(folder / name, shards=40, layers=5))
-    if not weights:
-        return name
-    wish = Wish(name, "2GiB")
+    return str(compressed(name, weights, folder / weights)) if weights else name
+
+
+def compressed(model: str, weights: str, out: Path) -> Path:
+    wish = Wish(model, "2GiB")
     opened = open_model(wish)
     with opened.checkpoint:
-        compress(wish, opened, weights, folder / weights)
-    return str(folder / weights)
+        compress(wish, opened, weights, out)
+    return out
 
 
 def resident_plan(model: str) -> Plan:
@@ -183,10 +185,13 @@ def answers(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable
         yield lambda: loaded.generate("import os", max_new_tokens=8, ignore_eos=True).tokens
 
 
-def test_embeddings_stay_on_the_disk_unless_they_are_a_head_that_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["own", "int4", "pruned"])
+def test_embeddings_stay_on_the_disk_unless_they_are_a_head_that_stays(tmp_path: Path, weights: str) -> None:
     placements = []
     for tied in (False, True):
         folder = tiny_llama.write(tmp_path / str(tied), tie_word_embeddings=tied)
+        if weights != "own":
+            folder = compressed(str(folder), weights, tmp_path / f"{tied}-{weights}")
         plan = resident_plan(str(folder))
         texts = []
         for chosen in (plan, streamed(plan, 2), streamed(plan, 2, rows=0)):

@@ -1,5 +1,6 @@
 // Encoding alone, for the sanitizers (`make sanitize`): every kind of tile, in buffers without a byte to spare, at odd
 // shapes. What is decoded must be as far from the numbers as encoding says.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -76,6 +77,37 @@ void check(Kind kind, size_t group, bool asymmetric, size_t rows, size_t cols) {
     }
 }
 
+// What is pruned is decoded to numbers of x, as many as are kept or all that are not zero.
+template <class T>
+void check_pruned(size_t rows, size_t cols, size_t kept) {
+    Weight w{Kind::pruned, 0, false, nullptr, rows, cols, 0, nullptr, kept};
+    const size_t stride = cols + 3;
+    std::unique_ptr<uint8_t[]> data(new uint8_t[rows * w.row_bytes()]);
+    std::unique_ptr<T[]> x(new T[(rows - 1) * stride + cols]);
+    std::unique_ptr<BF16[]> scratch(new BF16[2 * cols]);
+    std::unique_ptr<float[]> decoded(new float[rows * cols]);
+    for (size_t i = 0; i < (rows - 1) * stride + cols; i++)  // of five bits, which bfloat16 has
+        x[i] = number_of<T>(generator() % 3 ? 1 + static_cast<float>(generator() % 32) / 32 : 0);
+    w.data = data.get();
+    bool right = prune(w, Rows<const T>{x.get(), stride}, data.get(), scratch.get());
+    decode_block(w, 0, rows, Rows<float>{decoded.get(), cols}, 1);
+    for (size_t row = 0; row < rows; row++) {
+        size_t there = 0, found = 0;
+        for (size_t col = 0; col < cols; col++) {
+            const float number = value_of(x[row * stride + col]), stored = decoded[row * cols + col];
+            there += number != 0, found += stored != 0;
+            right &= stored == 0 || std::fabs(stored - number) <= number / 256;
+        }
+        right &= found == std::min(there, kept);
+    }
+    std::memset(&x[(rows - 1) * stride], 0xff, sizeof(T));
+    right &= !prune(w, Rows<const T>{x.get(), stride}, data.get(), scratch.get());
+    if (!right) {
+        failures++;
+        std::printf("%s: pruned, %zu of %zu x %zu\n", name_of(level()), kept, rows, cols);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -92,6 +124,12 @@ int main() {
                         check<BF16>(static_cast<Kind>(kind), group, asymmetric, shape.rows, shape.cols);
                     }
                 }
+        for (const auto& shape : SHAPES)
+            for (size_t kept : {size_t{1}, (shape.cols + 1) / 2, shape.cols}) {
+                check_pruned<float>(shape.rows, shape.cols, kept);
+                check_pruned<F16>(shape.rows, shape.cols, kept);
+                check_pruned<BF16>(shape.rows, shape.cols, kept);
+            }
     }
     std::printf(failures ? "%d failures\n" : "all encoders agree with what they decode to\n", failures);
     return failures != 0;

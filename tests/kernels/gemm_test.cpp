@@ -39,6 +39,26 @@ Matrix random_matrix(Kind kind, size_t group, bool asymmetric, size_t rows, size
     return {std::move(data), w};
 }
 
+// Bits of any inputs up to `kept`; of the first row those of its first ones, of the last its last ones.
+Matrix random_pruned(size_t rows, size_t cols, size_t kept) {
+    Weight w{Kind::pruned, 0, false, nullptr, rows, cols, 0, nullptr, kept};
+    std::unique_ptr<uint8_t[]> data(new uint8_t[rows * w.row_bytes()]());
+    for (size_t row = 0; row < rows; row++) {
+        uint8_t* bitmap = &data[row * w.row_bytes()];
+        for (size_t i = 0; i < kept; i++) {
+            const size_t col = row == 0 ? i : row + 1 == rows ? cols - 1 - i : generator() % cols;
+            const size_t place = col / 32 * 32 + col % 16 * 2 + col % 32 / 16;
+            bitmap[place / 8] |= static_cast<uint8_t>(1 << place % 8);
+        }
+        for (size_t i = 0; i < 2 * kept; i += 2) {
+            bitmap[w.bitmap_bytes() + i] = static_cast<uint8_t>(generator());
+            bitmap[w.bitmap_bytes() + i + 1] = 0x3d;
+        }
+    }
+    w.data = data.get();
+    return {std::move(data), w};
+}
+
 double rounded(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -87,20 +107,27 @@ void check(const Joined& matrices, size_t tokens, float accumulate, size_t threa
     }
 }
 
+void check_whole_and_slice(const Weight& w) {
+    check(Joined({w}), w.rows == 1 ? 35 : 3, 0, 1);
+    if (w.rows < 20) return;
+    Weight slice = w;  // the rows 19 to 52
+    slice.rows = 34;
+    if (slice.tiled())
+        slice.data += slice.tile_row_bytes(), slice.row_offset = 3;
+    else
+        slice.data += 19 * slice.row_bytes();
+    check(Joined({slice}), 17, -1.5f, 3);
+}
+
 void check_kind(Kind kind, size_t group, bool asymmetric = false) {
     for (size_t rows : {1, 16, 53})
-        for (size_t cols : {1, 75, 330}) {
-            const Matrix matrix = random_matrix(kind, group, asymmetric, rows, cols);
-            check(Joined({matrix.weight}), rows == 1 ? 35 : 3, 0, 1);
-            if (rows < 20) continue;
-            Weight slice = matrix.weight;  // the rows 19 to 52
-            slice.rows = 34;
-            if (slice.tiled())
-                slice.data += slice.tile_row_bytes(), slice.row_offset = 3;
-            else
-                slice.data += 19 * cols * itemsize(slice.kind);
-            check(Joined({slice}), 17, -1.5f, 3);
-        }
+        for (size_t cols : {1, 75, 330})
+            check_whole_and_slice(random_matrix(kind, group, asymmetric, rows, cols).weight);
+}
+
+void check_pruned() {
+    for (size_t rows : {1, 16, 53})
+        for (size_t cols : {1, 75, 330, 1100}) check_whole_and_slice(random_pruned(rows, cols, (cols + 1) / 2).weight);
 }
 
 // Rows and tokens enough for many tasks, and inputs that are gone through block by block.
@@ -109,6 +136,7 @@ void check_joined() {
     matrices.push_back(random_matrix(Kind::int4, 32, false, 290, 1100));
     matrices.push_back(random_matrix(Kind::ternary, 48, false, 37, 1100));
     matrices.push_back(random_matrix(Kind::bf16, 0, false, 3, 1100));
+    matrices.push_back(random_pruned(40, 1100, 550));
     std::vector<Weight> weights;
     for (const Matrix& matrix : matrices) weights.push_back(matrix.weight);
     for (size_t tokens : {5, 530}) check(Joined(weights), tokens, 1, 3);
@@ -127,6 +155,7 @@ int main() {
     for (Kind kind : {Kind::nf4, Kind::fp4, Kind::fp8})
         for (size_t group : {16, 160}) check_kind(kind, group);
     for (size_t group : {48, 96}) check_kind(Kind::ternary, group);
+    check_pruned();
     check_joined();
     std::printf(failures ? "gemm: %d checks failed\n" : "gemm: checked\n", failures);
     return failures ? EXIT_FAILURE : EXIT_SUCCESS;

@@ -1,5 +1,6 @@
 // The kernels alone, for the sanitizers (`make sanitize`): every kind of matrix in buffers without a byte to spare, every
 // instruction set of the processor, odd shapes and slices, and many threads.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -130,12 +131,44 @@ double number_at(const Weight& w, const uint8_t* tile, size_t r, size_t i) {
     }
 }
 
+// Rows of which every third keeps fewer values than there is room for. A word of the first may have all of them.
+Matrix random_pruned(size_t rows, size_t cols, size_t kept) {
+    Weight w{Kind::pruned, 0, false, nullptr, rows, cols, 0, nullptr, kept};
+    std::unique_ptr<uint8_t[]> data(new uint8_t[rows * w.row_bytes()]());
+    std::normal_distribution<float> normal;
+    std::vector<size_t> places(cols);
+    for (size_t row = 0; row < rows; row++) {
+        uint8_t* bitmap = &data[row * w.row_bytes()];
+        for (size_t i = 0; i < cols; i++) places[i] = i / 32 * 32 + i % 16 * 2 + i % 32 / 16;
+        if (row) std::shuffle(places.begin(), places.end(), generator);
+        const size_t count = row % 3 == 2 ? kept / 2 : kept;
+        for (size_t i = 0; i < count; i++) {
+            bitmap[places[i] / 8] |= static_cast<uint8_t>(1 << places[i] % 8);
+            const uint16_t value = upper_half(normal(generator));
+            std::memcpy(bitmap + w.bitmap_bytes() + 2 * i, &value, 2);
+        }
+    }
+    w.data = data.get();
+    return {std::move(data), w};
+}
+
+double pruned_at(const Weight& w, size_t row, size_t col) {
+    const uint8_t* bitmap = w.data + row * w.row_bytes();
+    const size_t place = col / 32 * 32 + col % 16 * 2 + col % 32 / 16;
+    size_t before = 0;
+    for (size_t i = 0; i < place; i++) before += bitmap[i / 8] >> i % 8 & 1;
+    uint16_t value = 0;
+    if (bitmap[place / 8] >> place % 8 & 1) std::memcpy(&value, bitmap + w.bitmap_bytes() + 2 * before, 2);
+    return float_of(value, Kind::bf16);
+}
+
 struct Value {
     double product, offset, scale;
     double sum() const { return product + offset; }
 };
 
 Value weight_at(const Weight& w, size_t row, size_t col) {
+    if (w.kind == Kind::pruned) return {pruned_at(w, row, col), 0, 1};
     if (!w.tiled()) {
         const uint8_t* address = w.data + (row * w.cols + col) * itemsize(w.kind);
         float value;
@@ -207,7 +240,7 @@ void check_product(const Joined& matrices, size_t tokens, bool int8, float accum
 void check_weight(const Weight& w, size_t tokens) {
     for (bool int8 : {false, true})
         for (float accumulate : {0.0f, -1.5f}) check_product(Joined({w}), tokens, int8, accumulate);
-    if (!w.tiled()) return;
+    if (w.kind <= Kind::bf16) return;
 
     std::vector<float> rows(w.rows * w.cols);
     std::vector<BF16> halves(w.rows * w.cols);
@@ -228,20 +261,40 @@ void check_weight(const Weight& w, size_t tokens) {
         check(!std::memcmp(&reversed[i * w.cols], &rows[(w.rows - 1 - i) * w.cols], w.cols * sizeof(float)), "rows");
 }
 
+void check_whole_and_slice(const Weight& w) {
+    check_weight(w, w.rows == 1 ? 15 : 3);
+    if (w.rows < 20) return;
+    Weight slice = w;  // the rows 19 to 36
+    slice.rows = 17;
+    if (slice.tiled())
+        slice.data += slice.tile_row_bytes(), slice.row_offset = 3;
+    else
+        slice.data += 19 * slice.row_bytes();
+    check_weight(slice, 3);
+}
+
 void check_kind(Kind kind, size_t group, bool asymmetric = false) {
     for (size_t rows : {1, 16, 37})
-        for (size_t cols : {1, 16, 75, 128}) {
-            const Matrix matrix = random_matrix(kind, group, asymmetric, rows, cols);
-            check_weight(matrix.weight, rows == 1 ? 15 : 3);
-            if (rows < 20) continue;
-            Weight slice = matrix.weight;  // the rows 19 to 36
-            slice.rows = 17;
-            if (slice.tiled())
-                slice.data += slice.tile_row_bytes(), slice.row_offset = 3;
-            else
-                slice.data += 19 * cols * itemsize(slice.kind);
-            check_weight(slice, 3);
-        }
+        for (size_t cols : {1, 16, 75, 128})
+            check_whole_and_slice(random_matrix(kind, group, asymmetric, rows, cols).weight);
+}
+
+void check_pruned() {
+    for (size_t rows : {1, 37})
+        for (size_t cols : {1, 16, 75, 128, 321})
+            for (size_t kept : {size_t{1}, (cols + 1) / 2, cols})
+                check_whole_and_slice(random_pruned(rows, cols, kept).weight);
+}
+
+// A bitmap that asks for more values than there are must not be followed out of the matrix.
+void check_damaged() {
+    const Matrix matrix = random_pruned(5, 321, 100);
+    const Weight& w = matrix.weight;
+    for (size_t row = 0; row < w.rows; row++) std::memset(&matrix.data[row * w.row_bytes()], 0xff, w.bitmap_bytes());
+    std::vector<float> x(3 * w.cols, 1), out(3 * w.rows), rows(w.rows * w.cols);
+    matmul(Joined({w}), {x.data(), w.cols}, 3, {out.data(), w.rows}, 0, false, nullptr, 1);
+    decode_block(w, 0, w.rows, Rows<float>{rows.data(), w.cols}, 1);
+    check(rows.back() == 0 && std::isfinite(out.back()), "zeros behind the last value");
 }
 
 // Of every way to round the activations, and rows enough for many tasks.
@@ -251,6 +304,7 @@ void check_joined() {
     matrices.push_back(random_matrix(Kind::ternary, 48, false, 37, 3000));
     matrices.push_back(random_matrix(Kind::bf16, 0, false, 3, 3000));
     matrices.push_back(random_matrix(Kind::int2, 16, true, 70, 3000));
+    matrices.push_back(random_pruned(20, 3000, 1500));
     std::vector<Weight> weights;
     for (const Matrix& matrix : matrices) weights.push_back(matrix.weight);
     for (size_t tokens : {1, 3, 11}) check_product(Joined(weights), tokens, true, 0);
@@ -282,6 +336,8 @@ int main() {
         for (Kind kind : {Kind::nf4, Kind::fp4, Kind::fp8})
             for (size_t group : {16, 32, 128}) check_kind(kind, group);
         for (size_t group : {48, 96}) check_kind(Kind::ternary, group);
+        check_pruned();
+        check_damaged();
         check_joined();
         std::printf("%s: checked\n", name.c_str());
     }

@@ -8,15 +8,17 @@ import time
 
 import pytest
 import torch
+from tests.weights.formats.stored import matrix_of
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import UsageError
 from tightfit.kernels import cpu, matmul, matmul_reference
 from tightfit.kernels.weight import Weight
-from tightfit.weights.formats import BF16, F16, F32, Int4, Int8
+from tightfit.weights.formats import BF16, F16, F32, Int4, Int8, Pruned
 
 COMPILED = cpu.supported()[:-1]
 FORMATS = [F32(), F16(), BF16(), Int8(), Int4(), Int8(group=16), Int4(group=128), Int8(group=96), Int4(group=48)]
+FORMATS += [Pruned(), Pruned(keep=0.9)]
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="installed without the compiled kernels")
@@ -37,9 +39,7 @@ def ws():
 
 
 def weight_of(fmt, rows, cols):
-    data = torch.empty(fmt.nbytes(rows, cols), dtype=torch.uint8)
-    fmt.encode(torch.randn(rows, cols), data, 0)
-    return Weight(data, fmt.kind, fmt.group, rows, cols)
+    return matrix_of(fmt, torch.randn(rows, cols)).weight
 
 
 @pytest.mark.parametrize("isa", COMPILED)
@@ -57,7 +57,7 @@ def test_products_agree_with_the_reference(ws, isa, fmt, rows, cols):
 
 
 @pytest.mark.parametrize("isa", COMPILED)
-@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.group], ids=str)
+@pytest.mark.parametrize("fmt", FORMATS[3:], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decoding_has_the_bits_of_the_reference(ws, isa, fmt, dtype):
     cpu.use(isa)

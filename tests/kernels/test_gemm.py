@@ -13,9 +13,9 @@ from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import cpu, matmul
 from tightfit.kernels.ops import dry
 from tightfit.kernels.weight import Joined, Weight
-from tightfit.weights.formats import BF16, F16, F32, Int4, Int8, Ternary
+from tightfit.weights.formats import BF16, F16, F32, Int4, Int8, Pruned, Ternary
 
-FORMATS = [F32(), F16(), BF16(), *TILED]
+FORMATS = [F32(), F16(), BF16(), Pruned(), Pruned(keep=0.9), *TILED]
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
 pytestmark = pytest.mark.skipif("amx" not in cpu.supported(), reason="this processor has no AMX")
@@ -85,13 +85,13 @@ def test_weights_are_rounded_once(fmt, scale):
 @pytest.mark.parametrize(
     ("rows", "cols", "tokens"), [(600, 100, 70), (40, 2600, 300), (300, 1100, 530), (16, 16, 1100)]
 )
-@pytest.mark.parametrize("fmt", [BF16(), Int4(), Ternary(48)], ids=str)
+@pytest.mark.parametrize("fmt", [BF16(), Pruned(), Int4(), Ternary(48)], ids=str)
 def test_matrices_and_prompts_of_many_blocks_add_up(fmt, rows, cols, tokens):
     weight, x = weight_of(fmt, rows, cols), normal(tokens, cols)
     assert_product(product(weight, x), x, rounded(weight))
 
 
-@pytest.mark.parametrize("fmt", [BF16(), Int4(), Ternary(48)], ids=str)
+@pytest.mark.parametrize("fmt", [BF16(), Pruned(), Int4(), Ternary(48)], ids=str)
 def test_a_token_has_the_same_bits_whatever_is_beside_it(fmt):
     # With 530 tokens there are two runs of them, and their tiles do not fit into the second-level cache.
     weight, x = weight_of(fmt, 100, 1100), normal(530, 1100)
@@ -115,7 +115,8 @@ def test_a_token_has_the_same_bits_on_any_number_of_threads(rows, tokens):
 def test_joined_matrices_give_what_each_gives_alone():
     # Ternary codes want blocks of their own.
     weights = [
-        weight_of(fmt, rows, 500) for fmt, rows in ((Int4(), 70), (Ternary(48), 33), (BF16(), 1), (Int8(0), 160))
+        weight_of(fmt, rows, 500)
+        for fmt, rows in ((Int4(), 70), (Ternary(48), 33), (Pruned(), 21), (BF16(), 1), (Int8(0), 160))
     ]
     weights.append(weights[0].slice(3, 40))
     x = normal(37, 500)

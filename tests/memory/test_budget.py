@@ -145,6 +145,17 @@ def test_experts_that_do_not_fit_stay_inside_the_budget_at_every_size(mixture: P
     assert less.exit_code == BUDGETERROR
 
 
+@pytest.mark.parametrize("budget", [300 * MIB, 700 * MIB])
+def test_a_plan_that_fills_the_budget_can_be_followed(mixture: Path, budget: int, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    options = ("--memory", budget, "--context", 512, "--json")
+    planned = run_measured(command("plan", mixture, *options, "--weights", "bf16", "--out", file))
+    assert planned.exit_code == 0, planned.stderr
+    assert sum(json.loads(planned.stdout)["plan"]["accounts"].values()) > budget - 12 * MIB
+    done = run_measured(command("run", mixture, "-p", "x", "-n", 4, "--ignore-eos", "--json", "--plan", file))
+    check(done, budget, at_least=0.9)
+
+
 @pytest.mark.parametrize("cache", ["cold", "warm"])
 def test_a_container_smaller_than_the_machine_is_respected(billion: Path, cache: str) -> None:
     limit = 1200 * MIB

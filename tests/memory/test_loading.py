@@ -62,6 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("int4", 2, 0.3),
         ("int4", 8, 0.3),
         ("int4(group=0)", 2, 0.3),
+        ("pruned", 2, 0.3),
         ("fp8", 2, 0.1),
         ("llm_int8", 2, 0.2),
     ],
@@ -74,9 +75,10 @@ def test_loading_takes_what_is_said(folder: Path, weights: str, threads: int, at
     assert at_least * numbers["said"] <= taken <= numbers["said"]
 
 
-def test_the_torch_reference_takes_what_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["int4", "pruned"])
+def test_the_torch_reference_takes_what_is_said(tmp_path: Path, weights: str) -> None:
     folder, environment = write(tmp_path / "model", ffn=1024), os.environ | {"TIGHTFIT_CPU": "reference"}
-    done = run_measured([sys.executable, "-c", LOAD, str(folder), "int4", "2"], env=environment, timeout=300)
+    done = run_measured([sys.executable, "-c", LOAD, str(folder), weights, "2"], env=environment, timeout=300)
     assert done.exit_code == 0, done.stderr
     numbers = json.loads(done.stdout)
     taken = done.peak_bytes - numbers["before"] - numbers["weights"]

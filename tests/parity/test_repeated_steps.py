@@ -15,7 +15,8 @@ from tightfit.kernels import cpu, ops
 from tightfit.model.batch import Segment
 from tightfit.model.decoder import Decoder
 
-FORMATS = ["f32", "bf16", "int8", "int4(group=16,symmetric=false)", "fp8", "ternary", "llm_int8", "mixed(ends=int8)"]
+FORMATS = ["f32", "bf16", "int8", "int4(group=16,symmetric=false)", "fp8", "ternary", "llm_int8"]
+FORMATS += ["pruned", "mixed(ends=int8,mlp=pruned)"]
 PREFILLS, ANEW = [CHUNK, CHUNK], [*[1] * 6, *[2] * 6, *[1] * 6]
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="only compiled kernels are repeated")

@@ -68,7 +68,7 @@ def compressed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compress(tiny, "int4", tmp_path_factory.mktemp("models") / "small")
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int4", "fp8", "llm_int8(outliers=0.1)", MIXED])
+@pytest.mark.parametrize("weights", ["bf16", "int4", "fp8", "llm_int8(outliers=0.1)", "pruned(keep=0.3)", MIXED])
 @pytest.mark.parametrize("family", sorted(tiny_mixtures.CONFIGS))
 def test_a_folder_gives_the_bytes_that_quantising_while_loading_does(family: str, weights: str, tmp_path: Path) -> None:
     tiny_mixtures.write(tmp_path / "model", tiny_mixtures.config_of(family), torch.bfloat16)

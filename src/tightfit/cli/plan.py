@@ -43,7 +43,7 @@ def plan(
     wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts)
     opened = open_model(wish, headers_only=True)
     with opened.checkpoint:
-        answer = survey(wish, opened)
+        answer = survey(wish, opened, followed=out is not None)
     if out is not None and answer["plan"] is not None:
         write_plan(out, answer["plan"])
     if json:

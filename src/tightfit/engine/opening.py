@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tightfit import child, zoo
@@ -33,6 +33,7 @@ DEFAULT_CONTEXT = 4096
 # budget that would work, so that a refusal does not itself go over the budget.
 CHILD_BELOW = 220 << 20
 CHILD_IMPORTS = ("tightfit", "jinja2", "pydantic", "rich", "tokenizers", "typer")
+FOLLOWING = 6 << 20  # bytes by which a process that follows a plan may be larger than the one that made it
 MOST_SEQUENCES = 1024  # at once: beyond what one machine has any use for
 
 
@@ -182,9 +183,10 @@ def _settle(wish: Wish, opened: Opened, elsewhere: int = 0) -> Settled:
     return settle(opened.checkpoint, opened.spec, _constraints(wish, opened), elsewhere)
 
 
-def survey(wish: Wish, opened: Opened) -> dict[str, Any]:
+def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]:
     """What ``tightfit plan`` answers, JSON-ready: ``model``, ``budget_bytes``, ``plan`` (None if nothing fits, then
-    with ``hint`` and ``smallest_bytes``), and ``precisions``: what each format of the weights needs at least."""
+    with ``hint`` and ``smallest_bytes``), and ``precisions``: what each format of the weights needs at least. A plan
+    that is to be ``followed`` by another process leaves a little room, if it can: that one will be a bit larger."""
     from tightfit.engine.start import NOISE, search_for, settle, smallest_runtime
     from tightfit.plan.search import precisions
 
@@ -193,7 +195,10 @@ def survey(wish: Wish, opened: Opened) -> dict[str, Any]:
     # The smallest comes first: what is rehearsed after it leaves its peak behind.
     search = search_for(opened.checkpoint, opened.spec, constraints)
     runtime = smallest_runtime(search) + NOISE
-    settled = settle(opened.checkpoint, opened.spec, constraints)
+    spare = FOLLOWING if followed else 0
+    settled = settle(opened.checkpoint, opened.spec, replace(constraints, budget=constraints.budget - spare))
+    if settled.plan is None and spare:
+        settled = settle(opened.checkpoint, opened.spec, constraints)
     if settled.refusal is not None and settled.refusal.smallest_bytes is not None:
         runtime = settled.refusal.smallest_bytes - search.smallest(0).total
     answer: dict[str, Any] = {
@@ -204,7 +209,7 @@ def survey(wish: Wish, opened: Opened) -> dict[str, Any]:
             "context": opened.spec.context,
         },
         "budget_bytes": opened.budget,
-        "plan": None if settled.plan is None else settled.plan.model_dump(),
+        "plan": None if settled.plan is None else settled.plan.model_dump() | {"budget": constraints.budget},
         "precisions": precisions(search, runtime),
     }
     if settled.refusal is not None:

@@ -15,6 +15,13 @@ An input has a code of its own, but for ternary, where a code is three inputs: c
 stands for the inputs ``12h + 4t + k`` (t = 0, 1, 2). With ``v = 9 * level_0 + 3 * level_1 + level_2``, its lower four
 bits are the magnitude of v and its fifth is set if v is negative: bitnet.cpp's TL2 (https://arxiv.org/abs/2410.16144).
 Each run is planes of its own, 80 bytes.
+
+A pruned matrix has no tiles: its rows lie one after the other, each ``[bitmap][values in bfloat16]`` as in Endor
+(https://arxiv.org/abs/2406.11674). Bit ``p % 8`` of the bitmap's byte ``p // 8`` is set if the input at place p is not
+zero; the values are those inputs, one place after the other, and zeros behind them where there are fewer than the row
+has room for. Place ``2i + h`` of 32 is input ``16h + i``: then a register of 16-bit numbers is two of 32-bit numbers,
+their upper halves and their lower, each with inputs that follow each other. Bitmap and values are each filled up to 8
+bytes.
 """
 
 from __future__ import annotations
@@ -49,6 +56,16 @@ def code_nbytes(kind: str, inputs: int) -> int:
 
 def tile_nbytes(kind: str, group: int, asymmetric: bool) -> int:
     return code_nbytes(kind, group) + NUMBERS_BYTES * (2 if asymmetric else 1)
+
+
+def bitmap_nbytes(cols: int) -> int:
+    """Bytes of the bitmap of a pruned row."""
+    return -(-cols // 64) * 8
+
+
+def pruned_row_nbytes(cols: int, kept: int) -> int:
+    """Bytes of a pruned row of ``cols`` inputs with room for ``kept`` values."""
+    return bitmap_nbytes(cols) + -(-kept // 4) * 8
 
 
 def limits(kind: str) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from tightfit.kernels import cpu
 from tightfit.kernels import matmul_reference as reference
 from tightfit.kernels.matmul_reference import Activations
 from tightfit.kernels.ops import op
-from tightfit.kernels.weight import Joined, Weight
+from tightfit.kernels.weight import DENSE, Joined, Weight
 
 SMALLEST_BUCKET = 16
 
@@ -72,7 +72,7 @@ def vector_matmul(
 
     ``x`` is (tokens, cols) and ``out`` (tokens, rows), float32 with any row stride; of joined matrices ``out`` has the
     products one after the other. ``activations="int8"`` rounds x to 8 bits as
-    :func:`tightfit.kernels.matmul_reference.quantize` does, for all kinds of matrices but the dense ones and fp8.
+    :func:`tightfit.kernels.matmul_reference.quantize` does, for all kinds of tiles but fp8.
     """
     tokens = x.shape[0]
     x_stride, out_stride = _check(x, (tokens, weights.cols)), _check(out, (tokens, weights.rows))
@@ -88,7 +88,7 @@ def vector_matmul(
 def decode_block(weight: Weight, start: int, stop: int, out: torch.Tensor, ws: Workspace) -> None:
     """``out = W[start:stop]``, (stop - start, cols), float32 or bfloat16 (rounded to nearest even), any row stride."""
     _check(out, (stop - start, weight.cols), out.dtype)
-    if cpu.available() and weight.group:
+    if cpu.available() and weight.kind not in DENSE:
         _decode_block(weight, start, stop, out)
     else:
         reference.decode_block(weight, start, stop, out, ws)
@@ -101,7 +101,7 @@ def decode_rows(weight: Weight, indices: torch.Tensor, out: torch.Tensor, ws: Wo
     """
     _check(indices, (len(indices),), torch.int64)
     _check(out, (len(indices), weight.cols))
-    if cpu.available() and weight.group:
+    if cpu.available() and weight.kind not in DENSE:
         _decode_rows(weight, indices, out)
     else:
         reference.decode_rows(weight, indices, out, ws)

@@ -14,9 +14,10 @@ import torch
 
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels.codes import levels, unpack
-from tightfit.kernels.layout import TILE_ROWS, code_count, code_nbytes, tile_nbytes
+from tightfit.kernels.layout import PLANES, TILE_ROWS, code_count, code_nbytes, tile_nbytes
 from tightfit.kernels.ops import op
-from tightfit.kernels.weight import DENSE, Weight
+from tightfit.kernels.pruned import Expansion, expand
+from tightfit.kernels.weight import Weight
 
 # Of decoded weights at a time. Near a core's second-level cache, and little beside any budget; for many tokens more,
 # since libraries multiply by a few hundred rows at half the speed that they reach by a thousand.
@@ -98,7 +99,7 @@ def vector_matmul(
 
 def takes_int8(weight: Weight) -> bool:
     """Whether a matrix is multiplied with activations in int8 where they are asked for."""
-    return weight.kind not in DENSE and weight.kind != "fp8"
+    return weight.kind in PLANES and weight.kind != "fp8"
 
 
 def activation_block(weight: Weight) -> int:
@@ -126,6 +127,14 @@ def decode_block(weight: Weight, start: int, stop: int, out: torch.Tensor, ws: W
     if dense is not None:
         _copy(dense[start:stop], out)
         return
+    if weight.kind == "pruned":
+        with ws.frame():
+            expansion = Expansion.of(weight, ws)
+            for row in range(start, stop, TILE_ROWS):
+                end = min(row + TILE_ROWS, stop)
+                _expand(weight, row, end, expansion)
+                _copy(expansion.inputs[: end - row, : weight.cols], out[row - start : end - start])
+        return
     first, last = weight.row_offset + start, weight.row_offset + stop
     with ws.frame():
         scratch = TileScratch.of(weight, ws)
@@ -144,6 +153,8 @@ def decode_rows(weight: Weight, indices: torch.Tensor, out: torch.Tensor, ws: Wo
             scratch = ws.empty(len(indices), weight.cols, dtype=dense.dtype)
             _gather(dense, indices, scratch)
             _copy(scratch, out)
+        elif weight.kind == "pruned":
+            _gather_pruned(weight, indices, Expansion.of(weight, ws), out)
         else:
             _gather_tiles(weight, indices, TileScratch.of(weight, ws), out)
 
@@ -200,6 +211,20 @@ def _gather_tiles(weight: Weight, indices: torch.Tensor, scratch: TileScratch, o
         tile, row = divmod(weight.row_offset + index, TILE_ROWS)
         _decode_tiles(weight, tile, scratch)
         out[i].copy_(scratch.values[row, : weight.cols])
+
+
+@op
+def _expand(weight: Weight, start: int, stop: int, expansion: Expansion) -> None:
+    expand(weight, start, stop, expansion)
+
+
+@op
+def _gather_pruned(weight: Weight, indices: torch.Tensor, expansion: Expansion, out: torch.Tensor) -> None:
+    for i, index in enumerate(indices.tolist()):
+        if not 0 <= index < weight.rows:
+            raise IndexError(f"row {index} of a matrix of {weight.rows} rows")
+        expand(weight, index, index + 1, expansion)
+        out[i].copy_(expansion.inputs[0, : weight.cols])
 
 
 @op

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from tightfit.kernels import cpu
-from tightfit.kernels.layout import TILE_ROWS, tile_nbytes
+from tightfit.kernels.layout import PLANES, TILE_ROWS, pruned_row_nbytes, tile_nbytes
 
 DENSE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -18,11 +18,11 @@ DENSE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 class Weight:
     """``rows`` by ``cols`` numbers stored in ``data`` (uint8, one contiguous run).
 
-    ``kind`` is a key of DENSE (row-major, ``group`` 0), or the kind of canonical tiles of 16 rows by ``group`` inputs
-    (see ``kernels/layout.py``), with an offset beside each scale if ``asymmetric``. ``row_offset`` is the first
-    row's place in the first tile. ``settings`` is the header of an fp8 matrix (uint8; byte 0 is the number of exponent
-    bits), None for the others. ``handle`` is the compiled kernels' view of the same bytes, and ``product`` that of the
-    matrix as one to multiply with; None if there are none.
+    ``kind`` is a key of DENSE (row-major), "pruned" (rows with room for ``kept`` values), both with ``group`` 0, or the
+    kind of canonical tiles of 16 rows by ``group`` inputs, with an offset beside each scale if ``asymmetric`` (see
+    ``kernels/layout.py``). ``row_offset`` is the first row's place in the first tile. ``settings`` is the header of an
+    fp8 matrix (uint8; byte 0 is the number of exponent bits), None for the others. ``handle`` is the compiled kernels'
+    view of the same bytes, and ``product`` that of the matrix as one to multiply with; None if there are none.
     """
 
     data: torch.Tensor
@@ -33,6 +33,7 @@ class Weight:
     row_offset: int = 0
     asymmetric: bool = False
     settings: torch.Tensor | None = None
+    kept: int = 0
     handle: Any = field(init=False)
     product: Any = field(init=False)
 
@@ -47,6 +48,7 @@ class Weight:
             self.cols,
             self.row_offset,
             settings,
+            self.kept,
         )
         self.product = cpu.joined([self.handle])
 
@@ -64,13 +66,15 @@ class Weight:
         if not 0 <= start <= stop <= self.rows:
             raise IndexError(f"rows {start} to {stop} of a matrix of {self.rows} rows")
         first = self.row_offset + start
-        offset = first % TILE_ROWS if self.group else 0
+        offset = first % TILE_ROWS if self.kind in PLANES else 0
         data = self.data[self._nbytes(first - offset) : self._nbytes(first + stop - start)]
-        return Weight(data, self.kind, self.group, stop - start, self.cols, offset, self.asymmetric, self.settings)
+        return replace(self, data=data, rows=stop - start, row_offset=offset)
 
     def _nbytes(self, rows: int) -> int:
         """Bytes of the first ``rows`` rows, of tiles whole ones."""
-        if not self.group:
+        if self.kind == "pruned":
+            return rows * pruned_row_nbytes(self.cols, self.kept)
+        if self.kind in DENSE:
             return rows * self.cols * DENSE[self.kind].itemsize
         groups = -(-self.cols // self.group)
         return -(-rows // TILE_ROWS) * groups * tile_nbytes(self.kind, self.group, self.asymmetric)

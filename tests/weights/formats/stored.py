@@ -3,7 +3,7 @@
 import torch
 
 from tightfit.budget.ledger import Arena, Workspace
-from tightfit.weights.formats import FP4, FP8, NF4, Int2, Int3, Int4, Int5, Int6, Int8, LlmInt8, Ternary
+from tightfit.weights.formats import FP4, FP8, NF4, Int2, Int3, Int4, Int5, Int6, Int8, LlmInt8, Pruned, Ternary
 
 INTEGERS = [Int8, Int6, Int5, Int4, Int3, Int2]
 # Every kind of tile, with and without offsets, in small and large groups and in whole rows.
@@ -14,7 +14,7 @@ TILED = [
     *(FP8(exponent) for exponent in (2, 3, 4, 5)),
     FP8(0, 64),
 ]
-LOSSY = [*TILED, LlmInt8(), LlmInt8(outliers=0.2)]
+LOSSY = [*TILED, LlmInt8(), LlmInt8(outliers=0.2), Pruned(), Pruned(keep=0.1)]
 
 
 def blocks_of(weights, rows=32):

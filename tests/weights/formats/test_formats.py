@@ -14,7 +14,23 @@ from tightfit.errors import CheckpointError, UsageError
 from tightfit.kernels import matmul
 from tightfit.kernels.ops import dry
 from tightfit.kernels.weight import Weight
-from tightfit.weights.formats import BF16, F16, F32, FP4, FP8, NF4, Int2, Int3, Int4, Int5, Int6, Int8, LlmInt8, Ternary
+from tightfit.weights.formats import (
+    BF16,
+    F16,
+    F32,
+    FP4,
+    FP8,
+    NF4,
+    Int2,
+    Int3,
+    Int4,
+    Int5,
+    Int6,
+    Int8,
+    LlmInt8,
+    Pruned,
+    Ternary,
+)
 
 DENSE = [F32(), F16(), BF16()]
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -134,6 +150,8 @@ def test_dense_formats_keep_their_own_numbers(fmt):
         (Ternary(group=48), 3 * 2 * (16 * 48 // 3 * 5 // 8 + 32)),
         # 1 of 65 columns, in a header of 64 bytes and as 48 numbers of 2
         (LlmInt8(), 64 + 3 * (16 * 96 + 32) + 48 * 2),
+        # bits of 65 inputs in two words of 8 bytes, 33 numbers of 2 filled up to 36
+        (Pruned(), 33 * (16 + 72)),
     ],
     ids=lambda value: str(value),
 )
@@ -205,7 +223,7 @@ def test_groups_that_no_kernel_reads_are_refused(group):
         Ternary(group=32)
 
 
-@pytest.mark.parametrize("fmt", [BF16(), Int4(), FP8(), LlmInt8()], **ids)
+@pytest.mark.parametrize("fmt", [BF16(), Int4(), FP8(), LlmInt8(), Pruned()], **ids)
 def test_a_matrix_of_the_wrong_size_is_refused(fmt):
     n = fmt.nbytes(20, 40)
     for data in (torch.zeros(n - 1, dtype=torch.uint8), torch.zeros(2 * n, dtype=torch.uint8)[::2], torch.zeros(n)):
@@ -224,7 +242,9 @@ def test_a_matrix_over_memory_that_nothing_was_written_to_can_be_rehearsed(fmt):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
-@pytest.mark.parametrize("fmt", [Int4(), Int2(group=0, symmetric=False), NF4(), FP8(), Ternary(), LlmInt8()], **ids)
+@pytest.mark.parametrize(
+    "fmt", [Int4(), Int2(group=0, symmetric=False), NF4(), FP8(), Ternary(), LlmInt8(), Pruned()], **ids
+)
 def test_encoding_takes_bounded_scratch(fmt):
     def peak():
         fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -246,7 +266,7 @@ def test_encoding_takes_bounded_scratch(fmt):
 def test_a_slice_is_the_rows_without_a_copy(start, stop):
     start, stop = sorted((start, stop))
     weights = normal(75, 90)
-    for fmt in (BF16(), Int8(), Int5(16, symmetric=False), Int4(group=0), FP8(3), Ternary(), LlmInt8()):
+    for fmt in (BF16(), Int8(), Int5(16, symmetric=False), Int4(group=0), FP8(3), Ternary(), LlmInt8(), Pruned()):
         matrix = matrix_of(fmt, weights)
         part = matrix.slice(start, stop)
         assert (part.rows, part.cols, part.format) == (stop - start, 90, fmt)
@@ -256,14 +276,14 @@ def test_a_slice_is_the_rows_without_a_copy(start, stop):
 
 
 def test_a_slice_lies_where_the_matrix_does():
-    for fmt in (F32(), Int4(), FP8()):
+    for fmt in (F32(), Int4(), FP8(), Pruned()):
         data = encoded(fmt, normal(64, 64))
         part = fmt.matrix(data, 64, 64).slice(17, 40)
         assert part.weight.data.untyped_storage().data_ptr() == data.data_ptr()
         assert part.weight.data.numel() <= fmt.nbytes(48, 64)
 
 
-@pytest.mark.parametrize("fmt", [F32(), Int8(), LlmInt8()], **ids)
+@pytest.mark.parametrize("fmt", [F32(), Int8(), LlmInt8(), Pruned()], **ids)
 def test_a_slice_outside_of_the_matrix_is_refused(fmt):
     matrix = matrix_of(fmt, normal(4, 40))
     for start, stop in ((-1, 2), (0, 5), (3, 2)):

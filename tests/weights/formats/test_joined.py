@@ -8,7 +8,7 @@ from tests.weights.formats.stored import matrix_of, normal
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels.ops import dry
-from tightfit.weights.formats import BF16, FP8, Int4, Int8, Joined, LlmInt8, Split, Ternary
+from tightfit.weights.formats import BF16, FP8, Int4, Int8, Joined, LlmInt8, Pruned, Split, Ternary
 
 SPLITS = [None, Split(20), Split(0, ((0, 20),)), Split(3, ((3, 9), (9, 20)))]
 COLS = 90
@@ -22,7 +22,11 @@ def product(matrix, x, split=None, accumulate=0.0, start=float("nan")):
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(st.tuples(st.sampled_from([BF16(), Int8(), Int4(16), FP8(3), Ternary(), LlmInt8()]), st.integers(1, 40))),
+    st.lists(
+        st.tuples(
+            st.sampled_from([BF16(), Int8(), Int4(16), FP8(3), Ternary(), Pruned(), LlmInt8()]), st.integers(1, 40)
+        )
+    ),
     st.sampled_from(SPLITS),
     st.sampled_from(["float32", "int8"]),
     st.sampled_from([0.0, 0.5]),
@@ -37,7 +41,7 @@ def test_a_joined_product_is_that_of_each_matrix(kernels, kinds, split, activati
     assert torch.equal(product(joined, x, split, accumulate, 3.0), each)
 
 
-@pytest.mark.parametrize("fmt", [BF16(), Int8(), Int4(0), FP8(), LlmInt8()], ids=str)
+@pytest.mark.parametrize("fmt", [BF16(), Int8(), Int4(0), FP8(), Pruned(), LlmInt8()], ids=str)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("gemm_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_product_can_be_added(kernels, fmt, split, gemm_dtype):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.weights.formats import stored
 
-from tightfit.weights.formats import BF16, F32, FP8, NF4, Int3, Int4, Int8, LlmInt8, Ternary
+from tightfit.weights.formats import BF16, F32, FP8, NF4, Int3, Int4, Int8, LlmInt8, Pruned, Ternary
 from tightfit.weights.formats.linear import linear
 
 ROWS, COLS, RANK = 75, 90, 4
@@ -25,7 +25,9 @@ def lora_gradients(base, x, a, b):
 
 
 @pytest.mark.parametrize(
-    "fmt", [F32(), BF16(), Int8(), Int4(0), Int3(48, symmetric=False), NF4(), FP8(), Ternary(), LlmInt8()], ids=str
+    "fmt",
+    [F32(), BF16(), Int8(), Int4(0), Int3(48, symmetric=False), NF4(), FP8(), Ternary(), LlmInt8(), Pruned()],
+    ids=str,
 )
 @pytest.mark.parametrize("shape", [(COLS,), (5, COLS), (2, 3, COLS)], ids=str)
 def test_lora_on_a_stored_matrix_learns_as_on_the_decoded_one(kernels, fmt, shape):

@@ -24,6 +24,7 @@ from tightfit.weights.formats import (
     Int6,
     Int8,
     LlmInt8,
+    Pruned,
     Split,
     Ternary,
 )
@@ -31,6 +32,7 @@ from tightfit.weights.formats import (
 FORMATS = [
     *(F32(), F16(), BF16(), Int8(), Int4(), Int8(group=16), Int4(group=0), Int6(48, symmetric=False)),
     *(Int5(), Int3(), Int2(128), NF4(), FP4(0), FP8(3), Ternary(), LlmInt8(outliers=0.1)),
+    *(Pruned(), Pruned(keep=0.9)),
 ]
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 activations = pytest.mark.parametrize("activations", ["float32", "int8"])
@@ -85,7 +87,7 @@ def test_activations_in_int8_lose_what_their_rounding_does(kernels, fmt):
     error = (product(matrix, x) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     # A step is the largest magnitude of 16 to 48 normal numbers, 2 to 2.5, over 127: off by a root of 12th of it.
     assert error < 1.5 * 2.5 / 127 / 12**0.5
-    if fmt.name in ("f32", "f16", "bf16", "fp8"):  # have no product of integers
+    if fmt.name in ("f32", "f16", "bf16", "fp8", "pruned"):  # have no product of integers
         assert torch.equal(product(matrix, x), product(matrix_of(fmt, 75, 203), x))
     else:
         assert error > 1e-4
@@ -154,7 +156,7 @@ def test_a_gemm_range_has_the_same_bits_whatever_is_beside_it(kernels, fmt, gemm
 def test_gemm_in_int8_has_the_bits_of_decoding_and_is_float32_where_that_rounds_nothing(kernels, fmt):
     x, split = torch.randn(60, 130), Split(3, ((3, 37), (37, 60)))
     found = product(matrix_of(fmt, 75, 130, torch.int8, activations="int8"), x, split)
-    if isinstance(fmt, (F32, F16, BF16, FP8)):
+    if isinstance(fmt, (F32, F16, BF16, FP8, Pruned)):
         assert torch.equal(found, product(matrix_of(fmt, 75, 130), x, split))
     elif isinstance(fmt, LlmInt8):  # its columns in bfloat16 are a gemm in float32
         assert torch.allclose(found, product(matrix_of(fmt, 75, 130, activations="int8"), x), rtol=1e-4, atol=1e-4)

@@ -15,6 +15,12 @@ double encode_at(const Tiles& tiles, uintptr_t x, size_t stride, uintptr_t scrat
     return encode(tiles, Rows<const T>{reinterpret_cast<const T*>(x), stride}, reinterpret_cast<float*>(scratch));
 }
 
+template <class T>
+bool prune_at(const Weight& w, uintptr_t x, size_t stride, uintptr_t out, uintptr_t scratch) {
+    return prune(w, Rows<const T>{reinterpret_cast<const T*>(x), stride}, reinterpret_cast<uint8_t*>(out),
+                 reinterpret_cast<BF16*>(scratch));
+}
+
 }  // namespace
 
 void tightfit::bind_encode(nb::module_& m) {
@@ -23,7 +29,7 @@ void tightfit::bind_encode(nb::module_& m) {
                        const std::string& type, uintptr_t x, size_t stride, size_t rows, size_t cols, uintptr_t out,
                        uintptr_t scratch) {
         const Tiles tiles{kind_of(kind), group, asymmetric, exponent_bits, reinterpret_cast<uint8_t*>(out), rows, cols};
-        if (tiles.kind <= Kind::bf16 || group == 0 || group % (tiles.kind == Kind::ternary ? 48 : 16))
+        if (tiles.kind <= Kind::pruned || group == 0 || group % (tiles.kind == Kind::ternary ? 48 : 16))
             throw nb::value_error("groups are multiples of 16, of ternary codes of 48");
         if (tiles.kind == Kind::fp8 && (exponent_bits < 2 || exponent_bits > 5))
             throw nb::value_error("fp8 has 2 to 5 bits of exponent");
@@ -31,5 +37,13 @@ void tightfit::bind_encode(nb::module_& m) {
         if (type == "f32") return encode_at<float>(tiles, x, stride, scratch);
         if (type == "f16") return encode_at<F16>(tiles, x, stride, scratch);
         return encode_at<BF16>(tiles, x, stride, scratch);
+    });
+    m.def("prune", [](const std::string& type, uintptr_t x, size_t stride, size_t rows, size_t cols, size_t kept,
+                      uintptr_t out, uintptr_t scratch) {
+        const Weight w{Kind::pruned, 0, false, nullptr, rows, cols, 0, nullptr, kept};
+        nb::gil_scoped_release release;
+        if (type == "f32") return prune_at<float>(w, x, stride, out, scratch);
+        if (type == "f16") return prune_at<F16>(w, x, stride, out, scratch);
+        return prune_at<BF16>(w, x, stride, out, scratch);
     });
 }

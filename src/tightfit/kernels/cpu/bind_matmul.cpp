@@ -11,8 +11,8 @@
 namespace nb = nanobind;
 using namespace tightfit;
 
-constexpr const char* KINDS[] = {"f32",  "f16",  "bf16", "int8", "int6", "int5",   "int4",
-                                 "int3", "int2", "nf4",  "fp4",  "fp8",  "ternary"};
+constexpr const char* KINDS[] = {"f32",  "f16",  "bf16", "pruned", "int8", "int6", "int5",
+                                 "int4", "int3", "int2", "nf4",    "fp4",  "fp8",  "ternary"};
 
 Kind tightfit::kind_of(const std::string& name) {
     for (size_t i = 0; i < std::size(KINDS); i++)
@@ -23,12 +23,14 @@ Kind tightfit::kind_of(const std::string& name) {
 namespace {
 
 Weight make_weight(const std::string& kind, size_t group, bool asymmetric, uintptr_t address, size_t rows, size_t cols,
-                   size_t row_offset, uintptr_t settings) {
+                   size_t row_offset, uintptr_t settings, size_t kept) {
     const Weight weight{kind_of(kind), group,      asymmetric, reinterpret_cast<const uint8_t*>(address), rows, cols,
-                        row_offset,    reinterpret_cast<const uint8_t*>(settings)};
+                        row_offset,    reinterpret_cast<const uint8_t*>(settings), kept};
     const size_t multiple = weight.kind == Kind::ternary ? 48 : 16;
     if (weight.tiled() && (group == 0 || group % multiple || row_offset >= TILE_ROWS))
         throw nb::value_error("groups are multiples of 16, of ternary codes of 48, and the row offset is below 16");
+    if (weight.kind == Kind::pruned && (kept == 0 || kept > cols))
+        throw nb::value_error("rows keep 1 to all of their weights");
     return weight;
 }
 
@@ -62,7 +64,8 @@ void tightfit::bind_matmul(nb::module_& m) {
         .def("decode_block",
              [](const Weight& w, size_t start, size_t stop, uintptr_t out, size_t out_stride, bool bf16,
                 size_t threads) {
-                 if (!w.tiled() || start > stop || stop > w.rows) throw nb::index_error("rows outside of the matrix");
+                 if (w.kind <= Kind::bf16 || start > stop || stop > w.rows)
+                     throw nb::index_error("rows outside of the matrix");
                  nb::gil_scoped_release release;
                  if (bf16)
                      decode_block(w, start, stop, rows_at<BF16>(out, out_stride), threads);
@@ -73,7 +76,7 @@ void tightfit::bind_matmul(nb::module_& m) {
                                size_t threads) {
             const auto* rows = reinterpret_cast<const int64_t*>(indices);
             for (size_t i = 0; i < count; i++)
-                if (!w.tiled() || rows[i] < 0 || static_cast<size_t>(rows[i]) >= w.rows)
+                if (w.kind <= Kind::bf16 || rows[i] < 0 || static_cast<size_t>(rows[i]) >= w.rows)
                     throw nb::index_error(
                         ("row " + std::to_string(rows[i]) + " of a matrix of " + std::to_string(w.rows) + " rows")
                             .c_str());

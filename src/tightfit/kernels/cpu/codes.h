@@ -303,7 +303,8 @@ inline void with_code(const Weight& w, Work work) {
         case Kind::ternary: return work(Ternary<Isa>(w));
         case Kind::f32:
         case Kind::f16:
-        case Kind::bf16: break;
+        case Kind::bf16:
+        case Kind::pruned: break;
     }
 }
 

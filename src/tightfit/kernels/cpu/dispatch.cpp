@@ -4,6 +4,7 @@
 
 #include "levels.h"
 #include "pool.h"
+#include "pruned_kernels.h"
 #include "runs.h"
 
 namespace tightfit {
@@ -24,7 +25,20 @@ const Kernels& kernels() {
     }
 }
 
-size_t row_bytes(const Weight& w) { return w.tiled() ? w.tile_row_bytes() / TILE_ROWS : w.cols * itemsize(w.kind); }
+const PrunedKernels& pruned_kernels() {
+    switch (level()) {
+#ifdef TIGHTFIT_X86
+        case Level::amx: return amx_pruned_kernels;
+        case Level::avx512vnni:
+        case Level::avx512: return avx512_pruned_kernels;
+        case Level::avxvnni:
+        case Level::avx2: return avx2_pruned_kernels;
+#endif
+        default: return portable_pruned_kernels;
+    }
+}
+
+size_t row_bytes(const Weight& w) { return w.tiled() ? w.tile_row_bytes() / TILE_ROWS : w.row_bytes(); }
 
 // The rows of a matrix in units that end where tiles do, and that are whole blocks of the dense kernels.
 struct Units {
@@ -48,9 +62,13 @@ void for_rows(const Weight& w, size_t start, size_t stop, size_t cost, size_t th
     });
 }
 
-void decode_run(const Weight& w, size_t first, size_t last, Rows<float> out) { kernels().decode(w, first, last, out); }
+void decode_run(const Weight& w, size_t first, size_t last, Rows<float> out) {
+    const auto decode = w.kind == Kind::pruned ? pruned_kernels().decode : kernels().decode;
+    decode(w, first, last, out);
+}
 void decode_run(const Weight& w, size_t first, size_t last, Rows<BF16> out) {
-    kernels().decode_bf16(w, first, last, out);
+    const auto decode = w.kind == Kind::pruned ? pruned_kernels().decode_bf16 : kernels().decode_bf16;
+    decode(w, first, last, out);
 }
 
 constexpr size_t BLOCKS[] = {16, 32, 48};
@@ -116,6 +134,8 @@ void matmul(const Joined& matrices, Rows<const float> x, size_t tokens, Rows<flo
             const Rows<float> columns{out.data + row, out.stride};
             if (int8 && takes_int8(w))
                 kernels().matmul_int8(w, first, last, activations[(Quantized::block_of(w) / 16) - 1], columns, accumulate);
+            else if (w.kind == Kind::pruned)
+                pruned_kernels().matmul(w, first, last, x, tokens, columns, accumulate);
             else
                 kernels().matmul(w, first, last, x, tokens, columns, accumulate);
         });
@@ -138,7 +158,7 @@ void decode_rows(const Weight& w, const int64_t* indices, size_t count, Rows<flo
     parallel_for(tasks, threads, [&](size_t task) {
         for (size_t i = count * task / tasks; i < count * (task + 1) / tasks; i++) {
             const size_t row = static_cast<size_t>(indices[i]);
-            kernels().decode(w, row, row + 1, Rows<float>{out[i], out.stride});
+            decode_run(w, row, row + 1, Rows<float>{out[i], out.stride});
         }
     });
 }

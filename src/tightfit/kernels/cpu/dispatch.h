@@ -28,11 +28,11 @@ struct Joined {
 void matmul(const Joined& matrices, Rows<const float> x, size_t tokens, Rows<float> out, float accumulate, bool int8,
             uint8_t* scratch, size_t threads);
 
-// out[i] = W[start + i] for the rows [start, stop) of a tiled matrix, in float32 or bfloat16.
+// out[i] = W[start + i] for the rows [start, stop) of a tiled or pruned matrix, in float32 or bfloat16.
 template <class T>
 void decode_block(const Weight& w, size_t start, size_t stop, Rows<T> out, size_t threads);
 
-// out[i] = W[indices[i]] for `count` rows of a tiled matrix.
+// out[i] = W[indices[i]] for `count` rows of a tiled or pruned matrix.
 void decode_rows(const Weight& w, const int64_t* indices, size_t count, Rows<float> out, size_t threads);
 
 }  // namespace tightfit

@@ -24,6 +24,11 @@ inline size_t encode_scratch(size_t group) { return group * TILE_ROWS; }
 template <class T>
 double encode(const Tiles& tiles, Rows<const T> x, float* scratch);
 
+// Writes the rows of `w`, pruned: of each as many of the largest magnitudes in bfloat16 as it keeps, the first of equal
+// ones. `scratch` has room for two rows. False, with an unspecified result, if a number is not finite or becomes so.
+template <class T>
+bool prune(const Weight& w, Rows<const T> x, uint8_t* out, BF16* scratch);
+
 struct EncodeKernels {
     double (*f32)(const Tiles&, Rows<const float>, float*);
     double (*f16)(const Tiles&, Rows<const F16>, float*);

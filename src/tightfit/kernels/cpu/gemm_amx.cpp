@@ -50,6 +50,51 @@ void dense_panel(const Weight& w, size_t tile_row, size_t start, size_t stop, ui
     }
 }
 
+// How many of the first `count` inputs of a pruned row have a bit in its bitmap.
+inline size_t count_before(const uint8_t* bitmap, size_t count) {
+    __m512i sums = _mm512_setzero_si512();
+    for (size_t i = 0; i < count; i += 8 * LINE, bitmap += LINE) {
+        const size_t words = std::min<size_t>((count - i) / 32, 16);  // a panel begins at a multiple of 32 inputs
+        const __m512i bits = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << words) - 1), bitmap);
+        sums = _mm512_add_epi64(sums, _mm512_popcnt_epi64(bits));
+    }
+    return static_cast<size_t>(_mm512_reduce_add_epi64(sums));
+}
+
+// Where in the bitmap each of 32 inputs has its bit.
+struct Interleaved {
+    alignas(64) uint16_t places[32];
+
+    constexpr Interleaved() : places() {
+        for (int i = 0; i < 32; i++) places[i] = static_cast<uint16_t>(i % 16 * 2 + i / 16);
+    }
+};
+
+// The inputs [start, stop) of a tile row of a pruned matrix. A row whose bitmap asks for more values than there are is
+// damaged, and the rest of it zeros.
+void pruned_panel(const Weight& w, size_t tile_row, size_t start, size_t stop, uint8_t* lines) {
+    static constexpr Interleaved interleaved;
+    const __m512i order = _mm512_load_si512(interleaved.places);
+    const size_t rows = std::min(w.rows - tile_row * TILE_ROWS, TILE_ROWS), kept = w.kept;
+    alignas(64) uint8_t inputs[GEMM_BLOCK / GEMM_STEP][TILE_ROWS][LINE];
+    for (size_t r = 0; r < TILE_ROWS; r++) {
+        const uint8_t* bitmap = w.data + (tile_row * TILE_ROWS + std::min(r, rows - 1)) * w.row_bytes();
+        const uint8_t* values = bitmap + w.bitmap_bytes();
+        size_t place = r < rows ? count_before(bitmap, start) : kept;
+        for (size_t col = start; col < stop; col += GEMM_STEP) {
+            uint32_t bits;
+            std::memcpy(&bits, bitmap + col / 8, sizeof bits);
+            const size_t next = place + static_cast<size_t>(_mm_popcnt_u32(bits));
+            if (next > kept) bits = 0;
+            const __m512i some = _mm512_maskz_expandloadu_epi16(bits, values + place * sizeof(BF16));
+            _mm512_store_si512(inputs[(col - start) / GEMM_STEP][r], _mm512_permutexvar_epi16(order, some));
+            place = next;
+        }
+    }
+    for (size_t col = start; col < stop; col += GEMM_STEP, lines += GEMM_TILE)
+        transpose(inputs[(col - start) / GEMM_STEP][0], LINE, lines);
+}
+
 // A scale or an offset of each row, in the order of a line's numbers: `low` for the rows 0 to 7, `high` for 8 to 15.
 struct InLine {
     __m512 low, high;
@@ -183,6 +228,7 @@ Panel panel_of(const Weight& w) {
         case Kind::f32: return dense_panel<float>;
         case Kind::f16: return dense_panel<F16>;
         case Kind::bf16: return dense_panel<BF16>;
+        case Kind::pruned: return pruned_panel;
         default: break;
     }
     with_code<Avx512>(w, [&](const auto& code) {
@@ -215,6 +261,12 @@ private:
 
 // The stored inputs [start, stop) of `count` tile rows.
 Ahead stored(const Weight& w, size_t tile_row, size_t count, size_t start, size_t stop, size_t times) {
+    if (w.kind == Kind::pruned) {  // about where their values are
+        const size_t row = tile_row * TILE_ROWS, rows = std::min(w.rows - row, count * TILE_ROWS);
+        const size_t values = w.row_bytes() - w.bitmap_bytes(), width = std::min(stop, w.cols) - start;
+        const uint8_t* data = w.data + row * w.row_bytes() + w.bitmap_bytes() + values * start / w.cols;
+        return {data, values * width / w.cols, w.row_bytes(), rows, times};
+    }
     if (!w.tiled()) {
         const size_t row = tile_row * TILE_ROWS, rows = std::min(w.rows - row, count * TILE_ROWS);
         const size_t bytes = (std::min(stop, w.cols) - start) * itemsize(w.kind);

@@ -10,6 +10,27 @@
 namespace tightfit {
 namespace {
 
+// For each eight bits, a shuffle that moves the first halves to the places of those that are set, zeros to the others.
+struct Spread {
+    alignas(16) uint8_t bytes[256][16];
+
+    constexpr Spread() : bytes() {
+        for (int bits = 0; bits < 256; bits++)
+            for (int i = 0, next = 0; i < 8; i++) {
+                const bool set = bits >> i & 1;
+                bytes[bits][2 * i] = static_cast<uint8_t>(set ? 2 * next : 0x80);
+                bytes[bits][2 * i + 1] = static_cast<uint8_t>(set ? 2 * next + 1 : 0x80);
+                next += set;
+            }
+    }
+};
+
+inline __m128i expand_eight(const BF16* values, uint64_t bits) {
+    static constexpr Spread spread;
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+    return _mm_shuffle_epi8(halves, _mm_load_si128(reinterpret_cast<const __m128i*>(spread.bytes[bits & 255])));
+}
+
 struct Avx2 {
     static constexpr size_t LANES = 8, TOKENS = 4;
     static constexpr bool SIGNED_DOT = true;
@@ -101,6 +122,12 @@ struct Avx2 {
         return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
     }
     static Vector upper(Bytes words, F16) { return lower(_mm256_srli_epi32(words, 16), F16()); }
+
+    // As in isa_portable.h.
+    static Bytes expand(const BF16* values, uint64_t bits) {
+        const __m128i high = expand_eight(values + _mm_popcnt_u64(bits & 255), bits >> 8);
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(expand_eight(values, bits)), high, 1);
+    }
 
     // ---- codes: four bytes to a lane ----
 

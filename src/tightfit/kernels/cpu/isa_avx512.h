@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "weight.h"
+#include "isa_avx2.h"
 
 namespace tightfit {
 namespace {
@@ -100,6 +100,12 @@ struct Avx512 {
     }
     static Vector lower(Bytes words, F16) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)); }
     static Vector upper(Bytes words, F16) { return lower(_mm512_srli_epi32(words, 16), F16()); }
+
+    // As in isa_portable.h.
+    static Bytes expand(const BF16* values, uint64_t bits) {
+        const __m256i high = Avx2::expand(values + _mm_popcnt_u64(bits & 0xffff), bits >> 16);
+        return _mm512_inserti64x4(_mm512_castsi256_si512(Avx2::expand(values, bits)), high, 1);
+    }
 
     // ---- codes: four bytes to a lane ----
 

@@ -11,6 +11,16 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "matrices are stored in
 namespace tightfit {
 namespace {
 
+// For each eight bits, how many are set before each one that is; 8 for the others.
+struct Spread {
+    uint8_t places[256][8];
+
+    constexpr Spread() : places() {
+        for (int bits = 0; bits < 256; bits++)
+            for (int i = 0, next = 0; i < 8; i++) places[bits][i] = static_cast<uint8_t>(bits >> i & 1 ? next++ : 8);
+    }
+};
+
 struct Portable {
     static constexpr size_t LANES = 4, TOKENS = 2;
     static constexpr bool SIGNED_DOT = true;
@@ -86,6 +96,19 @@ struct Portable {
     static Vector upper(Bytes words, BF16) { return as<Vector>(as<Unsigned>(words) & 0xffff0000); }
     static Vector lower(Bytes words, F16) { return from_f16(as<Unsigned>(words) & 0xffff); }
     static Vector upper(Bytes words, F16) { return from_f16(as<Unsigned>(words) >> 16); }
+
+    // As many halves as there are bits for, two to a lane: those whose bit is set are the next ones of `values`, of which
+    // as many are read as there are halves; the others are zeros.
+    static Bytes expand(const BF16* values, uint64_t bits) {
+        static constexpr Spread spread;
+        uint16_t some[9];
+        std::memcpy(some, values, 8 * sizeof(BF16));
+        some[8] = 0;
+        const uint8_t(&from)[8] = spread.places[bits & 255];
+        uint16_t halves[8];
+        for (int i = 0; i < 8; i++) halves[i] = some[from[i]];
+        return load_as<Bytes>(halves);
+    }
 
     // ---- codes: four bytes to a lane ----
 

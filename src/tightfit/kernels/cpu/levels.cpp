@@ -35,8 +35,9 @@ struct Features {
         avx512 = avx2 && foundation && dq && bw && vl && (states & 0xe6) == 0xe6;
         avx512vnni = avx512 && leaf7c >> 11 & 1;
         const bool tiles = leaf7d >> 24 & 1, tiles_bf16 = leaf7d >> 22 & 1, tiles_int8 = leaf7d >> 25 & 1;
-        const bool vbmi = leaf7c >> 1 & 1, bf16 = leaf71a >> 5 & 1;
-        amx = avx512vnni && vbmi && bf16 && tiles && tiles_bf16 && tiles_int8 && (states & 0x60000) == 0x60000 &&
+        const bool vbmi = leaf7c >> 1 & 1, vbmi2 = leaf7c >> 6 & 1, vpopcnt = leaf7c >> 14 & 1;
+        const bool more = vbmi && vbmi2 && vpopcnt && leaf71a >> 5 & 1;  // and bfloat16
+        amx = avx512vnni && more && tiles && tiles_bf16 && tiles_int8 && (states & 0x60000) == 0x60000 &&
               granted();
     }
 

@@ -13,6 +13,7 @@ from tightfit.weights.formats.int8 import Int8
 from tightfit.weights.formats.llm_int8 import LlmInt8
 from tightfit.weights.formats.mixed import Mixed
 from tightfit.weights.formats.nf4 import NF4
+from tightfit.weights.formats.pruned import Pruned
 from tightfit.weights.formats.ternary import Ternary
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "LlmInt8",
     "Matrix",
     "Mixed",
+    "Pruned",
     "Scheme",
     "Split",
     "Ternary",

@@ -14,7 +14,7 @@ from tightfit.budget.ledger import Workspace
 from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.kernels.layout import TILE_ROWS
 from tightfit.weights.formats.base import Format, Matrix
-from tightfit.weights.formats.dense import Dense
+from tightfit.weights.formats.tiles import Tiled
 from tightfit.weights.placement.places import Group, Place, read_place
 
 
@@ -42,7 +42,7 @@ class RowsOnDisk:
         assert place.format is not None
         self._checkpoint, self._group, self._place, self._settings = checkpoint, group, place, settings
         self._format = place.format
-        self._at_once = 1 if isinstance(place.format, Dense) else TILE_ROWS  # rows whose bytes are one run
+        self._at_once = TILE_ROWS if isinstance(place.format, Tiled) else 1  # rows whose bytes are one run
         self._nbytes = self._format.nbytes(self._at_once, place.param.shape[1])
 
     def decode(self, indices: torch.Tensor, out: torch.Tensor, ws: Workspace) -> None:
