@@ -134,7 +134,7 @@ def _open(model: str, headers_only: bool) -> Checkpoint:
         shown = model if len(model) <= 80 else model[:77] + "..."
         raise CheckpointError(
             f"there is no model '{shown}'",
-            f"Give a model's folder, a name of the hub such as org/model, or an embedded model: "
+            f"Give a model's folder, a GGUF file, a name of the hub such as org/model, or an embedded model: "
             f"{', '.join(zoo.EMBEDDED)}. A prompt is given with -p.",
         )
     return open_checkpoint(model, headers_only=headers_only)

@@ -15,7 +15,7 @@ import torch
 from tightfit.checkpoints.checkpoint import Checkpoint, TensorInfo
 from tightfit.errors import CheckpointError
 from tightfit.model.spec import ModelSpec, Param
-from tightfit.weights.placement import blockscaled
+from tightfit.weights.placement import blockscaled, ggml
 
 BLOCK_BYTES = 2 << 20  # of rows read at once, large enough for a disk and small enough for a core's cache
 SLAB_BYTES = 1 << 20  # of a transposed tensor read at once: all of it goes by for every block
@@ -23,6 +23,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What a tensor is kept in that stays in its own precision. bfloat16 holds every number of MXFP4 exactly, and is what
 # fp8 checkpoints were rounded from.
 FORMAT_OF = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "bf16", "U8": "bf16"}
+FORMAT_OF |= dict.fromkeys(ggml.TYPES, "f32")
 LAYER = re.compile(r"(.*?\blayers\.)([0-9]{1,9})\.")
 TILE = 16  # rows: blocks that are encoded start at multiples of it
 
@@ -36,14 +37,13 @@ def tensor_of(checkpoint: Checkpoint, param: Param, expert: int = 0) -> TensorIn
             f"{checkpoint.name} has no tensor {key!r}, which its config.json calls for",
             "Compare config.json with the weights: they may belong to different models.",
         )
-    coded = blockscaled.is_coded(checkpoint, info) and not param.source.transposed
-    if info.dtype not in DTYPES and not coded:
+    if info.dtype not in DTYPES and (not _is_coded(checkpoint, info) or param.source.transposed):
         raise CheckpointError(
             f"tensor {key!r} of {checkpoint.name} has type {info.dtype}",
             f"Weights of type {', '.join(DTYPES)} can be opened, and block-scaled fp8 and mxfp4 where config.json "
             "declares them in 'quantization_config'.",
         )
-    shape = blockscaled.shape_of(checkpoint, info) if coded else info.shape
+    shape = _shape_of(checkpoint, info)
     if len(shape) != len(param.shape) + param.source.stacked:
         raise _shape_error(checkpoint, info, param)
     if param.source.stacked and shape[0] != param.experts:
@@ -62,10 +62,8 @@ def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     for _, param in spec.all_params():
         for expert in range(1 if param.source.stacked else max(param.experts, 1)):
             info = tensor_of(checkpoint, param, expert)
-            coded = blockscaled.is_coded(checkpoint, info)
-            shape = blockscaled.shape_of(checkpoint, info) if coded else info.shape
             ends[info.name] = max(ends.get(info.name, 0), _end(param))
-            rows[info.name] = _matrix(param, shape)[0]
+            rows[info.name] = _matrix(param, _shape_of(checkpoint, info))[0]
     for name, end in ends.items():
         if end < rows[name]:
             raise CheckpointError(
@@ -84,6 +82,16 @@ def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
                 f"{checkpoint.name} has tensor {name!r}, but config.json describes {len(spec.layers)} layers",
                 "Compare config.json with the weights: they may belong to different models.",
             )
+
+
+def _is_coded(checkpoint: Checkpoint, info: TensorInfo) -> bool:
+    """Whether a tensor holds codes of matrices."""
+    return (info.dtype in ggml.TYPES and len(info.shape) > 1) or blockscaled.is_coded(checkpoint, info)
+
+
+def _shape_of(checkpoint: Checkpoint, info: TensorInfo) -> tuple[int, ...]:
+    """The shape of the numbers in a tensor."""
+    return blockscaled.shape_of(checkpoint, info) if blockscaled.is_coded(checkpoint, info) else info.shape
 
 
 def _matrix(param: Param, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -188,6 +196,8 @@ def _read_block(
     first = source.start + start * source.step
     if source.transposed:
         _read_transposed(checkpoint, info, _expert_byte(param, info, expert), first, source.step, block)
+    elif info.dtype in ggml.TYPES:
+        ggml.read_rows(checkpoint, info, expert if source.stacked else 0, first, source.step, block)
     elif coded:
         blockscaled.read_rows(checkpoint, info, expert if source.stacked else 0, first, source.step, block)
     else:
