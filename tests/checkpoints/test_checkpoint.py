@@ -187,7 +187,7 @@ def test_what_is_not_a_model_folder_is_refused(make_model: MakeModel, tmp_path: 
     folder = make_model()
     with pytest.raises(CheckpointError, match="no folder or file 'nowhere'"):
         open_checkpoint("nowhere")
-    with pytest.raises(CheckpointError, match=r"no folder '\./no/where'"):
+    with pytest.raises(CheckpointError, match=r"no folder or file '\./no/where'"):
         open_checkpoint("./no/where")
     with pytest.raises(CheckpointError, match="is not a folder") as caught:
         open_checkpoint(str(folder / "model.safetensors"))

@@ -1,7 +1,8 @@
 """The layout of tiles, and their sizes. Does not import torch.
 
 A tile is 16 rows by one group of inputs: ``[codes][16 scales in bfloat16][16 offsets in bfloat16, if asymmetric]``. A
-weight is ``level * scale + offset``; its code tells the level. The bits of the codes lie in planes, one after the
+weight is ``level * scale + offset``; its code tells the level. Scales and offsets of intN can be float16 instead, as
+GGUF files have them: then an offset is what the lowest code stands for, so that they are held as they are. The bits of the codes lie in planes, one after the
 other, the lowest bits first (r is the row, k the code's place modulo 4; 4 codes of 16 rows are a step):
 
 - 8 bits: 64 bytes for each step; byte ``r * 4 + k`` is code k of row r.
@@ -51,12 +52,17 @@ def tile_nbytes(kind: str, group: int, asymmetric: bool) -> int:
     return code_nbytes(kind, group) + NUMBERS_BYTES * (2 if asymmetric else 1)
 
 
+def below_zero(kind: str) -> int:
+    """How many steps the lowest code of intN is below 0."""
+    return 1 << (sum(PLANES[kind]) - 1)
+
+
 def limits(kind: str) -> tuple[int, int]:
     """The lowest and the highest level of intN and ternary. int8 leaves out -128, so that two products with 8-bit
     numbers add up in 16 bits."""
     if kind == "ternary":
         return -1, 1
-    half = 1 << (sum(PLANES[kind]) - 1)
+    half = below_zero(kind)
     return (-127, 127) if kind == "int8" else (-half, half - 1)
 
 

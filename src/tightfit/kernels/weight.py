@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ class Weight:
     """``rows`` by ``cols`` numbers stored in ``data`` (uint8, one contiguous run).
 
     ``kind`` is a key of DENSE (row-major, ``group`` 0), or the kind of canonical tiles of 16 rows by ``group`` inputs
-    (see ``kernels/layout.py``), with an offset beside each scale if ``asymmetric``. ``row_offset`` is the first
-    row's place in the first tile. ``settings`` is the header of an fp8 matrix (uint8; byte 0 is the number of exponent
+    (see ``kernels/layout.py``), with an offset beside each scale if ``asymmetric``, in float16 if ``half_scales``.
+    ``row_offset`` is the first row's place in the first tile. ``settings`` is the header of an fp8 matrix (uint8; byte 0 is the number of exponent
     bits), None for the others. ``handle`` is the compiled kernels' view of the same bytes, and ``product`` that of the
     matrix as one to multiply with; None if there are none.
     """
@@ -33,6 +33,7 @@ class Weight:
     row_offset: int = 0
     asymmetric: bool = False
     settings: torch.Tensor | None = None
+    half_scales: bool = False
     handle: Any = field(init=False)
     product: Any = field(init=False)
 
@@ -47,6 +48,7 @@ class Weight:
             self.cols,
             self.row_offset,
             settings,
+            self.half_scales,
         )
         self.product = cpu.joined([self.handle])
 
@@ -66,7 +68,7 @@ class Weight:
         first = self.row_offset + start
         offset = first % TILE_ROWS if self.group else 0
         data = self.data[self._nbytes(first - offset) : self._nbytes(first + stop - start)]
-        return Weight(data, self.kind, self.group, stop - start, self.cols, offset, self.asymmetric, self.settings)
+        return replace(self, data=data, rows=stop - start, row_offset=offset)
 
     def _nbytes(self, rows: int) -> int:
         """Bytes of the first ``rows`` rows, of tiles whole ones."""

@@ -74,12 +74,20 @@ def set_threads(count: int) -> None:
 
 
 def handle(
-    kind: str, group: int, asymmetric: bool, address: int, rows: int, cols: int, row_offset: int, settings: int
+    kind: str,
+    group: int,
+    asymmetric: bool,
+    address: int,
+    rows: int,
+    cols: int,
+    row_offset: int,
+    settings: int,
+    half_scales: bool,
 ) -> Any:
     """The compiled kernels' view of the matrix at ``address`` (see ``kernels/weight.py``); None if there are none."""
     if _cpu is None:
         return None
-    return _cpu.Weight(kind, group, asymmetric, address, rows, cols, row_offset, settings)
+    return _cpu.Weight(kind, group, asymmetric, address, rows, cols, row_offset, settings, half_scales)
 
 
 def joined(handles: Sequence[Any]) -> Any:

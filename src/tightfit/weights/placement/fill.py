@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from tightfit.budget import malloc
+from tightfit.catalog import spec_string
 from tightfit.checkpoints.checkpoint import Checkpoint, TensorInfo
 from tightfit.checkpoints.positioned import REQUEST
 from tightfit.errors import CheckpointError
@@ -27,8 +28,10 @@ from tightfit.weights.placement.read import (
     block_rows,
     block_scratch,
     blocks,
+    has_codes_of,
     is_stored_as,
     read_plain,
+    read_tiles,
     tensor_of,
 )
 
@@ -134,6 +137,9 @@ def _place(checkpoint: Checkpoint, rows: Rows, memory: BlockMemory) -> int:
     if fmt is not None and is_stored_as(param, info, fmt.name):
         begin, end = (fmt.nbytes(row, param.shape[1]) for row in (rows.start, rows.stop))
         read_plain(checkpoint, param, rows.expert, rows.start, rows.data[begin:end])
+    elif fmt is not None and has_codes_of(param, info, spec_string(fmt)):
+        begin, end = (fmt.nbytes(row, param.shape[1]) for row in (rows.start, rows.stop))
+        read_tiles(checkpoint, param, rows.expert, rows.start, rows.stop, rows.data[begin:end])
     else:
         source = Reading(checkpoint, rows, memory.of(block_nbytes(checkpoint, param, rows.expert)))
         try:

@@ -23,7 +23,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What a tensor is kept in that stays in its own precision. bfloat16 holds every number of MXFP4 exactly, and is what
 # fp8 checkpoints were rounded from.
 FORMAT_OF = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "bf16", "U8": "bf16"}
-FORMAT_OF |= dict.fromkeys(ggml.TYPES, "f32")
+FORMAT_OF |= ggml.FORMAT_OF
 LAYER = re.compile(r"(.*?\blayers\.)([0-9]{1,9})\.")
 TILE = 16  # rows: blocks that are encoded start at multiples of it
 
@@ -86,7 +86,7 @@ def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
 
 def _is_coded(checkpoint: Checkpoint, info: TensorInfo) -> bool:
     """Whether a tensor holds codes of matrices."""
-    return (info.dtype in ggml.TYPES and len(info.shape) > 1) or blockscaled.is_coded(checkpoint, info)
+    return (info.dtype in ggml.FORMAT_OF and len(info.shape) > 1) or blockscaled.is_coded(checkpoint, info)
 
 
 def _shape_of(checkpoint: Checkpoint, info: TensorInfo) -> tuple[int, ...]:
@@ -122,6 +122,17 @@ def is_plain(param: Param, info: TensorInfo) -> bool:
 def is_stored_as(param: Param, info: TensorInfo, name: str) -> bool:
     """Whether the bytes of ``param`` in the format ``name`` stand in the file as they stand in memory."""
     return is_plain(param, info) and FORMAT_OF[info.dtype] == name
+
+
+def has_codes_of(param: Param, info: TensorInfo, name: str) -> bool:
+    """Whether the format ``name`` holds the codes that stand in the file."""
+    return info.dtype in ggml.FORMAT_OF and param.source.step == 1 and FORMAT_OF[info.dtype] == name
+
+
+def read_tiles(checkpoint: Checkpoint, param: Param, expert: int, start: int, stop: int, out: torch.Tensor) -> None:
+    """Fills ``out`` with the tiles of the rows [start, stop) of a parameter for which :func:`has_codes_of` holds."""
+    info, source = tensor_of(checkpoint, param, expert), param.source
+    ggml.read_tiles(checkpoint, info, expert if source.stacked else 0, source.start + start, stop - start, out)
 
 
 def read_plain(checkpoint: Checkpoint, param: Param, expert: int, start: int, out: torch.Tensor) -> None:
@@ -196,8 +207,8 @@ def _read_block(
     first = source.start + start * source.step
     if source.transposed:
         _read_transposed(checkpoint, info, _expert_byte(param, info, expert), first, source.step, block)
-    elif info.dtype in ggml.TYPES:
-        ggml.read_rows(checkpoint, info, expert if source.stacked else 0, first, source.step, block)
+    elif info.dtype in ggml.FORMAT_OF:
+        ggml.read_numbers(checkpoint, info, expert if source.stacked else 0, first, source.step, block)
     elif coded:
         blockscaled.read_rows(checkpoint, info, expert if source.stacked else 0, first, source.step, block)
     else:
