@@ -150,6 +150,24 @@ def tiny(path: Path, kind: str = "F32", parts: int = 1, **changes: Any) -> Path:
     return save(path, values.pop("architecture", "llama"), values, tensors, parts)
 
 
+def large(path: Path, kind: str, hidden: int = 1024, ffn: int = 2816, layers: int = 8) -> Path:
+    """A random llama of 100 million parameters with the embedded model's tokenizer, in a type of :data:`RANDOM`."""
+    config = tiny_llama.CONFIG | {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 4096}
+    width, kv_width = hidden, hidden // 4
+    shapes = {"attn_q": (width, hidden), "attn_k": (kv_width, hidden), "attn_v": (kv_width, hidden)}
+    shapes |= {"attn_output": (hidden, width), "ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden)}
+    shapes |= {"ffn_down": (hidden, ffn)}
+    blocks = {shape: random_blocks(kind, *shape, shape[1] ** -0.5) for shape in {*shapes.values(), (6144, hidden)}}
+    ones = np.ones(hidden, np.float32), "F32"
+    outer = blocks[6144, hidden], kind
+    tensors: dict[str, Tensor] = {"token_embd.weight": outer, "output.weight": outer, "output_norm.weight": ones}
+    for layer in range(layers):
+        tensors |= {f"blk.{layer}.{name}.weight": (blocks[shape], kind) for name, shape in shapes.items()}
+        tensors |= {f"blk.{layer}.{name}.weight": ones for name in ("attn_norm", "ffn_norm")}
+    return save(path, "llama", settings(config) | vocabulary(), tensors)
+
+
 def vocabulary(pre: str = "qwen2") -> dict[str, Any]:
     """The metadata of the embedded model's tokenizer, but for how it splits text."""
     made = json.loads((zoo.path("nano") / "tokenizer.json").read_text())

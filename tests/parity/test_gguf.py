@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from tests.parity.harness import (
     TOLERANCE,
     Ours,
     check_all_paths,
+    check_edits,
     difference,
+    edit_layers,
+    edit_param,
+    edit_rope,
     make,
     theirs,
     tokens_of,
@@ -27,6 +32,14 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from tightfit.checkpoints.checkpoint import open_checkpoint
+from tightfit.checkpoints.config import Config
+from tightfit.model.families import model_spec
+from tightfit.model.spec import AttentionSpec
+from tightfit.plan.schema import OWN
+from tightfit.weights.placement.ggml import CONVERTED
+from tightfit.weights.placement.places import group_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -118,11 +131,53 @@ def wide() -> LlamaConfig:
 
 @pytest.mark.parametrize("kind", [*DENSE, *QUANTISED])
 def test_types(kind: str, tmp_path: Path) -> None:
-    """Against the numbers that gguf's own dequantisation gives."""
+    """Against the numbers that gguf's own dequantisation gives: exactly where tiles hold them, and decoded to float32;
+    the scales of K types are rounded to 11 bits, the weights by half a thousandth."""
     model = make(wide())
     path = gguf_files.write(tmp_path / "model.gguf", model, kind)
     tokens = tokens_of(model, 40)
     reference = theirs(model, tokens, [40])
     assert reference.std() >= 1.0
-    ours = Ours(path, context=40, chunk=40)
-    assert difference(ours.sequence(tokens, [40]), reference) < TOLERANCE
+    for weights, tolerance in ((OWN, 2e-3 if kind in CONVERTED else TOLERANCE), ("f32", TOLERANCE)):
+        ours = Ours(path, context=40, chunk=40, weights=weights)
+        assert difference(ours.sequence(tokens, [40]), reference) < tolerance
+
+
+def test_types_may_be_mixed_in_a_layer(tmp_path: Path) -> None:
+    """As in files of llama.cpp: queries and values are multiplied together and stored in different types."""
+    kinds = {"attn_q": "Q4_0", "attn_k": "Q5_1", "attn_v": "Q8_0", "ffn_gate": "MXFP4", "ffn_up": "F16"}
+    model = make(wide())
+    path = gguf_files.write(tmp_path / "model.gguf", model, lambda name: kinds.get(name.split(".")[-2], "Q5_0"))
+    check_all_paths(model, path)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2moe"])
+def test_experts_keep_their_codes(name: str, tmp_path: Path) -> None:
+    config, metadata = MODELS[name]
+    model = make(config)
+    path = gguf_files.write(tmp_path / "model.gguf", model, "Q5_1", metadata=metadata)
+    check_all_paths(model, path)
+    with open_checkpoint(str(path)) as checkpoint:
+        spec = model_spec(Config(checkpoint.config, name), checkpoint.tensors)
+        formats = {str(place.format) for place in group_of(checkpoint, spec, "layers.0", OWN).places if place.format}
+    assert formats == {"Int5(group=32, symmetric=False, scales='f16')", "F32()"}  # routers
+
+
+# Each, left out, must be missed: that the family's other tests do not see to.
+EDITS = {
+    "llama": edit_layers(lambda layer: replace(layer, attention=not_interleaved(layer.attention))),
+    "gemma2": edit_param("input_layernorm", "norm", add=1.0),
+    "llama 3": edit_rope(rope_type="default"),
+}
+
+
+def not_interleaved(attention: AttentionSpec) -> AttentionSpec:
+    assert attention.rope is not None
+    return replace(attention, rope=replace(attention.rope, interleaved=False))
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_what_differs_in_gguf_is_missed(name: str, tmp_path: Path) -> None:
+    config, metadata = MODELS[name]
+    model = make(config)
+    check_edits(model, gguf_files.write(tmp_path / "model.gguf", model, metadata=metadata), {name: EDITS[name]})

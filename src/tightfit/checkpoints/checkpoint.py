@@ -60,6 +60,12 @@ class Checkpoint:
         self._weights = weights
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether weights are stored in few bits: not all in types of 16 bits and more."""
+        plain = ("F32", "F16", "BF16", "F64")
+        return not all(tensor.dtype in plain for tensor in self.tensors.values())
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all tensors, as stored."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

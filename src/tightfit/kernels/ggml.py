@@ -103,8 +103,8 @@ def _repack(found: Codes, type: Type, out: torch.Tensor) -> bool:
     padding = tile_rows * TILE_ROWS - rows  # rows of zeros
 
     def tiled(numbers: torch.Tensor) -> torch.Tensor:
-        """(rows, ...) to (tiles, 16, ...)."""
-        return torch.cat([numbers, numbers.new_zeros(padding, *numbers.shape[1:])]).unflatten(0, (-1, TILE_ROWS))
+        """(rows, n) to (tiles, 16, n)."""
+        return torch.cat([numbers, numbers.new_zeros(padding, numbers.shape[1])]).view(tile_rows, TILE_ROWS, -1)
 
     stored = out.view(tile_rows, groups, -1)
     nbytes = code_nbytes(type.kind, type.group)

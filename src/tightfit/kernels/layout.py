@@ -2,8 +2,9 @@
 
 A tile is 16 rows by one group of inputs: ``[codes][16 scales in bfloat16][16 offsets in bfloat16, if asymmetric]``. A
 weight is ``level * scale + offset``; its code tells the level. Scales and offsets of intN can be float16 instead, as
-GGUF files have them: then an offset is what the lowest code stands for, so that they are held as they are. The bits of the codes lie in planes, one after the
-other, the lowest bits first (r is the row, k the code's place modulo 4; 4 codes of 16 rows are a step):
+GGUF files have them: then an offset is what the lowest code stands for, so that they are held as they are. The bits of
+the codes lie in planes, one after the other, the lowest bits first (r is the row, k the code's place modulo 4; 4 codes
+of 16 rows are a step):
 
 - 8 bits: 64 bytes for each step; byte ``r * 4 + k`` is code k of row r.
 - 4 bits: 64 bytes for 8 codes; the low half of byte ``r * 4 + k`` is code k, the high half code ``4 + k``.

@@ -19,10 +19,10 @@ class Weight:
     """``rows`` by ``cols`` numbers stored in ``data`` (uint8, one contiguous run).
 
     ``kind`` is a key of DENSE (row-major, ``group`` 0), or the kind of canonical tiles of 16 rows by ``group`` inputs
-    (see ``kernels/layout.py``), with an offset beside each scale if ``asymmetric``, in float16 if ``half_scales``.
-    ``row_offset`` is the first row's place in the first tile. ``settings`` is the header of an fp8 matrix (uint8; byte 0 is the number of exponent
-    bits), None for the others. ``handle`` is the compiled kernels' view of the same bytes, and ``product`` that of the
-    matrix as one to multiply with; None if there are none.
+    (see ``kernels/layout.py``), with an offset beside each scale if ``asymmetric``, both in float16 if ``half_scales``.
+    ``row_offset`` is the first row's place in the first tile. ``settings`` is the header of an fp8 matrix (uint8; byte
+    0 is the number of exponent bits), None for the others. ``handle`` is the compiled kernels' view of the same bytes,
+    and ``product`` that of the matrix as one to multiply with; None if there are none.
     """
 
     data: torch.Tensor

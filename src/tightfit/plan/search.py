@@ -22,6 +22,7 @@ from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import OWN, LayerPlan, ModelRef, Numerics, OuterPlan, Plan
 from tightfit.weights.placement.fill import scratch_bytes
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, group_of, layer_name, params_of
+from tightfit.weights.placement.read import converted
 from tightfit.weights.placement.streamed import embeddings_on_disk, least_resident, spread, streaming_nbytes
 
 # From the most precise to the smallest. Fewer than 4 bits lose so much that they must be asked for.
@@ -151,6 +152,10 @@ class Search:
         advice.append(f"Type --memory {format_bytes(plan.total, ceil=True).replace(' ', '')}")
         if self.checkpoint.compressed is not None:
             advice.append("or compress the model in fewer bits (`tightfit compress`)")
+        elif constraints.weights is None and self.streamable() is None:
+            advice.append(
+                "or write it to a folder with `tightfit compress MODEL --out FOLDER`: that is read as it is used"
+            )
         elif constraints.weights is not None:
             advice.append("or leave out --weights, so that fewer bits can be chosen")
         if constraints.sequences > 1:
@@ -193,6 +198,8 @@ class Search:
         better = BETTER.get(plan.outer.format)
         if better is None:
             return plan
+        if better not in self.levels():  # files of few bits: their own are no more
+            better = OWN
         count = len(self.spec.layers)
         order = sorted(range(count), key=lambda index: min(index, count - 1 - index))
         outer, formats = plan.outer.format, [layer.format for layer in plan.layers]
@@ -243,6 +250,7 @@ class Search:
                 fingerprint=self.checkpoint.fingerprint,
                 family=spec.family,
                 parameters=spec.parameter_count,
+                converted=converted(self.checkpoint),
             ),
             budget=constraints.budget,
             context=constraints.context,

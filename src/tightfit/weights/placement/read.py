@@ -129,6 +129,13 @@ def has_codes_of(param: Param, info: TensorInfo, name: str) -> bool:
     return info.dtype in ggml.FORMAT_OF and param.source.step == 1 and FORMAT_OF[info.dtype] == name
 
 
+def converted(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The types of a checkpoint's tensors whose numbers are not held exactly in what FORMAT_OF names."""
+    tensors, compressed = checkpoint.tensors.values(), checkpoint.compressed
+    types = compressed.types if compressed is not None else {info.dtype for info in tensors}
+    return tuple(sorted(set(types) & set(ggml.CONVERTED)))
+
+
 def read_tiles(checkpoint: Checkpoint, param: Param, expert: int, start: int, stop: int, out: torch.Tensor) -> None:
     """Fills ``out`` with the tiles of the rows [start, stop) of a parameter for which :func:`has_codes_of` holds."""
     info, source = tensor_of(checkpoint, param, expert), param.source
