@@ -38,7 +38,7 @@ def test_a_compressed_file_runs_alone(tmp_path: Path) -> None:
     assert text_of(tmp_path / "out") == expected
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "tokenizer.json", "tokenizer_config.json", "tightfit.safetensors"}
-    chat = tightfit("chat", tmp_path / "out", "--max-new-tokens", 4, "--memory", "600MiB", stdin="Hello\n")
+    chat = tightfit("run", tmp_path / "out", "--chat", "-n", 4, "--memory", "600MiB", stdin="Hello\n")
     assert chat.status == 0, chat.stderr
 
 

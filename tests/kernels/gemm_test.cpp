@@ -24,8 +24,8 @@ struct Matrix {
 
 const uint8_t EXPONENT_BITS[] = {3};
 
-Matrix random_matrix(Kind kind, size_t group, bool asymmetric, size_t rows, size_t cols) {
-    Weight w{kind, group, asymmetric, nullptr, rows, cols, 0, EXPONENT_BITS};
+Matrix random_matrix(Kind kind, size_t group, bool asymmetric, size_t rows, size_t cols, bool half_scales = false) {
+    Weight w{kind, group, asymmetric, nullptr, rows, cols, 0, EXPONENT_BITS, half_scales};
     const size_t size = w.tiled() ? (rows + 15) / 16 * w.tile_row_bytes() : rows * cols * itemsize(w.kind);
     std::unique_ptr<uint8_t[]> data(new uint8_t[size]);
     // All numbers are of size 1: a byte of 0x3d at their end is an exponent near 0, whatever the kind.
@@ -87,10 +87,10 @@ void check(const Joined& matrices, size_t tokens, float accumulate, size_t threa
     }
 }
 
-void check_kind(Kind kind, size_t group, bool asymmetric = false) {
+void check_kind(Kind kind, size_t group, bool asymmetric = false, bool half_scales = false) {
     for (size_t rows : {1, 16, 53})
         for (size_t cols : {1, 75, 330}) {
-            const Matrix matrix = random_matrix(kind, group, asymmetric, rows, cols);
+            const Matrix matrix = random_matrix(kind, group, asymmetric, rows, cols, half_scales);
             check(Joined({matrix.weight}), rows == 1 ? 35 : 3, 0, 1);
             if (rows < 20) continue;
             Weight slice = matrix.weight;  // the rows 19 to 52
@@ -123,7 +123,8 @@ int main() {
     }
     for (Kind kind : {Kind::f32, Kind::f16, Kind::bf16}) check_kind(kind, 0);
     for (Kind kind : {Kind::int8, Kind::int6, Kind::int5, Kind::int4, Kind::int3, Kind::int2})
-        for (size_t group : {16, 160}) check_kind(kind, group, group != 16);
+        for (size_t group : {16, 160})
+            for (bool half_scales : {false, true}) check_kind(kind, group, group != 16, half_scales);
     for (Kind kind : {Kind::nf4, Kind::fp4, Kind::fp8})
         for (size_t group : {16, 160}) check_kind(kind, group);
     for (size_t group : {48, 96}) check_kind(Kind::ternary, group);

@@ -20,7 +20,7 @@ from tightfit.checkpoints.generation import GenerationDefaults, read_generation_
 from tightfit.checkpoints.gguf import opening as gguf
 from tightfit.checkpoints.hub import RemoteHeader, fetch
 from tightfit.checkpoints.quantization import Quantization, read_quantization
-from tightfit.checkpoints.safetensors_file import TensorInfo
+from tightfit.checkpoints.safetensors_file import DTYPE_BITS, TensorInfo
 from tightfit.checkpoints.tensor_files import TensorFiles
 from tightfit.errors import CheckpointError, UsageError
 
@@ -60,10 +60,9 @@ class Checkpoint:
         self._weights = weights
 
     @property
-    def is_quantised(self) -> bool:
-        """Whether weights are stored in few bits: not all in types of 16 bits and more."""
-        plain = ("F32", "F16", "BF16", "F64")
-        return not all(tensor.dtype in plain for tensor in self.tensors.values())
+    def holds_blocks(self) -> bool:
+        """Whether there are tensors in the quantised types of GGUF."""
+        return any(tensor.dtype not in DTYPE_BITS for tensor in self.tensors.values())
 
     @property
     def total_bytes(self) -> int:

@@ -16,7 +16,7 @@ Weights = Annotated[
         "--weights",
         metavar="FORMAT",
         help="How weights are stored: int4, int8, int4(group=64), ..., or own: as the model has them.",
-        show_default="own for a model that is in few bits already",
+        show_default="own for quantised GGUF files",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where to write: a new or empty folder.")]

@@ -31,7 +31,7 @@ def compress(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Writes the model in the format ``weights`` to the folder ``out``, with the memory and the threads that ``wish``
-    names; gives a receipt, JSON-ready. ``own``, which None means for a model of few bits, keeps them as they are.
+    names; gives a receipt, JSON-ready. ``own``, which None means for quantised GGUF files, keeps weights as they are.
 
     Raises BudgetError with the smallest budget that works, FileError where the folder cannot be written, UsageError
     where there is something that ``force`` does not replace.
@@ -82,10 +82,10 @@ def compress(
 
 
 def _own(opened: Opened) -> str:
-    """``own``, for a model that would not become smaller by much. Raises UsageError for others."""
-    if opened.checkpoint.compressed is None and not opened.checkpoint.is_quantised:
+    """``own``, for a model in quantised types. Raises UsageError for others."""
+    if opened.checkpoint.compressed is None and not opened.checkpoint.holds_blocks:
         raise UsageError(
-            f"{opened.checkpoint.name} is not in few bits, and no format was named",
+            f"{opened.checkpoint.name} is not a quantised GGUF file, and no format was named",
             "Name one with --weights: int4, int8, int4(group=64), ...; own keeps the numbers as they are.",
         )
     return OWN
