@@ -33,6 +33,7 @@ from tightfit.weights.placement.read import (
     read_plain,
     read_tiles,
     tensor_of,
+    tiles_scratch,
 )
 
 PIECE = 8 << 20  # bytes of a compressed folder that a thread reads before it takes the next
@@ -81,6 +82,8 @@ def scratch_bytes(checkpoint: Checkpoint, group: Group, threads: int) -> int:
 def _scratch(checkpoint: Checkpoint, place: Place) -> int:
     """The block that a thread holds, and what reading and converting it takes."""
     param, fmt = place.param, place.format
+    if fmt is not None and has_codes_of(param, tensor_of(checkpoint, param), spec_string(fmt)):
+        return tiles_scratch(checkpoint, param)
     block = block_scratch(checkpoint, param)
     if fmt is None or isinstance(fmt, Dense):
         return block

@@ -6,7 +6,7 @@ import torch
 
 from tightfit.checkpoints.checkpoint import Checkpoint, TensorInfo
 from tightfit.errors import CheckpointError
-from tightfit.kernels import ggml
+from tightfit.kernels import cpu, ggml
 
 # The tiles that hold a type's codes. Of the K types, scales and offsets are rounded: they have more than a float16's 11
 # bits.
@@ -22,6 +22,7 @@ FORMAT_OF = {
     "MXFP4": "fp4",
 }
 CONVERTED = ("Q4_K", "Q5_K", "Q6_K")
+BY_TORCH = 16  # bytes that the reference takes for each number to make tiles
 
 
 def read_numbers(
@@ -43,10 +44,19 @@ def read_tiles(checkpoint: Checkpoint, info: TensorInfo, expert: int, start: int
         raise CheckpointError(f"{where}: {error.message}", error.hint) from error
 
 
+def tiles_scratch(info: TensorInfo, rows: int) -> int:
+    """Bytes that :func:`read_tiles` takes for a moment, at most, for ``rows`` rows."""
+    stored = rows * _row_nbytes(info)
+    return stored if cpu.available() else stored + BY_TORCH * rows * info.shape[-1]
+
+
+def _row_nbytes(info: TensorInfo) -> int:
+    kind = ggml.TYPES[info.dtype]
+    return info.shape[-1] // kind.inputs * kind.nbytes
+
+
 def _read(checkpoint: Checkpoint, info: TensorInfo, expert: int, start: int, count: int) -> torch.Tensor:
     """(count, bytes of a row): rows as they are stored."""
-    kind, (rows, cols) = ggml.TYPES[info.dtype], info.shape[-2:]
-    nbytes = cols // kind.inputs * kind.nbytes
-    stored = torch.empty(count, nbytes, dtype=torch.uint8)
-    checkpoint.read_into(info, (expert * rows + start) * nbytes, stored.view(-1).numpy().data)
+    stored = torch.empty(count, _row_nbytes(info), dtype=torch.uint8)
+    checkpoint.read_into(info, (expert * info.shape[-2] + start) * stored.shape[1], stored.view(-1).numpy().data)
     return stored

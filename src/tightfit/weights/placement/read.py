@@ -142,6 +142,11 @@ def read_tiles(checkpoint: Checkpoint, param: Param, expert: int, start: int, st
     ggml.read_tiles(checkpoint, info, expert if source.stacked else 0, source.start + start, stop - start, out)
 
 
+def tiles_scratch(checkpoint: Checkpoint, param: Param) -> int:
+    """Bytes that :func:`read_tiles` takes for a moment for as many rows as make a block."""
+    return ggml.tiles_scratch(tensor_of(checkpoint, param), block_rows(checkpoint, param))
+
+
 def read_plain(checkpoint: Checkpoint, param: Param, expert: int, start: int, out: torch.Tensor) -> None:
     """Fills ``out`` (contiguous, whole rows) with the bytes from row ``start`` of a parameter for which
     :func:`is_plain` holds."""
