@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gpt_oss": "gpt-oss",
 }
 BY_NAME = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 # Of the types that the package cannot write, blocks of random bytes: where they have a float16, and which one makes
@@ -123,7 +124,8 @@ def write(
     if model.config.rope_parameters.get("rope_type") == "llama3":
         tensors["rope_freqs.weight"] = rope_factors(model), "F32"
     for name, (numbers, put) in tensors_of(model).items():
-        matrix = numbers.ndim > 1 and "ffn_gate_inp" not in name  # routers are always float32
+        # routers and biases are always float32
+        matrix = numbers.ndim > 1 and "ffn_gate_inp" not in name and name.endswith(".weight")
         own = (kind if isinstance(kind, str) else kind(name)) if matrix else "F32"
         raw = stored(numbers, own)
         tensors[name] = raw, own
@@ -217,14 +219,24 @@ def tensors_of(model: PreTrainedModel) -> dict[str, tuple[np.ndarray, Put]]:
         def part(key: str, target: torch.Tensor, add: float = add, heads: int = heads) -> None:
             name = names.get_name(key, try_suffixes=(".weight", ".bias"))
             assert name is not None, key
-            numbers = (target + add).float().numpy()
+            name = f"{name}.weight" if name.endswith("_sinks") else name
+            numbers = (target + add).float().contiguous().numpy()
 
             def put(values: np.ndarray) -> None:
                 target.copy_(torch.from_numpy(unpermuted(values, heads) if heads else values) - add)
 
             tensors[name] = permuted(numbers, heads) if heads else numbers, put
 
-        if key.endswith("mlp.experts.gate_up_proj"):
+        stem = key.removesuffix("_bias")
+        if family == "gpt-oss" and ".experts." in key:  # inputs first, gate and up in turn
+            kind = "bias" if stem != key else "weight"
+            rows = parameter if kind == "bias" else parameter.transpose(1, 2)
+            if stem.endswith("gate_up_proj"):
+                part(stem.replace("gate_up_proj", f"gate_proj.{kind}"), rows[:, ::2])
+                part(stem.replace("gate_up_proj", f"up_proj.{kind}"), rows[:, 1::2])
+            else:
+                part(f"{stem}.{kind}", rows)
+        elif key.endswith("mlp.experts.gate_up_proj"):
             width = parameter.shape[1] // 2
             part(key.replace("gate_up_proj", "gate_proj.weight"), parameter[:, :width])
             part(key.replace("gate_up_proj", "up_proj.weight"), parameter[:, width:])

@@ -24,6 +24,7 @@ from tests.parity.harness import (
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
@@ -111,6 +112,18 @@ MODELS: dict[str, tuple[PreTrainedConfig, dict[str, Any]]] = {
         WINDOW | {".attention.sliding_window_pattern": 2, ".rope.scaling.type": "linear", ".rope.scaling.factor": 8.0},
     ),
 }
+OSS = YARN | {"truncate": False, "beta_fast": 1.5, "beta_slow": 0.3}
+MODELS["gpt-oss"] = (
+    GptOssConfig(
+        **SIZES | {"rope_parameters": OSS, "intermediate_size": 64},
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=20,
+    ),
+    MODELS["qwen2 yarn"][1]
+    | WINDOW
+    | {".rope.scaling.yarn_beta_fast": 1.5, ".rope.scaling.yarn_beta_slow": 0.3, ".expert_gating_func": 3},
+)
 DENSE = ("F32", "F16", "BF16")
 QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
 
@@ -151,16 +164,26 @@ def test_types_may_be_mixed_in_a_layer(tmp_path: Path) -> None:
     check_all_paths(model, path)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2moe"])
-def test_experts_keep_their_codes(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "own"),
+    [
+        ("mixtral", "Q5_1", "Int5(group=32, symmetric=False, scales='f16')"),
+        ("qwen2moe", "Q8_0", "Int8(group=32, symmetric=True, scales='f16')"),
+        ("gpt-oss", "MXFP4", "FP4(group=32)"),
+    ],
+)
+def test_experts_keep_their_codes(name: str, kind: str, own: str, tmp_path: Path) -> None:
     config, metadata = MODELS[name]
     model = make(config)
-    path = gguf_files.write(tmp_path / "model.gguf", model, "Q5_1", metadata=metadata)
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, model, lambda name: kind if "_exps" in name else "Q8_0", metadata)
     check_all_paths(model, path)
     with open_checkpoint(str(path)) as checkpoint:
         spec = model_spec(Config(checkpoint.config, name), checkpoint.tensors)
-        formats = {str(place.format) for place in group_of(checkpoint, spec, "layers.0", OWN).places if place.format}
-    assert formats == {"Int5(group=32, symmetric=False, scales='f16')", "F32()"}  # routers
+        group = group_of(checkpoint, spec, "layers.0", OWN)
+    formats = {place.param.name: str(place.format) for place in group.places if place.format}
+    assert {formats[f"experts.{part}_proj"] for part in ("gate", "up", "down")} == {own}
+    assert formats["router"] == "F32()"
 
 
 # Each, left out, must be missed: that the family's other tests do not see to.

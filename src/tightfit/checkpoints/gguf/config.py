@@ -50,6 +50,13 @@ SANDWICH_NORMS = {
 }
 EXPERTS = {f"ffn_{part}_exps.weight": f"mlp.experts.{part}_proj" for part in ("gate", "up", "down")}
 ROUTER = {"ffn_gate_inp.weight": "mlp.gate.weight"}
+GPT_OSS = {
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "attn_sinks.weight": "self_attn.sinks",
+    "ffn_gate_inp.weight": "mlp.router.weight",
+    "ffn_gate_inp.bias": "mlp.router.bias",
+    **{f"ffn_{part}_exps.bias": f"mlp.experts.{part}_proj_bias" for part in ("gate", "up", "down")},
+}
 SHARED_EXPERT = {
     **{f"ffn_{part}_shexp.weight": f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")},
     "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
@@ -58,11 +65,13 @@ SHARED_EXPERT = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """``block`` maps the names of a layer's tensors, ``settings`` are keys of config.json that all such files have."""
+    """``block`` maps the names of a layer's tensors, ``settings`` are keys of config.json that all such files have,
+    ``gating`` is llama.cpp's number of how experts are scored (1: softmax over all, 3: over those that are chosen)."""
 
     model_type: str
     block: Mapping[str, str]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    gating: int = 1
 
 
 PLAIN = ATTENTION | PRE_NORM | MLP
@@ -76,6 +85,7 @@ ARCHITECTURES = {
     "qwen3moe": Architecture("qwen3_moe", PLAIN | HEAD_NORMS | ROUTER | EXPERTS, {"norm_topk_prob": True}),
     "gemma2": Architecture("gemma2", ATTENTION | SANDWICH_NORMS | MLP, GEMMA),
     "gemma3": Architecture("gemma3_text", ATTENTION | HEAD_NORMS | SANDWICH_NORMS | MLP, GEMMA),
+    "gpt-oss": Architecture("gpt_oss", ATTENTION | EXPERTS | GPT_OSS, {"tie_word_embeddings": False}, gating=3),
 }
 # Settings of other architectures: here each must be absent or as good as absent.
 NEUTRAL = {
@@ -86,7 +96,6 @@ NEUTRAL = {
     "residual_scale": (0.0, 1.0),
     "logit_scale": (0.0, 1.0),
     "expert_weights_scale": (0.0, 1.0),
-    "expert_gating_func": (0, 1),  # softmax
 }
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose queries are scaled otherwise
 
@@ -131,7 +140,7 @@ def config_of(metadata: Metadata, shapes: Shapes, rope_factors: list[float] | No
             raise CheckpointError(f"{file} has no '{name}.{key}'", "The file is incomplete: download it again.")
         return value
 
-    for key, neutral in NEUTRAL.items():
+    for key, neutral in (NEUTRAL | {"expert_gating_func": (0, architecture.gating)}).items():
         if get(key, neutral[0]) not in neutral:
             raise CheckpointError(
                 f"{file} has '{name}.{key}' = {get(key)}, which is not known for this architecture",
@@ -168,11 +177,16 @@ def config_of(metadata: Metadata, shapes: Shapes, rope_factors: list[float] | No
     if experts is not None:
         config |= {"num_local_experts": experts[0], "num_experts": experts[0]}
         config |= {"num_experts_per_tok": need("expert_used_count"), "moe_intermediate_size": experts[1]}
+        if name in ("llama", "gpt-oss"):
+            config |= {"intermediate_size": experts[1]}
         if name == "llama":
-            config |= {"model_type": "mixtral", "intermediate_size": experts[1]}
+            config["model_type"] = "mixtral"
     shared = shapes.get("blk.0.ffn_gate_shexp.weight")
     if shared is not None:
         config["shared_expert_intermediate_size"] = shared[0]
+    if name == "gpt-oss":
+        config["sliding_window"] = get("attention.sliding_window", 128)
+        config.get("rope_scaling", {})["truncate"] = False
     if name in LARGEST_GEMMA:
         config |= _gemma(get) | {"query_pre_attn_scalar": hidden / heads if layers == LARGEST_GEMMA[name] else dim}
     return config
