@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 from tests import gguf_files, tiny_llama
 from tests.measure import run_measured
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tightfit.checkpoints.checkpoint import open_checkpoint
+from tightfit.checkpoints.config import Config
 from tightfit.checkpoints.gguf.config import config_of
 from tightfit.errors import CheckpointError
+from tightfit.model.families import model_spec
+from tightfit.weights.placement.read import check
 
 MIB = 1 << 20
 
@@ -33,6 +37,12 @@ def test_a_file_says_what_a_folder_does(tmp_path: Path) -> None:
         assert np.array_equal(numbers, tiny_llama.tensors()[info.name])
         assert model.generation.eos_token_ids == (1, 5)
         assert model.tokenizer().encode("Once") == original.tokenizer().encode("Once", add_special_tokens=False)
+
+
+def test_the_chat_template_comes_from_the_file(tmp_path: Path) -> None:
+    template = {"tokenizer.chat_template": "{% for message in messages %}<{{ message.content }}>{% endfor %}"}
+    with open_checkpoint(str(gguf_files.tiny(tmp_path / "m.gguf", **template))) as model:
+        assert model.tokenizer().render_chat([{"role": "user", "content": "Hi"}]) == "<Hi>"
 
 
 def test_a_folder_with_one_model_opens(tmp_path: Path) -> None:
@@ -99,15 +109,29 @@ def test_files_of_noise_are_refused(tmp_path: Path) -> None:
         ({".rope.scaling.type": "ntk"}, "asks for rope type 'ntk'"),
         ({".block_count": 1}, "tensor 'model.layers.1.* describes 1 layers"),
         ({"architecture": "gemma2"}, "no tensor 'model.layers.0.post_attention_layernorm.weight'"),
+        ({".embedding_length": "many"}, "'hidden_size' = many, expected an integer"),
+        ({".attention.layer_norm_rms_epsilon": "low"}, "is not a whole GGUF file: "),
     ],
 )
 def test_what_is_not_known_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    from tightfit.checkpoints.config import Config
-    from tightfit.model.families import model_spec
-    from tightfit.weights.placement.read import check
-
     path = gguf_files.tiny(tmp_path / "model.gguf", **changes)
-    with pytest.raises(CheckpointError, match=message), open_checkpoint(str(path)) as model:
+    with pytest.raises(CheckpointError, match=message):
+        check_weights(path)
+
+
+def test_tensors_that_would_be_left_out_are_refused(tmp_path: Path) -> None:
+    config = LlamaConfig(**{**tiny_llama.CONFIG, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
+    model = LlamaForCausalLM(config)
+    name = "blk.1.ffn_up.bias"  # of gate and down there are none
+    tensors = {key: (numbers, "F32") for key, (numbers, _) in gguf_files.tensors_of(model).items()}
+    tensors[name] = np.ones(tiny_llama.FFN, np.float32), "F32"
+    path = gguf_files.save(tmp_path / "m.gguf", "llama", gguf_files.settings(config.to_dict()), tensors)
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.mlp\.up_proj\.bias', which 'llama' has no use for"):
+        check_weights(path)
+
+
+def check_weights(path: Path) -> None:
+    with open_checkpoint(str(path)) as model:
         check(model, model_spec(Config(model.config, model.name), model.tensors))
 
 

@@ -60,6 +60,10 @@ class Checkpoint:
         self._weights = weights
 
     @property
+    def is_gguf(self) -> bool:
+        return self._gguf_parts is not None
+
+    @property
     def holds_blocks(self) -> bool:
         """Whether there are tensors in the quantised types of GGUF."""
         return any(tensor.dtype not in DTYPE_BITS for tensor in self.tensors.values())

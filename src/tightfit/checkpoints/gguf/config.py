@@ -85,11 +85,11 @@ ARCHITECTURES = {
     "qwen3moe": Architecture("qwen3_moe", PLAIN | HEAD_NORMS | ROUTER | EXPERTS, {"norm_topk_prob": True}),
     "gemma2": Architecture("gemma2", ATTENTION | SANDWICH_NORMS | MLP, GEMMA),
     "gemma3": Architecture("gemma3_text", ATTENTION | HEAD_NORMS | SANDWICH_NORMS | MLP, GEMMA),
-    "gpt-oss": Architecture("gpt_oss", ATTENTION | EXPERTS | GPT_OSS, {"tie_word_embeddings": False}, gating=3),
+    "gpt-oss": Architecture("gpt_oss", ATTENTION | EXPERTS | GPT_OSS, gating=3),
 }
 # Settings of other architectures: here each must be absent or as good as absent.
 NEUTRAL = {
-    "attention.scale": (0.0, 1.0),
+    "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
     "attention.causal": (True,),
     "embedding_scale": (0.0, 1.0),
@@ -171,16 +171,16 @@ def config_of(metadata: Metadata, shapes: Shapes, rope_factors: list[float] | No
             f"the layers or heads of {file} differ in size, which is not supported",
             "Take another version of the model.",
         )
-    config["attention_bias"] = "blk.0.attn_output.bias" in shapes
+    config["attention_bias"] = "blk.0.attn_q.bias" in shapes
     config["mlp_bias"] = "blk.0.ffn_down.bias" in shapes
     experts = shapes.get("blk.0.ffn_gate_exps.weight")
     if experts is not None:
         config |= {"num_local_experts": experts[0], "num_experts": experts[0]}
         config |= {"num_experts_per_tok": need("expert_used_count"), "moe_intermediate_size": experts[1]}
-        if name in ("llama", "gpt-oss"):
-            config |= {"intermediate_size": experts[1]}
         if name == "llama":
             config["model_type"] = "mixtral"
+        if name in ("llama", "gpt-oss"):
+            config["intermediate_size"] = experts[1]
     shared = shapes.get("blk.0.ffn_gate_shexp.weight")
     if shared is not None:
         config["shared_expert_intermediate_size"] = shared[0]
@@ -220,7 +220,7 @@ def _rope(get: Callable[..., Any], dim: int, factors: list[float] | None) -> dic
             "original_max_position_embeddings": get("rope.scaling.original_context_length"),
             "beta_fast": get("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": get("rope.scaling.yarn_beta_slow", 1.0),
-            "attention_factor": get("rope.scaling.attn_factor", 1.0) * (0.1 * math.log(factor) + 1),
+            "attention_factor": get("rope.scaling.attn_factor", 1.0) * (0.1 * math.log(max(factor, 1.0)) + 1),
         }
     elif kind in ("none", "linear"):
         scaling = {"rope_type": "linear", "factor": factor} if factor != 1 else {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,31 +65,27 @@ def _strings(content: bytes) -> list[str]:
     return texts
 
 
-def _open(path: str) -> Reader:
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """What damaged files make numpy, the package and the readers of metadata raise becomes a CheckpointError."""
     try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        reason = f"{path} cannot be read: {error.strerror}"
+        raise CheckpointError(reason, "Check the file and its permissions.") from error
+    except Exception as error:
+        message = f"{path} is not a whole GGUF file: {type(error).__name__}: {error}"
+        raise CheckpointError(message, DOWNLOAD_AGAIN) from error
+
+
+def _open(path: str) -> Reader:
+    with _reading(path):
         reader = Reader(path)
         if reader.byte_order != "I":
             raise ValueError("its numbers are in the byte order of other processors")
         return reader
-    except OSError as error:
-        reason = f"{path} cannot be read: {error.strerror}"
-        raise CheckpointError(reason, "Check the file and its permissions.") from error
-    except Exception as error:  # numpy's, struct's and the package's own
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: str, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is not a whole GGUF file: {error}", DOWNLOAD_AGAIN)
-
-
-def _metadata(path: str, reader: Reader) -> Callable[[str], Any]:
-    def value(key: str) -> Any:
-        try:
-            return reader.value(key)
-        except ValueError as error:
-            raise _damaged(path, error) from error
-
-    return value
 
 
 def describe(asked: dict[str, Any]) -> dict[str, Any]:
@@ -96,11 +93,12 @@ def describe(asked: dict[str, Any]) -> dict[str, Any]:
     first byte, bytes) each."""
     readers = {path: _open(path) for path in asked["paths"]}
     first = asked["paths"][0]
-    metadata = _metadata(first, readers[first])
-    _check_parts(first, metadata, len(readers))
+    metadata = readers[first].value
     shapes: dict[str, tuple[int, ...]] = {}
     found = []
     factors = None
+    with _reading(first):
+        _check_parts(first, metadata, len(readers))
     for path, reader in readers.items():
         for tensor in reader.tensors:
             if tensor.tensor_type.name not in TYPES:
@@ -115,7 +113,8 @@ def describe(asked: dict[str, Any]) -> dict[str, Any]:
                 factors = [float(factor) for factor in tensor.data]
             else:
                 found.append((tensor, Path(path).name))
-    config = config_of(metadata, shapes, factors, Path(first).name)
+    with _reading(first):
+        config = config_of(metadata, shapes, factors, Path(first).name)
     tensors = []
     for tensor, file in found:
         name, shape = renamed(metadata("general.architecture"), tensor.name, shapes[tensor.name], Path(first).name)
@@ -135,7 +134,8 @@ def _check_parts(first: str, metadata: Callable[[str], Any], count: int) -> None
 def write_files(asked: dict[str, Any]) -> dict[str, Any]:
     """Writes what Hugging Face keeps in small files of the model in ``paths`` to ``folder``."""
     first = asked["paths"][0]
-    texts = tokenizer_files(_metadata(first, _open(first)), Path(first).name)
+    with _reading(first):
+        texts = tokenizer_files(_open(first).value, Path(first).name)
     texts["config.json"] = json.dumps(describe(asked)["config"], indent=1)
     try:
         for name, text in texts.items():

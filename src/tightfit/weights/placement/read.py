@@ -83,6 +83,14 @@ def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
                 "Compare config.json with the weights: they may belong to different models.",
             )
 
+    # What a GGUF file holds beside what its architecture always has, such as biases, tells how it computes.
+    unused = checkpoint.tensors.keys() - ends.keys() if checkpoint.is_gguf else ()
+    if unused:
+        raise CheckpointError(
+            f"{checkpoint.name} has tensor {min(unused)!r}, which '{spec.family}' has no use for",
+            "The file was written for another program: take another version of the model.",
+        )
+
 
 def _is_coded(checkpoint: Checkpoint, info: TensorInfo) -> bool:
     """Whether a tensor holds codes of matrices."""
