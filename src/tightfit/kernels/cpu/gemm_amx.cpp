@@ -136,8 +136,10 @@ template <class Code, bool ASYMMETRIC>
 struct Decoded<Code, ASYMMETRIC, true, false> {
     Decoded(const Weight& w, const Code&, const uint8_t* scales)
         : scale(InLine::halves(scales)), offset(InLine::halves(scales + TILE_ROWS * 2 * ASYMMETRIC)) {
+        if (!ASYMMETRIC) return;
         const __m512 below = _mm512_set1_ps(w.below_zero());
-        if (ASYMMETRIC) offset = {_mm512_fmadd_ps(below, scale.low, offset.low), _mm512_fmadd_ps(below, scale.high, offset.high)};
+        offset.low = _mm512_fmadd_ps(below, scale.low, offset.low);
+        offset.high = _mm512_fmadd_ps(below, scale.high, offset.high);
     }
 
     void lines(__m512i step, uint8_t* out) const {

@@ -13,7 +13,9 @@ struct GgmlType {
     Kind kind;
     bool asymmetric;
 
-    size_t tile_bytes() const { return Weight::code_bytes_of(kind, group) + TILE_ROWS * sizeof(F16) * (asymmetric ? 2 : 1); }
+    size_t tile_bytes() const {
+        return Weight::code_bytes_of(kind, group) + TILE_ROWS * sizeof(F16) * (asymmetric ? 2 : 1);
+    }
 };
 
 const GgmlType& ggml_type(Ggml type);

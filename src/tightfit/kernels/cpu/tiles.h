@@ -45,10 +45,11 @@ inline void for_tile_rows(const Weight& w, size_t first, size_t last, Work work)
 // The scales of the rows of a span, whose first one is at `place`.
 template <class Isa>
 inline typename Isa::Vector load_scales(const Weight& w, const uint8_t* place) {
-    return w.half_scales ? Isa::load(reinterpret_cast<const F16*>(place)) : Isa::load(reinterpret_cast<const BF16*>(place));
+    if (w.half_scales) return Isa::load(reinterpret_cast<const F16*>(place));
+    return Isa::load(reinterpret_cast<const BF16*>(place));
 }
 
-// Their offsets, which lie after the scales of all rows: what code 0 of signed numbers stands for.
+// Their offsets, which lie after the scales of all rows: what level 0 stands for.
 template <class Isa>
 inline typename Isa::Vector load_offsets(const Weight& w, const uint8_t* place, typename Isa::Vector scales) {
     const auto offsets = load_scales<Isa>(w, place + TILE_ROWS * sizeof(BF16));

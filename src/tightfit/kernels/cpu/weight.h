@@ -18,8 +18,9 @@ struct BF16 { uint16_t bits; };
 
 // `rows` by `cols` numbers at `data`: row-major for the floating kinds, else tiles of 16 rows by `group` inputs,
 // [codes][16 scales in bfloat16][16 offsets in bfloat16, if asymmetric], in order of their rows, then of their group
-// (kernels/layout.py has the layout). With `half_scales` these are float16, and an offset is that of the lowest code. `row_offset` is the first row's place in the first tile. `settings` is what
-// a kind must know of the whole matrix: for fp8 the number of exponent bits (0 is read as 4); null for the others.
+// (kernels/layout.py has the layout). With `half_scales`, of intN, these are float16, and an offset is that of the lowest
+// code. `row_offset` is the first row's place in the first tile. `settings` is what a kind must know of the whole matrix:
+// for fp8 the number of exponent bits (0 is read as 4); null for the others.
 struct Weight {
     Kind kind;
     size_t group;
@@ -34,11 +35,10 @@ struct Weight {
     size_t code_bytes() const { return code_bytes_of(kind, group); }
     size_t tile_bytes() const { return code_bytes() + TILE_ROWS * sizeof(BF16) * (asymmetric ? 2 : 1); }
     size_t tile_row_bytes() const { return groups() * tile_bytes(); }
-    float below_zero() const { return below_zero_of(kind); }
     int exponent_bits() const { return settings && *settings ? *settings : 4; }  // of fp8
 
     // How many steps of intN the lowest code is below 0.
-    static constexpr float below_zero_of(Kind kind) {
+    float below_zero() const {
         switch (kind) {
             case Kind::int8: return 128;
             case Kind::int6: return 32;
