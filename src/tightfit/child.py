@@ -48,7 +48,9 @@ def ask(target: str, question: dict[str, Any]) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(done.stdout)
     except json.JSONDecodeError:
-        raise TightfitError(f"planning failed: {done.stderr.strip()}", "Please report this.") from None
+        raise TightfitError(
+            f"{name} failed in a process of its own: {done.stderr.strip()}", "Please report this."
+        ) from None
     if found.get("kind") == BudgetError.__name__:
         raise BudgetError(found["error"], found["hint"], found["smallest_bytes"])
     if "error" in found:

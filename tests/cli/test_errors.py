@@ -117,7 +117,7 @@ DAMAGED = {
     "no config": case(remove("config.json"), "has no config.json"),
     "no tokenizer": case(remove("tokenizer.json"), "tokenizer.json is missing", "Download the model again"),
     "corrupt tokenizer": case(overwrite("tokenizer.json", b"{}"), "tokenizer.json cannot be read", "again"),
-    "gguf": case(only("model.gguf"), "holds GGUF (model.gguf)", "safetensors"),
+    "gguf": case(only("model.gguf"), "model.gguf is not a whole GGUF file", "download it again"),
     "pickles only": case(pickled, "pytorch_model.bin", "a pickle can execute code", "convert it"),
     "nothing": case(only("notes.txt"), "holds no *.safetensors"),
     "gptq": case(None, "quantised with gptq", "unquantised", quantization_config={"quant_method": "gptq"}),

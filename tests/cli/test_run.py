@@ -26,6 +26,8 @@ RECEIPT_KEYS = {
     "decode_tokens_per_s",
     "prefill_streamed_bytes_per_token",
     "decode_streamed_bytes_per_token",
+    "prefill_experts",
+    "decode_experts",
     "plan",
 }
 

@@ -38,3 +38,4 @@ def test_a_checkpoint_in_float32_is_computed_in_it() -> None:
     assert gemm_dtype({"F32"}, "int8") == kv_dtype({"F32"}) == "float32"
     assert kv_dtype({"F32", "BF16"}) == "bfloat16"
     assert kv_dtype({"F16"}) == "float16"
+    assert kv_dtype({"F32", "Q4_K"}) == "bfloat16"  # GGUF: vectors in float32

@@ -24,8 +24,8 @@ struct Matrix {
 
 const uint8_t EXPONENT_BITS[] = {3};
 
-Matrix random_matrix(Kind kind, size_t group, bool asymmetric, size_t rows, size_t cols) {
-    Weight w{kind, group, asymmetric, nullptr, rows, cols, 0, EXPONENT_BITS};
+Matrix random_matrix(Kind kind, size_t group, bool asymmetric, size_t rows, size_t cols, bool half_scales = false) {
+    Weight w{kind, group, asymmetric, nullptr, rows, cols, 0, EXPONENT_BITS, half_scales};
     const size_t size = w.tiled() ? (rows + 15) / 16 * w.tile_row_bytes() : rows * cols * itemsize(w.kind);
     std::unique_ptr<uint8_t[]> data(new uint8_t[size]);
     // All numbers are of size 1: a byte of 0x3d at their end is an exponent near 0, whatever the kind.
@@ -119,10 +119,10 @@ void check_whole_and_slice(const Weight& w) {
     check(Joined({slice}), 17, -1.5f, 3);
 }
 
-void check_kind(Kind kind, size_t group, bool asymmetric = false) {
+void check_kind(Kind kind, size_t group, bool asymmetric = false, bool half_scales = false) {
     for (size_t rows : {1, 16, 53})
         for (size_t cols : {1, 75, 330})
-            check_whole_and_slice(random_matrix(kind, group, asymmetric, rows, cols).weight);
+            check_whole_and_slice(random_matrix(kind, group, asymmetric, rows, cols, half_scales).weight);
 }
 
 void check_pruned() {
@@ -151,7 +151,8 @@ int main() {
     }
     for (Kind kind : {Kind::f32, Kind::f16, Kind::bf16}) check_kind(kind, 0);
     for (Kind kind : {Kind::int8, Kind::int6, Kind::int5, Kind::int4, Kind::int3, Kind::int2})
-        for (size_t group : {16, 160}) check_kind(kind, group, group != 16);
+        for (size_t group : {16, 160})
+            for (bool half_scales : {false, true}) check_kind(kind, group, group != 16, half_scales);
     for (Kind kind : {Kind::nf4, Kind::fp4, Kind::fp8})
         for (size_t group : {16, 160}) check_kind(kind, group);
     for (size_t group : {48, 96}) check_kind(Kind::ternary, group);

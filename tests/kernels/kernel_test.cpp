@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "ggml.h"
 #include "levels.h"
 #include "pool.h"
 
@@ -51,8 +52,8 @@ struct Matrix {
 
 const uint8_t EXPONENT_BITS[] = {3};  // of fp8; that of 4 is the same with other shifts
 
-Matrix random_matrix(Kind kind, size_t group, bool asymmetric, size_t rows, size_t cols) {
-    Weight w{kind, group, asymmetric, nullptr, rows, cols, 0, EXPONENT_BITS};
+Matrix random_matrix(Kind kind, size_t group, bool asymmetric, size_t rows, size_t cols, bool half_scales = false) {
+    Weight w{kind, group, asymmetric, nullptr, rows, cols, 0, EXPONENT_BITS, half_scales};
     const size_t size = w.tiled() ? (rows + 15) / 16 * w.tile_row_bytes() : rows * cols * itemsize(w.kind);
     std::unique_ptr<uint8_t[]> data(new uint8_t[size]);
     std::normal_distribution<float> normal;
@@ -62,7 +63,7 @@ Matrix random_matrix(Kind kind, size_t group, bool asymmetric, size_t rows, size
             for (size_t i = 0; i < size; i++) data[i] = static_cast<uint8_t>(generator() % 14 << 4 | generator() % 14);
         for (size_t tile = 0; tile < size; tile += w.tile_bytes())
             for (size_t place = tile + w.code_bytes(); place < tile + w.tile_bytes(); place += 2) {
-                const uint16_t scale = upper_half(normal(generator));
+                const uint16_t scale = half_scales ? random_f16() : upper_half(normal(generator));
                 std::memcpy(&data[place], &scale, 2);
             }
     } else {
@@ -182,8 +183,12 @@ Value weight_at(const Weight& w, size_t row, size_t col) {
     uint16_t scale, offset = 0;
     std::memcpy(&scale, tile + w.code_bytes() + 2 * r, 2);
     if (w.asymmetric) std::memcpy(&offset, tile + w.code_bytes() + 2 * (16 + r), 2);
-    const double factor = float_of(scale, Kind::bf16);
-    return {number_at(w, tile, r, i) * factor, float_of(offset, Kind::bf16), factor};
+    const Kind type = w.half_scales ? Kind::f16 : Kind::bf16;
+    const double factor = float_of(scale, type), product = number_at(w, tile, r, i) * factor;
+    if (!w.asymmetric) return {product, 0, factor};
+    // With scales in float16 an offset is that of the lowest code; what 0 stands for is a float32.
+    const double lowest = w.half_scales ? w.below_zero() * factor : 0;
+    return {product, static_cast<float>(float_of(offset, type) + lowest), factor};
 }
 
 // What activations are after they were rounded to int8.
@@ -273,10 +278,10 @@ void check_whole_and_slice(const Weight& w) {
     check_weight(slice, 3);
 }
 
-void check_kind(Kind kind, size_t group, bool asymmetric = false) {
+void check_kind(Kind kind, size_t group, bool asymmetric = false, bool half_scales = false) {
     for (size_t rows : {1, 16, 37})
         for (size_t cols : {1, 16, 75, 128})
-            check_whole_and_slice(random_matrix(kind, group, asymmetric, rows, cols).weight);
+            check_whole_and_slice(random_matrix(kind, group, asymmetric, rows, cols, half_scales).weight);
 }
 
 void check_pruned() {
@@ -310,6 +315,25 @@ void check_joined() {
     for (size_t tokens : {1, 3, 11}) check_product(Joined(weights), tokens, true, 0);
 }
 
+// Blocks of every type of GGUF files, to tiles without a byte to spare.
+void check_repacking() {
+    for (int i = 0; i < 9; i++) {
+        const GgmlType& type = ggml_type(static_cast<Ggml>(i));
+        for (size_t rows : {1, 16, 37}) {
+            const size_t blocks = 2, size = rows * blocks * type.nbytes;
+            const size_t tiles = (rows + 15) / 16 * blocks * (type.inputs / type.group) * type.tile_bytes();
+            std::unique_ptr<uint8_t[]> stored(new uint8_t[size]), out(new uint8_t[tiles]);
+            for (size_t byte = 0; byte < size; byte++) stored[byte] = static_cast<uint8_t>(generator());
+            for (size_t block = 0; block < size; block += type.nbytes) {  // numbers of size 1
+                stored[block] = 0, stored[block + 1] = 0x3c;
+                if (type.asymmetric) stored[block + 3] = 0x3c;
+                stored[block + type.nbytes - 1] = 0x3c;  // of Q6_K
+            }
+            check(repack(static_cast<Ggml>(i), stored.get(), rows, blocks, out.get()), "scales that fit");
+        }
+    }
+}
+
 void check_threads() {
     const auto call = [] {
         for (int i = 0; i < 300; i++) {
@@ -332,7 +356,10 @@ int main() {
         check(choose(name), "choice of kernels");
         for (Kind kind : {Kind::f32, Kind::f16, Kind::bf16}) check_kind(kind, 0);
         for (Kind kind : {Kind::int8, Kind::int6, Kind::int5, Kind::int4, Kind::int3, Kind::int2})
-            for (size_t group : {16, 32, 128, 160}) check_kind(kind, group, group != 32);
+            for (size_t group : {16, 32, 128, 160}) {
+                check_kind(kind, group, group != 32);
+                check_kind(kind, group, group != 16, true);
+            }
         for (Kind kind : {Kind::nf4, Kind::fp4, Kind::fp8})
             for (size_t group : {16, 32, 128}) check_kind(kind, group);
         for (size_t group : {48, 96}) check_kind(Kind::ternary, group);
@@ -342,6 +369,7 @@ int main() {
         std::printf("%s: checked\n", name.c_str());
     }
     check(!choose("sse9"), "refusal of unknown kernels");
+    check_repacking();
     check_threads();
     std::printf(failures ? "%d checks failed\n" : "all kernels passed\n", failures);
     return failures ? EXIT_FAILURE : EXIT_SUCCESS;

@@ -126,7 +126,7 @@ def test_what_cannot_stream_before_it_is_compressed_is_advised_to_be(
         checkpoint, _ = tiny_mixtures.write(tmp_path, tiny_mixtures.config_of(model), torch.bfloat16)
     with pytest.raises(BudgetError) as refused:
         search(checkpoint, weights=weights, context=64).best(RUNTIME)
-    assert ("`tightfit compress MODEL --weights int4 --out DIR`" in refused.value.hint) == advised
+    assert ("`tightfit compress MODEL --weights int4 --out FOLDER`" in refused.value.hint) == advised
 
 
 def test_named_weights_are_kept_to(nano: Checkpoint) -> None:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +17,10 @@ from tightfit.checkpoints import layout
 from tightfit.checkpoints.compressed import Compressed, read_compressed
 from tightfit.checkpoints.files import read_json
 from tightfit.checkpoints.generation import GenerationDefaults, read_generation_defaults
+from tightfit.checkpoints.gguf import opening as gguf
 from tightfit.checkpoints.hub import RemoteHeader, fetch
 from tightfit.checkpoints.quantization import Quantization, read_quantization
-from tightfit.checkpoints.safetensors_file import TensorInfo
+from tightfit.checkpoints.safetensors_file import DTYPE_BITS, TensorInfo
 from tightfit.checkpoints.tensor_files import TensorFiles
 from tightfit.errors import CheckpointError, UsageError
 
@@ -35,15 +37,17 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 class Checkpoint:
     """An open model. Made by :func:`open_checkpoint`; close it, or use it in a ``with`` statement.
 
-    ``name``: the hub name, or the folder's own name; ``path``: the folder; ``config``: config.json as it is;
+    ``name``: the hub name, or the folder's or file's own name; ``config``: config.json as it is, or as it would be;
     ``tensors``: by name; ``quantization``: how the stored weights are quantised, None for plain ones; ``compressed``:
     how a folder of `tightfit compress` was made, None for others; ``generation``: recommended sampling and end tokens.
     """
 
-    def __init__(self, name: str, path: Path, config: dict[str, Any], weights: TensorFiles) -> None:
+    def __init__(
+        self, name: str, path: Path, config: dict[str, Any], weights: TensorFiles, gguf_parts: list[Path] | None = None
+    ) -> None:
         self.name = name
-        self.path = path
         self.config = config
+        self._path, self._gguf_parts = path, gguf_parts
         self.tensors: dict[str, TensorInfo] = weights.tensors
         self.compressed: Compressed | None = None
         self.quantization: Quantization | None = None
@@ -51,8 +55,18 @@ class Checkpoint:
             self.compressed = read_compressed(weights.metadata[layout.COMPRESSED], self.tensors, name)
         else:
             self.quantization = read_quantization(config, self.tensors, name)
-        self.generation: GenerationDefaults = read_generation_defaults(path / "generation_config.json", config, name)
+        recommended = None if gguf_parts else path / "generation_config.json"
+        self.generation: GenerationDefaults = read_generation_defaults(recommended, config, name)
         self._weights = weights
+
+    @property
+    def is_gguf(self) -> bool:
+        return self._gguf_parts is not None
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether there are tensors in the quantised types of GGUF."""
+        return any(tensor.dtype not in DTYPE_BITS for tensor in self.tensors.values())
 
     @property
     def total_bytes(self) -> int:
@@ -86,6 +100,15 @@ class Checkpoint:
             raise ValueError(f"bytes [{start_byte}, {start_byte + len(view)}) of '{info.name}' ({info.nbytes} bytes)")
         self._weights.read(info.file, info.offset + start_byte, view, again)
 
+    @contextmanager
+    def small_files(self) -> Iterator[Path]:
+        """A folder with everything but the weights: the model's own, or one that is there meanwhile."""
+        if self._gguf_parts is None:
+            yield self._path
+            return
+        with gguf.small_files(self._gguf_parts) as folder:
+            yield folder
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, read on the first call. Raises CheckpointError where there is none that can be used."""
         return self._tokenizer
@@ -94,7 +117,8 @@ class Checkpoint:
     def _tokenizer(self) -> Tokenizer:
         from tightfit.checkpoints.tokenizer import Tokenizer
 
-        return Tokenizer(self.path, self.name)
+        with self.small_files() as folder:
+            return Tokenizer(folder, self.name)
 
     def close(self) -> None:
         """Close the files. The tensors' descriptions stay valid."""
@@ -110,7 +134,8 @@ class Checkpoint:
 
 
 def open_checkpoint(name_or_path: str, revision: str | None = None, *, headers_only: bool = False) -> Checkpoint:
-    """Open a folder, or a model of the hub by name (``org/name``), which is downloaded unless it is cached.
+    """Open a folder, a GGUF file, or a model of the hub by name (``org/name``), which is downloaded unless it is
+    cached.
 
     ``revision`` is a branch, tag or commit of the hub. With ``headers_only`` the weights of a hub model are not
     downloaded: everything but :meth:`Checkpoint.read_into` works.
@@ -120,12 +145,18 @@ def open_checkpoint(name_or_path: str, revision: str | None = None, *, headers_o
     if path.is_dir():
         if revision is not None:
             raise UsageError(f"'{name_or_path}' is a folder and has no revisions", "Leave the revision out.")
+        names = os.listdir(path)
+        if layout.is_gguf(names):
+            return _open_gguf(gguf.only_model(names, path))
         return _open_folder(path, path.resolve().name, {})
+    if path.is_file() and path.suffix == ".gguf":
+        return _open_gguf(path)
     if path.exists():
         layout.refuse_file(path)
     if not HUB_NAME.fullmatch(name_or_path):
         raise CheckpointError(
-            f"there is no folder '{name_or_path}'", "Give a model's folder, or a name of the hub such as org/model."
+            f"there is no folder or file '{name_or_path}'",
+            "Give a model's folder, a GGUF file, or a name of the hub such as org/model.",
         )
     snapshot = fetch(name_or_path, revision, headers_only)
     try:
@@ -155,4 +186,16 @@ def _open_folder(path: Path, name: str, remote: Mapping[str, RemoteHeader]) -> C
         if isinstance(error, CheckpointError) and files == [layout.COMPRESSED]:
             hint = error.hint.replace("download it again", "compress the model again")
             raise CheckpointError(error.message, hint) from error
+        raise
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    parts = gguf.parts_of(path)
+    config, tensors = gguf.describe(parts)
+    weights = TensorFiles(path.parent, {})
+    try:
+        weights.open_described([part.name for part in parts], tensors)
+        return Checkpoint(path.name, path.parent, config, weights, parts)
+    except BaseException:
+        weights.close()
         raise

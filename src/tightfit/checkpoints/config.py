@@ -17,6 +17,8 @@ that a family file passes as ``default``:
 - gemma3 in its multimodal wrapper writes only what differs from Gemma3TextConfig: num_attention_heads 8,
   num_key_value_heads 4, head_dim 256, vocab_size 262208, max_position_embeddings 131072, query_pre_attn_scalar 256,
   rms_norm_eps 1e-6 may all be absent.
+- Configurations made from GGUF headers have ``rope_interleave`` (deepseek_v3 has it too): neighbouring features are
+  rotated together; and for gemma ``norm_weights_add_one`` false: norms multiply by their weight as it is.
 - deepseek_v2, deepseek_v3: ``q_lora_rank`` null means a plain q_proj; deepseek_v3 checkpoints have ``topk_method``
   and ``scoring_func`` from their original code, which transformers does not read.
 """

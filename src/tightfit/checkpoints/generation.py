@@ -28,12 +28,12 @@ class GenerationDefaults:
     repetition_penalty: float = 1.0
 
 
-def read_generation_defaults(path: Path, config: Mapping[str, Any], name: str) -> GenerationDefaults:
+def read_generation_defaults(path: Path | None, config: Mapping[str, Any], name: str) -> GenerationDefaults:
     """Read ``path`` (which may be missing); token ids that it lacks come from ``config``, the model's config.json.
 
     Raises CheckpointError where a value cannot be used.
     """
-    sampling = Config(read_json(path) if path.exists() else {}, name, "generation_config.json")
+    sampling = Config(read_json(path) if path is not None and path.exists() else {}, name, "generation_config.json")
     model = Config(config, name)
     sources = [sampling, model]
     if isinstance(config.get("text_config"), dict):

@@ -24,8 +24,16 @@ SMALL_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
-SUPPORTED = "Models open from safetensors: a Hugging Face folder or hub name with config.json and *.safetensors."
+SUPPORTED = (
+    "Models open from safetensors, a Hugging Face folder or hub name with config.json and *.safetensors, or from GGUF, "
+    "a file or a folder with one."
+)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def is_gguf(names: Collection[str]) -> bool:
+    """Whether a folder with the files ``names`` holds GGUF and no safetensors."""
+    return any(name.endswith(".gguf") for name in names) and not any(name.endswith(".safetensors") for name in names)
 
 
 def weight_files(names: Collection[str], where: str) -> list[str]:
@@ -47,7 +55,10 @@ def refuse_weights(names: Collection[str], where: str) -> NoReturn:
     gguf = sorted(name for name in names if name.endswith(".gguf"))
     pickles = sorted(name for name in names if name.endswith(PICKLES) and name != "training_args.bin")
     if gguf:
-        raise CheckpointError(f"{where} holds GGUF ({gguf[0]}), which is not supported", SUPPORTED)
+        raise CheckpointError(
+            f"{where} holds GGUF ({gguf[0]}), which opens from a file only",
+            f"Download the file and give its path: hf download {where} {gguf[0]} --local-dir FOLDER",
+        )
     if pickles:
         raise CheckpointError(
             f"{where} holds pickled weights only ({pickles[0]}), and a pickle can execute code: it is not opened",
@@ -68,7 +79,7 @@ def refuse_folder(names: Collection[str], where: str) -> NoReturn:
 
 def refuse_file(path: Path) -> NoReturn:
     """Raise the CheckpointError that fits a path to something that is not a folder."""
-    if path.suffix in (".gguf", *PICKLES):
+    if path.suffix in PICKLES:
         refuse_weights([path.name], str(path.parent))
     raise CheckpointError(f"{path} is not a folder", f"Give the folder that holds the model: {path.parent}")
 

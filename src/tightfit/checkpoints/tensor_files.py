@@ -1,4 +1,4 @@
-"""The open safetensors files of one model, and positioned reads from them."""
+"""The open files of one model, safetensors or GGUF, and positioned reads from them."""
 
 from __future__ import annotations
 
@@ -65,6 +65,16 @@ class TensorFiles:
                 )
             self.tensors[name] = contents[file][name]
 
+    def open_described(self, files: list[str], tensors: Mapping[str, TensorInfo]) -> None:
+        """Take ``tensors``, whose places in ``files`` are known."""
+        for file in files:
+            self._open_file(file)
+        for tensor in tensors.values():
+            if tensor.offset + tensor.nbytes > self.sizes[tensor.file]:
+                path = self._folder / tensor.file
+                raise CheckpointError(f"{path} is truncated: tensor '{tensor.name}' ends after it", DOWNLOAD_AGAIN)
+        self.tensors.update(tensors)
+
     def read(self, file: str, position: int, view: memoryview, again: bool) -> None:
         """Fill ``view`` with the bytes of ``file`` from ``position`` on, which will be read ``again`` or not."""
         if self._closed:
@@ -103,6 +113,15 @@ class TensorFiles:
             header = self._remote[file]
             self.sizes[file] = header.size
             return self._take(file, read_header(io.BytesIO(header.content), header.size, file, f"{file} on the hub"))
+        path, descriptor = self._folder / file, self._open_file(file)
+        try:
+            with open(descriptor, "rb", closefd=False) as stream:
+                return self._take(file, read_header(stream, self.sizes[file], file, str(path)))
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+    def _open_file(self, file: str) -> int:
+        """The descriptor of ``file``, which is open from now on."""
         path = self._folder / file
         try:
             # A pipe would block the open, so look before.
@@ -110,19 +129,20 @@ class TensorFiles:
                 raise CheckpointError(f"{path} is not a regular file", DOWNLOAD_AGAIN)
             descriptor = descriptors.keep_open(path, os.O_RDONLY)
             self._files[file] = PositionedFile(descriptor)
-            size = self.sizes[file] = os.fstat(descriptor).st_size
-            with open(descriptor, "rb", closefd=False) as stream:
-                return self._take(file, read_header(stream, size, file, str(path)))
+            self.sizes[file] = os.fstat(descriptor).st_size
         except OSError as error:
-            if error.errno == errno.EMFILE:
-                raise CheckpointError(
-                    f"{path} is one weight file too many: this process may have {descriptors.limit()} files open",
-                    "Let it have more (ulimit -n 1024, where ulimit -Hn allows that).",
-                ) from error
-            raise CheckpointError(
-                f"{path} cannot be read: {error.strerror}", "Check the file and its permissions."
-            ) from error
+            raise _unreadable(path, error) from error
+        return descriptor
 
     def _take(self, file: str, header: Header) -> dict[str, TensorInfo]:
         self.metadata[file] = header.metadata
         return header.tensors
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    if error.errno == errno.EMFILE:
+        return CheckpointError(
+            f"{path} is one weight file too many: this process may have {descriptors.limit()} files open",
+            "Let it have more (ulimit -n 1024, where ulimit -Hn allows that).",
+        )
+    return CheckpointError(f"{path} cannot be read: {error.strerror}", "Check the file and its permissions.")

@@ -11,15 +11,21 @@ from tightfit.cli.options import Debug, Json, Memory, Model, Threads
 from tightfit.cli.output import print_json
 
 Weights = Annotated[
-    str, typer.Option("--weights", metavar="FORMAT", help="How weights are stored: int4, int8, int4(group=64), ...")
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FORMAT",
+        help="How weights are stored: int4, int8, int4(group=64), ..., or own: as the model has them.",
+        show_default="own for quantised GGUF files",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where to write: a new or empty folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a compressed model that is there.")]
 
 
 def compress(
-    weights: Weights,
     out: Out,
+    weights: Weights = None,
     model: Model = "nano",
     memory: Memory = None,
     threads: Threads = None,

@@ -103,7 +103,9 @@ def _speed(rate: float | None) -> str:
 def _formats(plan: dict[str, Any]) -> str:
     """``in their own precision``, ``int8``, or which format in how many layers."""
     formats: Counter[str] = Counter(layer["format"] for layer in plan["layers"])
-    names = {OWN: "in their own precision"}
+    converted = ", ".join(plan["model"]["converted"])
+    rounded = f" (scales of {converted} rounded to float16)" if converted else ""
+    names = {OWN: f"in their own precision{rounded}"}
     if len(formats) == 1:
         [only] = formats
         return names.get(only, only)

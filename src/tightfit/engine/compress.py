@@ -15,7 +15,8 @@ from tightfit.budget.meter import resident_set
 from tightfit.budget.units import format_bytes
 from tightfit.catalog import parse_one, spec_string
 from tightfit.engine.opening import CHILD_BELOW, Opened, Wish, open_model
-from tightfit.errors import BudgetError, CheckpointError
+from tightfit.errors import BudgetError, CheckpointError, UsageError
+from tightfit.plan.schema import OWN
 
 MARGIN = 8 << 20  # small temporaries, and by how much the resident set of equal processes differs
 PEAK_MARGIN = 1 << 20  # what importing may still add to a peak that it has already reached
@@ -24,18 +25,21 @@ PEAK_MARGIN = 1 << 20  # what importing may still add to a peak that it has alre
 def compress(
     wish: Wish,
     opened: Opened,
-    weights: str,
+    weights: str | None,
     out: Path,
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Writes the model in the format ``weights`` to the folder ``out``, with the memory and the threads that ``wish``
-    names; gives a receipt, JSON-ready.
+    names; gives a receipt, JSON-ready. ``own``, which None means for quantised GGUF files, keeps weights as they are.
 
     Raises BudgetError with the smallest budget that works, FileError where the folder cannot be written, UsageError
     where there is something that ``force`` does not replace.
     """
-    weights = spec_string(parse_one("weights", weights))  # as it is kept: settings at their default are left out
+    if weights is None:
+        weights = _own(opened)
+    elif weights != OWN:
+        weights = spec_string(parse_one("weights", weights))  # as it is kept: settings at their default are left out
     if opened.checkpoint.compressed is not None:
         raise CheckpointError(
             f"{opened.checkpoint.name} is compressed already, with {opened.checkpoint.compressed.weights}",
@@ -75,6 +79,16 @@ def compress(
         "peak_rss_bytes": resident_set().peak,
         "predicted_bytes": needed,
     }
+
+
+def _own(opened: Opened) -> str:
+    """``own``, for a model in quantised types. Raises UsageError for others."""
+    if opened.checkpoint.compressed is None and not opened.checkpoint.holds_blocks:
+        raise UsageError(
+            f"{opened.checkpoint.name} is not a quantised GGUF file, and no format was named",
+            "Name one with --weights: int4, int8, int4(group=64), ...; own keeps the numbers as they are.",
+        )
+    return OWN
 
 
 def needed_bytes(wish: Wish, opened: Opened, weights: str, elsewhere: int = 0) -> int:

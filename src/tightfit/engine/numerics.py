@@ -19,7 +19,7 @@ def gemm_dtype(stored: Collection[str], activations: ActivationType) -> GemmType
     """The type that prefill multiplies in: float32 for a checkpoint of float32, else bfloat16 where the processor has
     instructions for its products. Elsewhere products of bytes are faster than those of floats, where they are allowed
     and made with instructions. ``stored`` are the checkpoint's types."""
-    if "F32" in stored and not {"BF16", "F16"} & set(stored):
+    if set(stored) == {"F32"}:
         return "float32"
     kernels = cpu.features()["chosen"]
     small = kernels in ("portable", "avx2", "avxvnni")  # kernels for lesser processors stand for these processors
@@ -29,7 +29,7 @@ def gemm_dtype(stored: Collection[str], activations: ActivationType) -> GemmType
 
 
 def kv_dtype(stored: Collection[str]) -> KvType:
-    """The type of cached keys and values: that of the checkpoint."""
-    if "F32" in stored and not {"BF16", "F16"} & set(stored):
+    """The type of cached keys and values: that of the checkpoint, or bfloat16 for one of few bits."""
+    if set(stored) == {"F32"}:
         return "float32"
     return "float16" if "F16" in stored and "BF16" not in stored else "bfloat16"

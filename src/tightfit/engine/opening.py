@@ -152,7 +152,7 @@ def _open(model: str, headers_only: bool) -> Checkpoint:
         shown = model if len(model) <= 80 else model[:77] + "..."
         raise CheckpointError(
             f"there is no model '{shown}'",
-            f"Give a model's folder, a name of the hub such as org/model, or an embedded model: "
+            f"Give a model's folder, a GGUF file, a name of the hub such as org/model, or an embedded model: "
             f"{', '.join(zoo.EMBEDDED)}. A prompt is given with -p.",
         )
     return open_checkpoint(model, headers_only=headers_only)
@@ -196,7 +196,7 @@ def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]
     search = search_for(opened.checkpoint, opened.spec, constraints)
     runtime = smallest_runtime(search) + NOISE
     spare = FOLLOWING if followed else 0
-    settled = settle(opened.checkpoint, opened.spec, replace(constraints, budget=constraints.budget - spare))
+    settled = settle(opened.checkpoint, opened.spec, replace(constraints, budget=max(constraints.budget - spare, 0)))
     if settled.plan is None and spare:
         settled = settle(opened.checkpoint, opened.spec, constraints)
     if settled.refusal is not None and settled.refusal.smallest_bytes is not None:

@@ -6,10 +6,11 @@ import math
 
 import torch
 
+from tightfit.errors import CheckpointError
 from tightfit.kernels import cpu
 from tightfit.kernels import encode_reference as reference
 from tightfit.kernels.encode_reference import not_finite
-from tightfit.kernels.layout import TILE_ROWS, tile_nbytes
+from tightfit.kernels.layout import TILE_ROWS, below_zero, code_nbytes, tile_nbytes
 
 __all__ = ["encode", "not_finite", "scratch_bytes"]
 
@@ -49,6 +50,19 @@ def encode(block: torch.Tensor, kind: str, group: int, asymmetric: bool, exponen
     if math.isnan(error):
         raise not_finite()
     return error
+
+
+def halve_scales(tiles: torch.Tensor, kind: str, group: int, asymmetric: bool) -> None:
+    """Turns the scales and offsets of encoded intN from bfloat16 to float16 where they lie; an offset is that of the
+    lowest code then. ``tiles`` is uint8. Raises CheckpointError for what float16 cannot hold."""
+    stored = tiles.view(-1, tile_nbytes(kind, group, asymmetric))[:, code_nbytes(kind, group) :]
+    numbers = stored.view(torch.bfloat16).float().view(len(stored), -1, TILE_ROWS)
+    if asymmetric:
+        numbers[:, 1].sub_(numbers[:, 0], alpha=below_zero(kind))
+    halves = numbers.half()
+    if not halves.isfinite().all():
+        raise CheckpointError("a scale does not fit into float16", "Leave out scales=f16.")
+    stored.view(torch.float16).copy_(halves.view(len(stored), -1))
 
 
 def scratch_bytes(cols: int) -> int:

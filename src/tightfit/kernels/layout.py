@@ -1,8 +1,10 @@
 """The layout of tiles, and their sizes. Does not import torch.
 
 A tile is 16 rows by one group of inputs: ``[codes][16 scales in bfloat16][16 offsets in bfloat16, if asymmetric]``. A
-weight is ``level * scale + offset``; its code tells the level. The bits of the codes lie in planes, one after the
-other, the lowest bits first (r is the row, k the code's place modulo 4; 4 codes of 16 rows are a step):
+weight is ``level * scale + offset``; its code tells the level. Scales and offsets of intN can be float16 instead, as
+GGUF files have them: then an offset is what the lowest code stands for, so that they are held as they are. The bits of
+the codes lie in planes, one after the other, the lowest bits first (r is the row, k the code's place modulo 4; 4 codes
+of 16 rows are a step):
 
 - 8 bits: 64 bytes for each step; byte ``r * 4 + k`` is code k of row r.
 - 4 bits: 64 bytes for 8 codes; the low half of byte ``r * 4 + k`` is code k, the high half code ``4 + k``.
@@ -68,12 +70,17 @@ def pruned_row_nbytes(cols: int, kept: int) -> int:
     return bitmap_nbytes(cols) + -(-kept // 4) * 8
 
 
+def below_zero(kind: str) -> int:
+    """How many steps the lowest code of intN is below 0."""
+    return 1 << (sum(PLANES[kind]) - 1)
+
+
 def limits(kind: str) -> tuple[int, int]:
     """The lowest and the highest level of intN and ternary. int8 leaves out -128, so that two products with 8-bit
     numbers add up in 16 bits."""
     if kind == "ternary":
         return -1, 1
-    half = 1 << (sum(PLANES[kind]) - 1)
+    half = below_zero(kind)
     return (-127, 127) if kind == "int8" else (-half, half - 1)
 
 

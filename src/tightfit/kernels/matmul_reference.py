@@ -14,7 +14,7 @@ import torch
 
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels.codes import levels, unpack
-from tightfit.kernels.layout import PLANES, TILE_ROWS, code_count, code_nbytes, tile_nbytes
+from tightfit.kernels.layout import PLANES, TILE_ROWS, below_zero, code_count, code_nbytes, tile_nbytes
 from tightfit.kernels.ops import op
 from tightfit.kernels.pruned import Expansion, expand
 from tightfit.kernels.weight import Weight
@@ -192,10 +192,13 @@ def _decode_tiles(weight: Weight, tile: int, scratch: TileScratch) -> None:
         values.unflatten(-1, (-1, 3, 4)).copy_(triples.transpose(-1, -2))
     else:
         values.copy_(scratch.levels.view(values.shape))
-    numbers = stored[:, code_nbytes(weight.kind, group) :].view(torch.bfloat16).view(groups, -1, TILE_ROWS)
-    values.mul_(numbers[:, 0].T.unsqueeze(-1))
+    dtype = torch.float16 if weight.half_scales else torch.bfloat16
+    numbers = stored[:, code_nbytes(weight.kind, group) :].view(dtype).view(groups, -1, TILE_ROWS)
+    scales = numbers[:, 0].T.unsqueeze(-1)  # (16, groups, 1)
+    values.mul_(scales)
     if asymmetric:
-        values.add_(numbers[:, 1].T.unsqueeze(-1))
+        offsets = numbers[:, 1].T.unsqueeze(-1)
+        values.add_(offsets + below_zero(weight.kind) * scales.float() if weight.half_scales else offsets)
 
 
 @op

@@ -19,10 +19,11 @@ class Weight:
     """``rows`` by ``cols`` numbers stored in ``data`` (uint8, one contiguous run).
 
     ``kind`` is a key of DENSE (row-major), "pruned" (rows with room for ``kept`` values), both with ``group`` 0, or the
-    kind of canonical tiles of 16 rows by ``group`` inputs, with an offset beside each scale if ``asymmetric`` (see
-    ``kernels/layout.py``). ``row_offset`` is the first row's place in the first tile. ``settings`` is the header of an
-    fp8 matrix (uint8; byte 0 is the number of exponent bits), None for the others. ``handle`` is the compiled kernels'
-    view of the same bytes, and ``product`` that of the matrix as one to multiply with; None if there are none.
+    kind of canonical tiles of 16 rows by ``group`` inputs, with an offset beside each scale if ``asymmetric``, both in
+    float16 if ``half_scales`` (see ``kernels/layout.py``). ``row_offset`` is the first row's place in the first tile.
+    ``settings`` is the header of an fp8 matrix (uint8; byte 0 is the number of exponent bits), None for the others.
+    ``handle`` is the compiled kernels' view of the same bytes, and ``product`` that of the matrix as one to multiply
+    with; None if there are none.
     """
 
     data: torch.Tensor
@@ -34,6 +35,7 @@ class Weight:
     asymmetric: bool = False
     settings: torch.Tensor | None = None
     kept: int = 0
+    half_scales: bool = False
     handle: Any = field(init=False)
     product: Any = field(init=False)
 
@@ -49,6 +51,7 @@ class Weight:
             self.row_offset,
             settings,
             self.kept,
+            self.half_scales,
         )
         self.product = cpu.joined([self.handle])
 

@@ -25,6 +25,7 @@ class ModelRef(Strict):
     fingerprint: str
     family: str
     parameters: int
+    converted: tuple[str, ...] = Field(default=(), description="types of the file of which 'own' rounds the scales")
 
 
 class Stored(Strict):

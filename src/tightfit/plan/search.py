@@ -25,6 +25,7 @@ from tightfit.plan.schema import OWN, ExpertsPlan, LayerPlan, ModelRef, Numerics
 from tightfit.weights.placement.base import EXPERT_OBJECTS
 from tightfit.weights.placement.fill import scratch_bytes
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, Place, group_of, layer_name, params_of
+from tightfit.weights.placement.read import converted
 from tightfit.weights.placement.streamed import Kept, Outer, least_resident, spread, streamable, streaming_nbytes
 
 # From the most precise to the smallest. Fewer than 4 bits lose so much that they must be asked for.
@@ -184,8 +185,9 @@ class Search:
         elif constraints.weights is not None:
             advice.append("or leave out --weights, so that fewer bits can be chosen")
         if not self.streams_as_stored:
+            weights = "" if self.checkpoint.holds_blocks else " --weights int4"
             advice.append(
-                "or run what `tightfit compress MODEL --weights int4 --out DIR` writes, which can be streamed"
+                f"or run what `tightfit compress MODEL{weights} --out FOLDER` writes, which can be read as it is used"
             )
         if constraints.sequences > 1:
             advice.append("or run fewer sequences at once (--batch)")
@@ -227,6 +229,8 @@ class Search:
         better = BETTER.get(plan.outer.format)
         if better is None:
             return plan
+        if better not in self.levels():  # files of few bits: their own are no more
+            better = OWN
         count = len(self.spec.layers)
         order = sorted(range(count), key=lambda index: min(index, count - 1 - index))
         outer, formats = plan.outer.format, [layer.format for layer in plan.layers]
@@ -292,6 +296,7 @@ class Search:
                 fingerprint=self.checkpoint.fingerprint,
                 family=spec.family,
                 parameters=spec.parameter_count,
+                converted=converted(self.checkpoint),
             ),
             budget=constraints.budget,
             context=constraints.context,

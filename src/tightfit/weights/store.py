@@ -81,7 +81,8 @@ def write(
                     _write(file.fileno(), data.numpy().data)
                     progress(left)  # of the padding
                 os.fsync(file.fileno())
-            _copy_small_files(checkpoint.path, folder)
+            with checkpoint.small_files() as source:
+                _copy_small_files(source, folder)
     except OSError as error:
         raise FileError(
             f"{out} cannot be written: {error.strerror}", "Nothing was left there. Name a folder on another disk."

@@ -6,6 +6,13 @@ from tightfit.budget.ledger import Arena, Workspace
 from tightfit.weights.formats import FP4, FP8, NF4, Int2, Int3, Int4, Int5, Int6, Int8, LlmInt8, Pruned, Ternary
 
 INTEGERS = [Int8, Int6, Int5, Int4, Int3, Int2]
+# Scales in float16, which have less range: what GGUF's types need, and others.
+HALVES = [
+    *(cls(32, True, "f16") for cls in (Int8, Int5, Int4)),
+    Int6(16, True, "f16"),
+    *(cls(32, False, "f16") for cls in (Int5, Int4)),
+    Int8(48, False, "f16"),
+]
 # Every kind of tile, with and without offsets, in small and large groups and in whole rows.
 TILED = [
     *(cls(group, symmetric) for cls in INTEGERS for group, symmetric in ((32, True), (48, False), (0, True))),
@@ -13,6 +20,7 @@ TILED = [
     *(Ternary(group) for group in (96, 48, 0)),
     *(FP8(exponent) for exponent in (2, 3, 4, 5)),
     FP8(0, 64),
+    *HALVES,
 ]
 LOSSY = [*TILED, LlmInt8(), LlmInt8(outliers=0.2), Pruned(), Pruned(keep=0.1)]
 

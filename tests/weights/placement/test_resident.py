@@ -44,7 +44,7 @@ def headers(spec: ModelSpec) -> Any:
         for expert in range(max(param.experts, 1))
     ]
     tensors = {key: TensorInfo(key, "BF16", shape, "f", 0, 2 * math.prod(shape)) for key, shape in keys}
-    return SimpleNamespace(name="x", tensors=tensors, quantization=None, compressed=None, config={})
+    return SimpleNamespace(name="x", tensors=tensors, quantization=None, is_gguf=False, compressed=None, config={})
 
 
 def test_a_model_of_18432_expert_matrices_is_described_and_placed_in_a_moment() -> None:

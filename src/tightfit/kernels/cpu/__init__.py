@@ -83,11 +83,12 @@ def handle(
     row_offset: int,
     settings: int,
     kept: int,
+    half_scales: bool,
 ) -> Any:
     """The compiled kernels' view of the matrix at ``address`` (see ``kernels/weight.py``); None if there are none."""
     if _cpu is None:
         return None
-    return _cpu.Weight(kind, group, asymmetric, address, rows, cols, row_offset, settings, kept)
+    return _cpu.Weight(kind, group, asymmetric, address, rows, cols, row_offset, settings, kept, half_scales)
 
 
 def joined(handles: Sequence[Any]) -> Any:

@@ -15,6 +15,7 @@ void bind_matmul(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_rows(nanobind::module_& m);
 void bind_encode(nanobind::module_& m);
+void bind_ggml(nanobind::module_& m);
 void bind_gemm(nanobind::module_& m);
 
 }  // namespace tightfit

@@ -23,14 +23,15 @@ Kind tightfit::kind_of(const std::string& name) {
 namespace {
 
 Weight make_weight(const std::string& kind, size_t group, bool asymmetric, uintptr_t address, size_t rows, size_t cols,
-                   size_t row_offset, uintptr_t settings, size_t kept) {
+                   size_t row_offset, uintptr_t settings, size_t kept, bool half_scales) {
     const Weight weight{kind_of(kind), group,      asymmetric, reinterpret_cast<const uint8_t*>(address), rows, cols,
-                        row_offset,    reinterpret_cast<const uint8_t*>(settings), kept};
+                        row_offset,    reinterpret_cast<const uint8_t*>(settings), kept, half_scales};
     const size_t multiple = weight.kind == Kind::ternary ? 48 : 16;
     if (weight.tiled() && (group == 0 || group % multiple || row_offset >= TILE_ROWS))
         throw nb::value_error("groups are multiples of 16, of ternary codes of 48, and the row offset is below 16");
     if (weight.kind == Kind::pruned && (kept == 0 || kept > cols))
         throw nb::value_error("rows keep 1 to all of their weights");
+    if (half_scales && weight.below_zero() == 0) throw nb::value_error("only whole numbers have scales in float16");
     return weight;
 }
 

@@ -7,11 +7,6 @@
 namespace tightfit {
 namespace {
 
-inline float to_float(const uint8_t* bf16) {
-    const uint32_t bits = uint32_t{load_as<uint16_t>(bf16)} << 16;
-    return load_as<float>(&bits);
-}
-
 // Inputs that are decoded together: whole units, and whole 16s, which turn rows of steps to rows of inputs.
 template <class Code>
 constexpr size_t RUN = Code::INPUTS == 16 ? 16 : 48;
@@ -56,9 +51,11 @@ inline void decode_tiles(const Weight& w, const Code& code, const uint8_t* tile,
     const size_t code_bytes = w.code_bytes(), tile_bytes = w.tile_bytes();
     for (size_t start = 0; start < w.cols; start += w.group, tile += tile_bytes) {
         float scales[TILE_ROWS], offsets[TILE_ROWS];
-        for (size_t r = skip; r < end; r++) {
-            scales[r] = to_float(tile + code_bytes + 2 * r) * code.unit();
-            offsets[r] = w.asymmetric ? to_float(tile + code_bytes + 2 * (TILE_ROWS + r)) : 0.0f;
+        for (size_t r = 0; r < TILE_ROWS; r += Isa::LANES) {
+            const uint8_t* place = tile + code_bytes + r * sizeof(BF16);
+            const auto scale = load_scales<Isa>(w, place);
+            Isa::store(scales + r, Isa::mul(scale, Isa::broadcast(code.unit())));
+            Isa::store(offsets + r, w.asymmetric ? load_offsets<Isa>(w, place, scale) : Isa::zero());
         }
         const size_t inputs = w.group < w.cols - start ? w.group : w.cols - start;
         for (size_t i = 0; i < inputs; i += 16) {

@@ -109,11 +109,18 @@ struct InLine {
         low = floats(twice), high = floats(_mm512_add_epi32(twice, _mm512_set1_epi32(8 << 16)));
     }
 
+    // The same of numbers in float16.
+    static InLine halves(const uint8_t* rows) {
+        const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows));
+        const __m256i twice = _mm256_setr_epi16(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+        return {_mm512_cvtph_ps(_mm256_permutexvar_epi16(twice, all)),
+                _mm512_cvtph_ps(_mm256_permutexvar_epi16(_mm256_add_epi16(twice, _mm256_set1_epi16(8)), all))};
+    }
+
     InLine operator*(float factor) const {
         return {_mm512_mul_ps(low, _mm512_set1_ps(factor)), _mm512_mul_ps(high, _mm512_set1_ps(factor))};
     }
 
-private:
     InLine(__m512 l, __m512 h) : low(l), high(h) {}
 };
 
@@ -145,9 +152,9 @@ struct IsTable<Code, std::void_t<decltype(Code::ZERO)>> : std::false_type {};
 //
 // Whole numbers: (code + BASE) * scale - (ZERO + BASE) * scale is one fused operation, and exact for any scale below
 // 2^112, since both factors have at most 24 bits together.
-template <class Code, bool ASYMMETRIC, bool TABLE = IsTable<Code>::value>
+template <class Code, bool ASYMMETRIC, bool HALF_SCALES, bool TABLE = IsTable<Code>::value>
 struct Decoded {
-    Decoded(const Code& code, const uint8_t* scales)
+    Decoded(const Weight&, const Code& code, const uint8_t* scales)
         : scale(scales, code.unit()), zero(scale * -(BASE + Code::ZERO)),
           offset(scales + TILE_ROWS * 2 * ASYMMETRIC, 1) {}
 
@@ -168,10 +175,42 @@ private:
     InLine scale, zero, offset;
 };
 
+// Scales in float16 have too many bits for that: first the whole number, exactly, then its product. An offset is that of
+// the lowest code.
+template <class Code, bool ASYMMETRIC>
+struct Decoded<Code, ASYMMETRIC, true, false> {
+    Decoded(const Weight& w, const Code&, const uint8_t* scales)
+        : scale(InLine::halves(scales)), offset(InLine::halves(scales + TILE_ROWS * 2 * ASYMMETRIC)) {
+        if (!ASYMMETRIC) return;
+        const __m512 below = _mm512_set1_ps(w.below_zero());
+        offset.low = _mm512_fmadd_ps(below, scale.low, offset.low);
+        offset.high = _mm512_fmadd_ps(below, scale.high, offset.high);
+    }
+
+    void lines(__m512i step, uint8_t* out) const {
+        line<0>(step, out);
+        line<2>(step, out + LINE);
+    }
+
+private:
+    template <int INPUT>
+    void line(__m512i step, uint8_t* out) const {
+        const __m512 zero = _mm512_set1_ps(BASE + Code::ZERO);
+        const auto number = [&](__m512 codes, __m512 scales, __m512 offsets) {
+            codes = _mm512_sub_ps(codes, zero);
+            return ASYMMETRIC ? _mm512_fmadd_ps(codes, scales, offsets) : _mm512_mul_ps(codes, scales);
+        };
+        _mm512_store_si512(out, round_both(number(based_codes<0, INPUT>(step), scale.low, offset.low),
+                                           number(based_codes<8, INPUT>(step), scale.high, offset.high)));
+    }
+
+    InLine scale, offset;
+};
+
 // Tables of floats.
 template <class Code, bool ASYMMETRIC>
-struct Decoded<Code, ASYMMETRIC, true> {
-    Decoded(const Code& c, const uint8_t* scales)
+struct Decoded<Code, ASYMMETRIC, false, true> {
+    Decoded(const Weight&, const Code& c, const uint8_t* scales)
         : code(c), scale(_mm512_mul_ps(rows(scales), _mm512_set1_ps(c.unit()))),
           offset(ASYMMETRIC ? rows(scales + TILE_ROWS * 2) : _mm512_setzero_ps()) {}
 
@@ -199,7 +238,7 @@ private:
 
 // The inputs [start, stop) of a tile row of a tiled matrix. In a block that is not a whole one the last unit of ternary
 // codes may end after `stop`, for which a panel has room.
-template <class Code, bool ASYMMETRIC>
+template <class Code, bool ASYMMETRIC, bool HALF_SCALES>
 void tile_panel(const Weight& w, size_t tile_row, size_t start, size_t stop, uint8_t* lines) {
     const Code code(w);
     const uint8_t* row = w.data + tile_row * w.tile_row_bytes();
@@ -207,7 +246,7 @@ void tile_panel(const Weight& w, size_t tile_row, size_t start, size_t stop, uin
     for (size_t col = start; col < stored;) {
         const size_t group = col / w.group, first = group * w.group, end = std::min(stored, first + w.group);
         const uint8_t* tile = row + group * w.tile_bytes();
-        const Decoded<Code, ASYMMETRIC> decoded(code, tile + w.code_bytes());
+        const Decoded<Code, ASYMMETRIC, HALF_SCALES> decoded(w, code, tile + w.code_bytes());
         for (; col < end; col += Code::INPUTS) {
             __m512i steps[Code::STEPS];
             code.unpack(tile, (col - first) / Code::INPUTS, 0, steps);
@@ -233,7 +272,12 @@ Panel panel_of(const Weight& w) {
     }
     with_code<Avx512>(w, [&](const auto& code) {
         using Code = std::decay_t<decltype(code)>;
-        panel = w.asymmetric ? tile_panel<Code, true> : tile_panel<Code, false>;
+        if constexpr (!IsTable<Code>::value)
+            if (w.half_scales) {
+                panel = w.asymmetric ? tile_panel<Code, true, true> : tile_panel<Code, false, true>;
+                return;
+            }
+        panel = w.asymmetric ? tile_panel<Code, true, false> : tile_panel<Code, false, false>;
     });
     return panel;
 }

@@ -21,5 +21,6 @@ NB_MODULE(_cpu, m) {
     bind_attention(m);
     bind_rows(m);
     bind_encode(m);
+    bind_ggml(m);
     bind_gemm(m);
 }

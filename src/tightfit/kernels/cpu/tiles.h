@@ -42,6 +42,20 @@ inline void for_tile_rows(const Weight& w, size_t first, size_t last, Work work)
     }
 }
 
+// The scales of the rows of a span, whose first one is at `place`.
+template <class Isa>
+inline typename Isa::Vector load_scales(const Weight& w, const uint8_t* place) {
+    if (w.half_scales) return Isa::load(reinterpret_cast<const F16*>(place));
+    return Isa::load(reinterpret_cast<const BF16*>(place));
+}
+
+// Their offsets, which lie after the scales of all rows: what level 0 stands for.
+template <class Isa>
+inline typename Isa::Vector load_offsets(const Weight& w, const uint8_t* place, typename Isa::Vector scales) {
+    const auto offsets = load_scales<Isa>(w, place + TILE_ROWS * sizeof(BF16));
+    return w.half_scales ? Isa::fma(Isa::broadcast(w.below_zero()), scales, offsets) : offsets;
+}
+
 // out[r - skip] = the rows [skip, end) of a tile's results, or with `accumulate`, accumulate times them more.
 template <class Isa>
 inline void store_rows(const typename Isa::Vector (&results)[TILE_ROWS / Isa::LANES], size_t skip, size_t end, float* out,

@@ -120,14 +120,14 @@ inline void tile_row(const Weight& w, const Code& code, const uint8_t* tile, Row
                             input_sums[t] = Isa::add(input_sums[t], Isa::load(next[t] + j));
             }
             if (span == 0) prefetch(tile + code_bytes);
-            const BF16* scales = reinterpret_cast<const BF16*>(tile + code_bytes) + span * Isa::LANES;
-            const Vector scale = Isa::load(scales);
+            const uint8_t* scales = tile + code_bytes + span * Isa::LANES * sizeof(BF16);
+            const Vector scale = load_scales<Isa>(w, scales);
             for (size_t t = 0; t < TOKENS; t++) {
                 const Vector sum = Isa::add(Isa::add(sums[t][0], sums[t][1]), Isa::add(sums[t][2], sums[t][3]));
                 results[span][t] = Isa::fma(sum, scale, results[span][t]);
             }
             if (w.asymmetric) {
-                const Vector offset = Isa::load(scales + TILE_ROWS);
+                const Vector offset = load_offsets<Isa>(w, scales, scale);
                 for (size_t t = 0; t < TOKENS; t++) {
                     const Vector sum = Isa::broadcast(Isa::sum(input_sums[t]));
                     results[span][t] = Isa::fma(sum, offset, results[span][t]);

@@ -64,11 +64,11 @@ inline void tile_row_int8(const Weight& w, const Code& code, const uint8_t* tile
                 }
             }
             if (span == 0) prefetch(tile + code_bytes);
-            const BF16* scales = reinterpret_cast<const BF16*>(tile + code_bytes) + span * Isa::LANES;
-            const Vector scale = Isa::load(scales);
+            const uint8_t* scales = tile + code_bytes + span * Isa::LANES * sizeof(BF16);
+            const Vector scale = load_scales<Isa>(w, scales);
             for (size_t t = 0; t < TOKENS; t++) results[span][t] = Isa::fma(sums[t], scale, results[span][t]);
             if (!w.asymmetric) continue;
-            const Vector offset = Isa::sub(Isa::zero(), Isa::load(scales + TILE_ROWS));  // as the sums are negative
+            const Vector offset = Isa::sub(Isa::zero(), load_offsets<Isa>(w, scales, scale));  // as the sums are negative
             for (size_t b = 0; b < blocks; b++) {
                 const Ends& ends = *reinterpret_cast<const Ends*>(x + b * BLOCK_BYTES + TOKENS * BLOCK);
                 for (size_t t = 0; t < TOKENS; t++) {

@@ -20,8 +20,9 @@ struct BF16 { uint16_t bits; };
 // `rows` by `cols` numbers at `data`: row-major for the floating kinds; of pruned rows one after the other the bits of
 // the inputs that are not zero and `kept` values (kernels/layout.py); else tiles of 16 rows by `group` inputs,
 // [codes][16 scales in bfloat16][16 offsets in bfloat16, if asymmetric], in order of their rows, then of their group
-// (weights/formats/tiles.py has the layout). `row_offset` is the first row's place in the first tile. `settings` is what
-// a kind must know of the whole matrix: for fp8 the number of exponent bits (0 is read as 4); null for the others.
+// (kernels/layout.py has the layout). With `half_scales`, of intN, these are float16, and an offset is that of the lowest
+// code. `row_offset` is the first row's place in the first tile. `settings` is what a kind must know of the whole matrix:
+// for fp8 the number of exponent bits (0 is read as 4); null for the others.
 struct Weight {
     Kind kind;
     size_t group;
@@ -30,6 +31,7 @@ struct Weight {
     size_t rows, cols, row_offset;
     const uint8_t* settings;
     size_t kept = 0;
+    bool half_scales = false;
 
     bool tiled() const { return kind > Kind::pruned; }
     // Of a row that is not in tiles.
@@ -42,6 +44,19 @@ struct Weight {
     size_t tile_bytes() const { return code_bytes() + TILE_ROWS * sizeof(BF16) * (asymmetric ? 2 : 1); }
     size_t tile_row_bytes() const { return groups() * tile_bytes(); }
     int exponent_bits() const { return settings && *settings ? *settings : 4; }  // of fp8
+
+    // How many steps of intN the lowest code is below 0.
+    float below_zero() const {
+        switch (kind) {
+            case Kind::int8: return 128;
+            case Kind::int6: return 32;
+            case Kind::int5: return 16;
+            case Kind::int4: return 8;
+            case Kind::int3: return 4;
+            case Kind::int2: return 2;
+            default: return 0;
+        }
+    }
 
     // Bytes of the codes of 16 rows by `inputs`.
     static constexpr size_t code_bytes_of(Kind kind, size_t inputs) {

@@ -79,6 +79,11 @@ def gated_mlp(parts: Parts, hidden: int, intermediate: int, *, bias: bool = Fals
     parts.matrix("down_proj", "mlp.down_proj", hidden, intermediate, bias=bias)
 
 
+def one_more(config: Config) -> float:
+    """What Gemma's norms add to their weights: 1, which GGUF files hold already."""
+    return 1.0 if config.flag("norm_weights_add_one", True) else 0.0
+
+
 def pre_norms(parts: Parts, hidden: int, add: float = 0.0) -> None:
     """A norm before attention and one before the feed-forward part (which checkpoints call post_attention)."""
     parts.vector("input_layernorm", "input_layernorm.weight", hidden, add)

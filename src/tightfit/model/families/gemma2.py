@@ -31,7 +31,7 @@ def spec(config: Config, names: Collection[str]) -> ModelSpec:
     layers = []
     for index, kind in enumerate(common.layer_types(config, lambda index: index % 2 == 0)):
         parts = Parts(f"model.layers.{index}.")
-        common.sandwich_norms(parts, hidden, add=1.0)
+        common.sandwich_norms(parts, hidden, add=common.one_more(config))
         common.qkvo(parts, attention, hidden, qkv_bias=bias, o_bias=bias)
         common.gated_mlp(parts, hidden, mlp.intermediate_size)
         local = replace(attention, window=window if kind == "sliding_attention" else None)
@@ -39,7 +39,7 @@ def spec(config: Config, names: Collection[str]) -> ModelSpec:
     return common.model(
         config,
         layers,
-        common.outer(config, tied=True, norm_add=1.0),
+        common.outer(config, tied=True, norm_add=common.one_more(config)),
         embedding_multiplier=math.sqrt(hidden),
         logit_softcap=config.optional_number("final_logit_softcapping", 30.0, above=0.0),
     )

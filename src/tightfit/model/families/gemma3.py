@@ -54,19 +54,20 @@ def spec(config: Config, names: Collection[str]) -> ModelSpec:
     kinds["sliding_attention"] = replace(kinds["sliding_attention"], window=window)
     mlp = MlpSpec(text.integer("intermediate_size"), common.activation(text, "hidden_activation", "gelu_pytorch_tanh"))
     pattern = text.integer("sliding_window_pattern", 6)
+    add = common.one_more(text)
     bias = text.flag("attention_bias", False)
     layers = []
     for index, kind in enumerate(common.layer_types(text, lambda index: (index + 1) % pattern != 0)):
         parts = Parts(f"{prefix}layers.{index}.")
-        common.sandwich_norms(parts, hidden, add=1.0)
+        common.sandwich_norms(parts, hidden, add=add)
         common.qkvo(parts, attention, hidden, qkv_bias=bias, o_bias=bias)
-        common.head_norms(parts, dim, add=1.0)
+        common.head_norms(parts, dim, add=add)
         common.gated_mlp(parts, hidden, mlp.intermediate_size)
         layers.append(LayerSpec(kinds[kind], mlp, tuple(parts.params)))
     return common.model(
         text,
         layers,
-        common.outer(text, tied=True, norm_add=1.0, prefix=prefix, head=head),
+        common.outer(text, tied=True, norm_add=add, prefix=prefix, head=head),
         embedding_multiplier=math.sqrt(hidden),
         logit_softcap=text.optional_number("final_logit_softcapping", above=0.0),
     )

@@ -16,7 +16,17 @@ THETA = 150_000.0
 
 def experts(parts: Parts, names: Collection[str], spec: MoeSpec, hidden: int) -> None:
     """All experts of a layer, stacked, with the rows of gate and up in turn. Packed in MXFP4 a matrix has one row for
-    each output, in other types one for each input."""
+    each output, in other types one for each input. GGUF files keep gate and up apart, one row for each output."""
+    if f"{parts.prefix}mlp.experts.gate_proj" in names:
+        for name, rows, cols in (
+            ("gate_proj", spec.intermediate_size, hidden),
+            ("up_proj", spec.intermediate_size, hidden),
+            ("down_proj", hidden, spec.intermediate_size),
+        ):
+            matrix, bias = (Source(f"mlp.experts.{name}{suffix}", stacked=True) for suffix in ("", "_bias"))
+            parts.experts(f"experts.{name}", matrix, spec.experts, rows, cols)
+            parts.experts(f"experts.{name}.bias", bias, spec.experts, rows)
+        return
     fused, down = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
     packed = f"{parts.prefix}{fused}_blocks" in names
     suffix = "_blocks" if packed else ""

@@ -17,7 +17,7 @@ def spec(config: Config, names: Collection[str]) -> ModelSpec:
         kv_heads=common.kv_heads(config),
         head_dim=dim,
         scale=dim**-0.5,
-        rope=common.rope(rope_parameters(config)["full_attention"], dim),
+        rope=common.rope(rope_parameters(config)["full_attention"], dim, config.flag("rope_interleave", False)),
     )
     mlp = MlpSpec(config.integer("intermediate_size"), common.activation(config, default="silu"))
     bias, mlp_bias = config.flag("attention_bias", False), config.flag("mlp_bias", False)

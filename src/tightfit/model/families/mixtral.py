@@ -24,7 +24,9 @@ def spec(config: Config, names: Collection[str]) -> ModelSpec:
         kv_heads=common.kv_heads(config),
         head_dim=dim,
         scale=dim**-0.5,
-        rope=common.rope(rope_parameters(config, default_theta=1e6)["full_attention"], dim),
+        rope=common.rope(
+            rope_parameters(config, default_theta=1e6)["full_attention"], dim, config.flag("rope_interleave", False)
+        ),
         window=config.optional_integer("sliding_window"),
     )
     count = mixture.expert_count(config, "num_local_experts", "num_experts")

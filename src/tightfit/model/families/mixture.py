@@ -39,11 +39,14 @@ def experts(
         "mlp.experts.{expert}.down_proj.weight",
     ),
 ) -> None:
-    """Gate, up and down matrices of all experts: stacked, or else one tensor for ``each``."""
+    """Gate, up and down matrices of all experts: stacked, with gate and up in one or in two tensors, or else one tensor
+    for ``each``."""
     if is_stacked(parts, names):
         gate = Source("mlp.experts.gate_up_proj", stacked=True)
         up = Source("mlp.experts.gate_up_proj", start=spec.intermediate_size, stacked=True)
         down = Source("mlp.experts.down_proj", stacked=True)
+    elif f"{parts.prefix}mlp.experts.gate_proj" in names:
+        gate, up, down = (Source(f"mlp.experts.{name}_proj", stacked=True) for name in ("gate", "up", "down"))
     else:
         gate, up, down = (Source(key) for key in each)
     parts.experts("experts.gate_proj", gate, spec.experts, spec.intermediate_size, hidden)

@@ -1,7 +1,7 @@
 """Low-bit formats in the canonical tile of 16 rows by one group of inputs (its layout is in ``kernels/layout.py``).
 
-Each group of inputs of a row has a scale, and an offset if it is asymmetric, both in bfloat16, chosen for the smallest
-squared error (how is in ``kernels/encode_reference.py``).
+Each group of inputs of a row has a scale, and an offset if it is asymmetric, both in bfloat16 (or float16), chosen for
+the smallest squared error (how is in ``kernels/encode_reference.py``).
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class Tiled(Format):
         """Whether there is an offset beside each scale."""
         return False
 
+    @property
+    def half_scales(self) -> bool:
+        """Whether scales and offsets are float16."""
+        return False
+
     def __post_init__(self) -> None:
         if not 0 <= self.group <= LARGEST_GROUP or self.group % self.multiple:
             sizes = f"{self.multiple} to {LARGEST_GROUP} inputs and a multiple of {self.multiple}"
@@ -52,12 +57,14 @@ class Tiled(Format):
         return self.header_nbytes + tiles * tile_nbytes(self.kind, group, self.asymmetric)
 
     def encode(self, block: torch.Tensor, data: torch.Tensor, row: int) -> None:
-        from tightfit.kernels.encode import encode
+        from tightfit.kernels.encode import encode, halve_scales
 
         rows, cols = block.shape
         start = self.nbytes(row, cols)
         stored = data[start : start + self.nbytes(rows, cols) - self.header_nbytes]
         encode(block, self.kind, self.tile_group(cols), self.asymmetric, self._exponent(data), stored)
+        if self.half_scales:
+            halve_scales(stored, self.kind, self.tile_group(cols), self.asymmetric)
 
     def _exponent(self, data: torch.Tensor) -> int:
         """The number of exponent bits, for floating-point codes."""
@@ -71,17 +78,40 @@ class Tiled(Format):
         header, tiles = data[: self.header_nbytes], data[self.header_nbytes :]
         settings = header if self.header_nbytes else None
         group = self.tile_group(cols)
-        weight = Weight(tiles, self.kind, group, rows, cols, asymmetric=self.asymmetric, settings=settings)
+        weight = Weight(
+            tiles,
+            self.kind,
+            group,
+            rows,
+            cols,
+            asymmetric=self.asymmetric,
+            settings=settings,
+            half_scales=self.half_scales,
+        )
         return PlainMatrix(weight, self, gemm_dtype, activations)
 
 
 @dataclass(frozen=True)
 class Integers(Tiled):
-    """Whole numbers times a scale; unless ``symmetric``, with an offset that moves their middle to that of a group."""
+    """Whole numbers times a scale; unless ``symmetric``, with an offset that moves their middle to that of a group.
+
+    ``scales`` is the type of scales and offsets: bf16, which has the range of all weights, or f16, in which GGUF files
+    keep theirs. What is rounded here is rounded to scales in bfloat16 that float16 holds too; f16 rounds offsets less.
+    """
 
     group: int = 32
     symmetric: bool = True
+    scales: str = "bf16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scales not in ("bf16", "f16"):
+            raise UsageError(f"{self.name} cannot have scales of type {self.scales!r}", "They are bf16 or f16.")
 
     @property
     def asymmetric(self) -> bool:
         return not self.symmetric
+
+    @property
+    def half_scales(self) -> bool:
+        return self.scales == "f16"

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from tightfit.budget import malloc
+from tightfit.catalog import spec_string
 from tightfit.checkpoints.checkpoint import Checkpoint, TensorInfo
 from tightfit.checkpoints.positioned import REQUEST
 from tightfit.errors import CheckpointError
@@ -27,9 +28,12 @@ from tightfit.weights.placement.read import (
     block_rows,
     block_scratch,
     blocks,
+    has_codes_of,
     is_stored_as,
     read_plain,
+    read_tiles,
     tensor_of,
+    tiles_scratch,
 )
 
 PIECE = 8 << 20  # bytes of a compressed folder that a thread reads before it takes the next
@@ -78,6 +82,8 @@ def scratch_bytes(checkpoint: Checkpoint, group: Group, threads: int) -> int:
 def _scratch(checkpoint: Checkpoint, place: Place) -> int:
     """The block that a thread holds, and what reading and converting it takes."""
     param, fmt = place.param, place.format
+    if fmt is not None and has_codes_of(param, tensor_of(checkpoint, param), spec_string(fmt)):
+        return tiles_scratch(checkpoint, param)
     block = block_scratch(checkpoint, param)
     if fmt is None or isinstance(fmt, Dense):
         return block
@@ -134,6 +140,9 @@ def _place(checkpoint: Checkpoint, rows: Rows, memory: BlockMemory) -> int:
     if fmt is not None and is_stored_as(param, info, fmt.name):
         begin, end = (fmt.nbytes(row, param.shape[1]) for row in (rows.start, rows.stop))
         read_plain(checkpoint, param, rows.expert, rows.start, rows.data[begin:end])
+    elif fmt is not None and has_codes_of(param, info, spec_string(fmt)):
+        begin, end = (fmt.nbytes(row, param.shape[1]) for row in (rows.start, rows.stop))
+        read_tiles(checkpoint, param, rows.expert, rows.start, rows.stop, rows.data[begin:end])
     else:
         source = Reading(checkpoint, rows, memory.of(block_nbytes(checkpoint, param, rows.expert)))
         try:

@@ -15,7 +15,7 @@ import torch
 from tightfit.checkpoints.checkpoint import Checkpoint, TensorInfo
 from tightfit.errors import CheckpointError
 from tightfit.model.spec import ModelSpec, Param
-from tightfit.weights.placement import blockscaled
+from tightfit.weights.placement import blockscaled, ggml
 
 BLOCK_BYTES = 2 << 20  # of rows read at once, large enough for a disk and small enough for a core's cache
 SLAB_BYTES = 1 << 20  # of a transposed tensor read at once: all of it goes by for every block
@@ -23,6 +23,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What a tensor is kept in that stays in its own precision. bfloat16 holds every number of MXFP4 exactly, and is what
 # fp8 checkpoints were rounded from.
 FORMAT_OF = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "bf16", "U8": "bf16"}
+FORMAT_OF |= ggml.FORMAT_OF
 LAYER = re.compile(r"(.*?\blayers\.)([0-9]{1,9})\.")
 TILE = 16  # rows: blocks that are encoded start at multiples of it
 
@@ -36,14 +37,13 @@ def tensor_of(checkpoint: Checkpoint, param: Param, expert: int = 0) -> TensorIn
             f"{checkpoint.name} has no tensor {key!r}, which its config.json calls for",
             "Compare config.json with the weights: they may belong to different models.",
         )
-    coded = blockscaled.is_coded(checkpoint, info) and not param.source.transposed
-    if info.dtype not in DTYPES and not coded:
+    if info.dtype not in DTYPES and (not _is_coded(checkpoint, info) or param.source.transposed):
         raise CheckpointError(
             f"tensor {key!r} of {checkpoint.name} has type {info.dtype}",
             f"Weights of type {', '.join(DTYPES)} can be opened, and block-scaled fp8 and mxfp4 where config.json "
             "declares them in 'quantization_config'.",
         )
-    shape = blockscaled.shape_of(checkpoint, info) if coded else info.shape
+    shape = _shape_of(checkpoint, info)
     if len(shape) != len(param.shape) + param.source.stacked:
         raise _shape_error(checkpoint, info, param)
     if param.source.stacked and shape[0] != param.experts:
@@ -62,10 +62,8 @@ def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     for _, param in spec.all_params():
         for expert in range(1 if param.source.stacked else max(param.experts, 1)):
             info = tensor_of(checkpoint, param, expert)
-            coded = blockscaled.is_coded(checkpoint, info)
-            shape = blockscaled.shape_of(checkpoint, info) if coded else info.shape
             ends[info.name] = max(ends.get(info.name, 0), _end(param))
-            rows[info.name] = _matrix(param, shape)[0]
+            rows[info.name] = _matrix(param, _shape_of(checkpoint, info))[0]
     for name, end in ends.items():
         if end < rows[name]:
             raise CheckpointError(
@@ -84,6 +82,24 @@ def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
                 f"{checkpoint.name} has tensor {name!r}, but config.json describes {len(spec.layers)} layers",
                 "Compare config.json with the weights: they may belong to different models.",
             )
+
+    # What a GGUF file holds beside what its architecture always has, such as biases, tells how it computes.
+    unused = checkpoint.tensors.keys() - ends.keys() if checkpoint.is_gguf else ()
+    if unused:
+        raise CheckpointError(
+            f"{checkpoint.name} has tensor {min(unused)!r}, which '{spec.family}' has no use for",
+            "The file was written for another program: take another version of the model.",
+        )
+
+
+def _is_coded(checkpoint: Checkpoint, info: TensorInfo) -> bool:
+    """Whether a tensor holds codes of matrices."""
+    return (info.dtype in ggml.FORMAT_OF and len(info.shape) > 1) or blockscaled.is_coded(checkpoint, info)
+
+
+def _shape_of(checkpoint: Checkpoint, info: TensorInfo) -> tuple[int, ...]:
+    """The shape of the numbers in a tensor."""
+    return blockscaled.shape_of(checkpoint, info) if blockscaled.is_coded(checkpoint, info) else info.shape
 
 
 def _matrix(param: Param, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -114,6 +130,29 @@ def is_plain(param: Param, info: TensorInfo) -> bool:
 def is_stored_as(param: Param, info: TensorInfo, name: str) -> bool:
     """Whether the bytes of ``param`` in the format ``name`` stand in the file as they stand in memory."""
     return is_plain(param, info) and FORMAT_OF[info.dtype] == name
+
+
+def has_codes_of(param: Param, info: TensorInfo, name: str) -> bool:
+    """Whether the format ``name`` holds the codes that stand in the file."""
+    return info.dtype in ggml.FORMAT_OF and param.source.step == 1 and FORMAT_OF[info.dtype] == name
+
+
+def converted(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The types of a checkpoint's tensors whose numbers are not held exactly in what FORMAT_OF names."""
+    tensors, compressed = checkpoint.tensors.values(), checkpoint.compressed
+    types = compressed.types if compressed is not None else {info.dtype for info in tensors}
+    return tuple(sorted(set(types) & set(ggml.CONVERTED)))
+
+
+def read_tiles(checkpoint: Checkpoint, param: Param, expert: int, start: int, stop: int, out: torch.Tensor) -> None:
+    """Fills ``out`` with the tiles of the rows [start, stop) of a parameter for which :func:`has_codes_of` holds."""
+    info, source = tensor_of(checkpoint, param, expert), param.source
+    ggml.read_tiles(checkpoint, info, expert if source.stacked else 0, source.start + start, stop - start, out)
+
+
+def tiles_scratch(checkpoint: Checkpoint, param: Param) -> int:
+    """Bytes that :func:`read_tiles` takes for a moment for as many rows as make a block."""
+    return ggml.tiles_scratch(tensor_of(checkpoint, param), block_rows(checkpoint, param))
 
 
 def read_plain(checkpoint: Checkpoint, param: Param, expert: int, start: int, out: torch.Tensor) -> None:
@@ -191,6 +230,8 @@ def _read_block(
     first = source.start + start * source.step
     if source.transposed:
         _read_transposed(checkpoint, info, _expert_byte(param, info, expert), first, source.step, block)
+    elif info.dtype in ggml.FORMAT_OF:
+        ggml.read_numbers(checkpoint, info, expert if source.stacked else 0, first, source.step, block)
     elif coded:
         blockscaled.read_rows(checkpoint, info, expert if source.stacked else 0, first, source.step, block)
     else:
