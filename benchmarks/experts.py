@@ -36,11 +36,12 @@ from tests.measure import run_measured
 from tightfit.budget.ledger import Arena
 from tightfit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tightfit.checkpoints.config import Config
-from tightfit.experts.store import on_disk, slot_nbytes
+from tightfit.experts.cache import Key
+from tightfit.experts.store import Shelf, expert_reader, on_disk, slot_nbytes
 from tightfit.model.families import model_spec
 from tightfit.plan.schema import OWN
-from tightfit.weights.placement.places import Place, group_of, layer_name, read_place
-from tightfit.weights.placement.readers import READERS
+from tightfit.weights.placement.places import Place, group_of, layer_name
+from tightfit.weights.placement.readers import READERS, Piece
 
 MiB = 2**20
 NOISE = 4 * MiB  # by how much what `tightfit plan` measures of itself differs from another process
@@ -94,23 +95,25 @@ class Stored:
 
     def rate(self) -> float:
         """Bytes per second of reading experts as the cache does, and nothing else."""
-        arena = Arena(2 * READERS * max(place.nbytes for places in self.layers.values() for place in places))
+        layers = [(layer_name(index), places) for index, places in self.layers.items()]
+        shelves = [Shelf.of(places) for _, places in layers]
+        reader = expert_reader(self.checkpoint, layers, shelves)
+        arena = Arena(READERS * slot_nbytes(list(self.layers.values())))
         arena.use_large_pages()
-        free = [arena.take(arena.capacity // 2 // READERS) for _ in range(READERS)]
+        free = [arena.take(arena.capacity // READERS) for _ in range(READERS)]
         dice = random.Random(0)
 
-        def pieces() -> Iterator[tuple[str, Place, int]]:
+        def pieces() -> Iterator[tuple[Key, Piece]]:
             for _ in range(AT_ONCE):
-                index = dice.choice(list(self.layers))
-                expert = dice.randrange(self.layers[index][0].param.experts)
-                yield from ((layer_name(index), place, expert) for place in self.layers[index])
+                mixture = dice.randrange(len(layers))
+                key = mixture, dice.randrange(layers[mixture][1][0].param.experts)
+                yield from ((key, piece) for piece in shelves[mixture].pieces(self.checkpoint))
 
-        def read(piece: tuple[str, Place, int]) -> int:
-            buffer = free.pop()
-            group, place, expert = piece
-            read_place(self.checkpoint, group, place, expert, 0, buffer[: place.nbytes])
+        def read(wanted: tuple[Key, Piece]) -> int:
+            (key, piece), buffer = wanted, free.pop()
+            reader(key, piece, buffer[piece.start : piece.stop])
             free.append(buffer)
-            return place.nbytes
+            return piece.stop - piece.start
 
         rates = []
         with ThreadPoolExecutor(READERS) as pool:

@@ -25,7 +25,7 @@ from tightfit.errors import CheckpointError, FileError, TightfitError, UsageErro
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec
 from tightfit.weights import store
-from tightfit.weights.placement.places import check
+from tightfit.weights.placement.places import check, group_of
 from tightfit.weights.placement.resident import Resident
 
 FILE = "tightfit.safetensors"
@@ -356,8 +356,44 @@ EDITS = {
     "another format": (first("embeddings", format="int8"), "bytes, which is not int8"),
     "an unknown format": (first("embeddings", format="int4711"), "keeps embed_tokens as 'int4711'"),
     "another parameter": (first("embeddings", name="embed"), "has no embed_tokens"),
-    "copies of another size": (first("layers.0", stride=1 << 12), "overlaps"),
+    "copies closer than they are long": (first("layers.0", stride=1), "overlaps"),
 }
+
+
+EXPERT_EDITS: dict[str, dict[str, Any]] = {
+    "a stride of its own": {"stride": 64},
+    "longer than the room between copies": {"nbytes": 9984},
+    "fewer experts": {"experts": 2},
+    "in the middle of another": {"offset": 0},
+}
+
+
+@pytest.mark.parametrize("name", EXPERT_EDITS)
+def test_experts_that_would_overlap_are_refused(name: str, tmp_path: Path) -> None:
+    tiny_mixtures.write(tmp_path / "model", tiny_mixtures.config_of("mixtral"), torch.bfloat16)
+    folder = compress(tmp_path / "model", "int4", tmp_path / "out")
+    open_checkpoint(str(folder)).close()
+
+    def change(groups: Any) -> None:
+        [param] = [param for param in groups["layers.0"] if param["name"] == "experts.up_proj"]
+        param |= EXPERT_EDITS[name]
+
+    edit(folder, lambda description: change(description["groups"]))
+    with pytest.raises(CheckpointError, match="overlaps|is not the run of bytes"):
+        open_checkpoint(str(folder))
+
+
+def test_an_expert_is_one_run_of_bytes(tmp_path: Path) -> None:
+    checkpoint, spec = tiny_mixtures.write(tmp_path, tiny_mixtures.config_of("qwen2_moe"), torch.bfloat16)
+    [*others, gate, up, down] = group_of(checkpoint, spec, "layers.1", "int4").places
+    assert [place.param.name for place in (gate, up, down)] == [
+        f"experts.{name}_proj" for name in ("gate", "up", "down")
+    ]
+    assert all(place.end <= gate.offset for place in others)
+    assert gate.offset % 4096 == gate.stride % 4096 == 0
+    assert gate.stride == up.stride == down.stride
+    assert gate.offset + gate.nbytes <= up.offset < up.offset + up.nbytes <= down.offset
+    assert down.offset + down.nbytes <= gate.offset + gate.stride
 
 
 @pytest.mark.parametrize("name", EDITS)

@@ -26,7 +26,8 @@ AGAIN = "Write it again with `tightfit compress`."
 @dataclass(frozen=True)
 class StoredParam:
     """A parameter of a group: ``max(experts, 1)`` copies of ``shape`` in ``format`` (a spec string), each ``nbytes``
-    long, the first at byte ``offset`` of the group and the others ``stride`` bytes apart."""
+    long, the first at byte ``offset`` of the group and the others ``stride`` bytes apart. Between two copies may be
+    those of other parameters of the same ``stride``."""
 
     name: str
     format: str
@@ -38,7 +39,7 @@ class StoredParam:
 
     @property
     def end(self) -> int:
-        return self.offset + max(self.experts, 1) * self.stride
+        return self.offset + (max(self.experts, 1) - 1) * self.stride + self.nbytes
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,17 @@ def _group(groups: Config, group: str, tensor: TensorInfo, name: str) -> tuple[S
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise groups.wrong(group, "a list of parameters")
     params = [_param(Config(entry, name, f"'{group}' in {groups.file}")) for entry in entries]
-    end = 0
+    end, first_end = 0, 0  # of what came before: of all copies, and of the first one
+    bundle: StoredParam | None = None  # the first of parameters whose copies take turns
     for param in sorted(params, key=lambda param: param.offset):
-        if param.offset < end or param.offset % 64 or param.stride < param.nbytes:
+        if bundle is not None and param.offset < bundle.end and param.stride == bundle.stride:
+            room = bundle.offset + bundle.stride  # where the bundle's second copy begins
+            overlaps = param.offset < first_end or param.offset + param.nbytes > room or param.experts != bundle.experts
+        else:
+            overlaps, bundle = param.offset < end, param
+        if overlaps or param.offset % 64 or param.stride < param.nbytes:
             raise CheckpointError(f"'{param.name}' in '{group}' of {name} overlaps what is before it", AGAIN)
-        end = param.end
+        first_end, end = param.offset + param.nbytes, param.end
     if tensor.dtype != "U8" or tensor.nbytes < end or tensor.nbytes % ALIGNMENT or tensor.offset % ALIGNMENT:
         raise CheckpointError(f"tensor '{group}' of {name} is not the run of bytes that its header describes", AGAIN)
     return tuple(params)

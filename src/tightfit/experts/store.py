@@ -44,28 +44,24 @@ class Laid:
 
 @dataclass(frozen=True)
 class Shelf:
-    """How an expert lies in a slot: each matrix at a multiple of 4 KiB."""
+    """How an expert lies in a slot of ``nbytes`` bytes: as in its group."""
 
     matrices: tuple[Laid, ...]
+    nbytes: int
 
     @staticmethod
     def of(places: Sequence[Place]) -> Shelf:
         matrices: list[Laid] = []
-        end = 0
         for place in places:
             assert place.format is not None
             name, (rows, cols) = place.param.name.removeprefix(OF_EXPERTS), place.param.shape
-            matrices.append(Laid(name, place.format, rows, cols, end, place.nbytes))
-            end = align(end + place.nbytes, ALIGNMENT)
-        return Shelf(tuple(matrices))
+            matrices.append(Laid(name, place.format, rows, cols, place.offset - places[0].offset, place.nbytes))
+        return Shelf(tuple(matrices), places[0].stride)
 
-    @property
-    def nbytes(self) -> int:
-        return align(self.matrices[-1].offset + self.matrices[-1].nbytes, ALIGNMENT)
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """Of each matrix its own, so that several threads read one expert."""
+    def pieces(self, checkpoint: Checkpoint) -> list[Piece]:
+        """What is read at once: of a compressed folder all of an expert, of others each matrix."""
+        if checkpoint.compressed is not None:
+            return pieces(self.nbytes)
         return [piece for laid in self.matrices for piece in pieces(laid.nbytes, start=laid.offset)]
 
 
@@ -102,6 +98,9 @@ def on_disk(checkpoint: Checkpoint, group: Group) -> tuple[Group, tuple[Place, .
     count = sum(place.param.experts > 0 and place.format is not None for place in group.places)
     kept, experts = group.places[: len(group.places) - count], group.places[len(group.places) - count :]
     if not count or not all(place.param.experts and streamable(checkpoint, place) for place in experts):
+        return group, ()
+    first = experts[0]  # the others lie between its copies, and each expert is one run of bytes
+    if not all(place.stride == first.stride and first.offset <= place.offset < first.end for place in experts):
         return group, ()
     end = align(kept[-1].end, ALIGNMENT) if kept else 0
     return replace(group, places=kept, nbytes=min(end, group.nbytes)), experts
@@ -153,8 +152,9 @@ class CachedExperts(Placement):
         if how.policy.needs_census:
             census = read_census(checkpoint.name, checkpoint.fingerprint, len(mixtures), most)
         self._ranking = how.policy.ranking(len(mixtures), most, mixtures[0].experts_per_token, census)
-        reader = _reader(checkpoint, [(layer_name(index), layers[index]) for index in indices], shelves)
-        self._cache = ExpertCache(slots.buffers, [shelf.pieces for shelf in shelves], reader, self._ranking, READERS)
+        reader = expert_reader(checkpoint, [(layer_name(index), layers[index]) for index in indices], shelves)
+        pieces_of = [shelf.pieces(checkpoint) for shelf in shelves]
+        self._cache = ExpertCache(slots.buffers, pieces_of, reader, self._ranking, READERS)
         weakref.finalize(self, self._cache.stop)
         self._experts: dict[int, _OfLayer] = {}
         for mixture, (index, shelf) in enumerate(zip(indices, shelves, strict=True)):
@@ -232,12 +232,18 @@ class _OfLayer(Experts):
                 yield Parameters(vectors | matrices)
 
 
-def _reader(checkpoint: Checkpoint, layers: Sequence[tuple[str, Sequence[Place]]], shelves: Sequence[Shelf]) -> Read:
-    """What reads a piece of an expert, which lies in one of its matrices."""
+def expert_reader(
+    checkpoint: Checkpoint, layers: Sequence[tuple[str, Sequence[Place]]], shelves: Sequence[Shelf]
+) -> Read:
+    """What reads a piece of an expert of the i-th mixture, which has its group's name and places in ``layers[i]``."""
 
     def read(key: Key, piece: Piece, out: torch.Tensor) -> None:
         mixture, expert = key
         (group, places), matrices = layers[mixture], shelves[mixture].matrices
+        if checkpoint.compressed is not None:
+            begin = places[0].offset + expert * places[0].stride + piece.start
+            checkpoint.read_into(checkpoint.tensors[group], begin, out.numpy().data)
+            return
         which = bisect_right(matrices, piece.start, key=lambda laid: laid.offset) - 1
         read_place(checkpoint, group, places[which], expert, piece.start - matrices[which].offset, out)
 

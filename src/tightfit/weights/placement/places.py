@@ -4,7 +4,7 @@ group one run of bytes, the same in memory and in a compressed folder."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     import torch
 
 EMBEDDINGS, LAYER, HEAD = "embeddings", "layers.", "head"
+OF_EXPERTS = 3  # the rank of experts' matrices in a group: the last
 
 
 @dataclass(frozen=True)
 class Place:
     """The bytes of one parameter in its group: one copy, or one for each expert, ``stride`` apart from ``offset`` on.
+    The matrices of an expert lie side by side: each of them is one run of bytes, of a ``stride`` of 4 KiB.
 
     ``format`` is that of a matrix; vectors are float32, which None stands for.
     """
@@ -45,11 +47,11 @@ class Place:
 
     @property
     def end(self) -> int:
-        return self.offset + self.copies * self.stride
+        return self.offset + (self.copies - 1) * self.stride + self.nbytes
 
     def of(self, group: torch.Tensor) -> torch.Tensor:
         """(copies, nbytes) of the group's bytes."""
-        return group[self.offset : self.end].view(self.copies, self.stride)[:, : self.nbytes]
+        return group[self.offset : self.end].as_strided((self.copies, self.nbytes), (self.stride, 1))
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,20 @@ def group_of(checkpoint: Checkpoint, spec: ModelSpec, name: str, stored_as: str)
         return Group(name, tuple(found), checkpoint.tensors[name].nbytes)
     layer = None if name in (EMBEDDINGS, HEAD) else int(name.removeprefix(LAYER))
     places: list[Place] = []
+    end = 0
     for param in params:
         fmt = _format_of(checkpoint, param, stored_as, layer, len(spec.layers)) if param.is_matrix else None
-        places.append(Place(param, fmt, align(places[-1].end) if places else 0, *_sizes(param, fmt)))
-    return Group(name, tuple(places), align(places[-1].end if places else 0, ALIGNMENT))
+        size = _nbytes(param, fmt)
+        if _rank(param) == OF_EXPERTS and (not places or _rank(places[-1].param) != OF_EXPERTS):
+            end = align(end, ALIGNMENT)  # the first expert's matrices begin here
+        places.append(Place(param, fmt, align(end), size, size))
+        end = places[-1].end if _rank(param) != OF_EXPERTS else align(end) + size
+    bundle = [place for place in places if _rank(place.param) == OF_EXPERTS]
+    if bundle:
+        stride = align(end, ALIGNMENT) - bundle[0].offset
+        places[-len(bundle) :] = [replace(place, stride=stride) for place in bundle]
+        end = places[-1].end
+    return Group(name, tuple(places), align(end, ALIGNMENT))
 
 
 def read_place(
@@ -135,7 +147,7 @@ def _rank(param: Param) -> int:
     one."""
     if not param.is_matrix:
         return 0
-    return 3 if param.experts else 1 if param.exact else 2
+    return OF_EXPERTS if param.experts else 1 if param.exact else 2
 
 
 def _check_stored(checkpoint: Checkpoint, param: Param, stored: StoredParam) -> None:
@@ -148,7 +160,7 @@ def _check_stored(checkpoint: Checkpoint, param: Param, stored: StoredParam) -> 
             f"{checkpoint.name} keeps {param.name} as '{stored.format}': {error.message}",
             "Install the tightfit that wrote it, or compress the model again.",
         ) from error
-    if (place.nbytes, place.stride) != _sizes(param, place.format):
+    if place.nbytes != _nbytes(param, place.format):
         raise _mismatch(checkpoint, f"{param.name} has {place.nbytes} bytes, which is not {stored.format}")
 
 
@@ -164,10 +176,9 @@ def _stored_place(param: Param, stored: StoredParam) -> Place:
     return Place(param, fmt, stored.offset, stored.nbytes, stored.stride)
 
 
-def _sizes(param: Param, fmt: Format | None) -> tuple[int, int]:
-    """Bytes of one copy, and from one to the next."""
-    nbytes = param.shape[0] * 4 if fmt is None else fmt.nbytes(*param.shape)
-    return nbytes, nbytes if fmt is None else align(nbytes)
+def _nbytes(param: Param, fmt: Format | None) -> int:
+    """Bytes of one copy."""
+    return param.shape[0] * 4 if fmt is None else fmt.nbytes(*param.shape)
 
 
 def _format_of(checkpoint: Checkpoint, param: Param, stored_as: str, layer: int | None, layers: int) -> Format:
