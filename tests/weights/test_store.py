@@ -379,7 +379,7 @@ def test_experts_that_would_overlap_are_refused(name: str, tmp_path: Path) -> No
         param |= EXPERT_EDITS[name]
 
     edit(folder, lambda description: change(description["groups"]))
-    with pytest.raises(CheckpointError, match="overlaps|is not the run of bytes"):
+    with pytest.raises(CheckpointError, match=r"overlaps|is not the run of bytes"):
         open_checkpoint(str(folder))
 
 

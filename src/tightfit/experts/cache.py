@@ -82,7 +82,7 @@ class ExpertCache(Readers):
             self._expected = deque(sorted(self._foreseen))
             for key in self._foreseen & self._held.keys():
                 self._ahead[self._held[key].buffer] = True
-            self._changed.notify_all()
+            self._wake()
 
     @contextmanager
     def use(self, key: Key) -> Iterator[int]:
@@ -92,12 +92,14 @@ class ExpertCache(Readers):
             self._start()
             if key not in self._wanted:
                 self._set_wanted([key])
-            self._awaited = key
-            self._changed.notify_all()
-            try:
-                self._changed.wait_for(lambda: key in self._held and not self._held[key].left)
-            finally:
-                self._awaited = None
+            held = self._held.get(key)
+            if held is None or held.left:
+                self._awaited = key
+                self._wake()
+                try:
+                    self._changed.wait_for(lambda: key in self._held and not self._held[key].left)
+                finally:
+                    self._awaited = None
             self.waited += perf_counter() - began
             held = self._held[key]
             if held.error is not None:
@@ -111,7 +113,7 @@ class ExpertCache(Readers):
                 held.in_use = False
                 self._wanted.pop(key, None)
                 self._settle(held)
-                self._changed.notify_all()
+                self._wake()
 
     def fill(self, keys: Iterable[Key]) -> Iterator[int]:
         """Reads experts into free slots; gives the bytes of each when it is there. Raises the error of reading one."""
@@ -138,7 +140,12 @@ class ExpertCache(Readers):
                 self._settle(held)
                 if held.error is not None and not held.left:
                     self._drop(held)
-        self._changed.notify_all()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Wakes the threads if there is something to read for which there may be room now."""
+        if self._expected or any(key not in self._held for key in self._wanted):
+            self._work.notify_all()
 
     def _settle(self, held: _Held) -> None:
         """Notes whether an expert must stay."""

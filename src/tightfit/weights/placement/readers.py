@@ -40,13 +40,18 @@ class Filling:
 
 
 class Readers(ABC):
-    """``threads`` threads that read what :meth:`_next` says. All state of a subclass is guarded by ``changed``, which
-    it notifies when there may be something to read."""
+    """``threads`` threads that read what :meth:`_next` says.
+
+    All state of a subclass is guarded by one lock. It notifies ``_work`` when there may be something to read, and is
+    notified through ``_changed`` when something was read: waking threads for nothing would take more of a core than
+    reading does.
+    """
 
     def __init__(self, buffers: Sequence[torch.Tensor], threads: int) -> None:
         self.waited = 0.0  # seconds, for what was not there yet
         self._buffers = buffers
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._changed, self._work = threading.Condition(lock), threading.Condition(lock)
         self._stopped = False
         self._threads = [threading.Thread(target=self._fill, daemon=True) for _ in range(threads)]
 
@@ -54,7 +59,7 @@ class Readers(ABC):
         """Ends the threads; those that read end with their request."""
         with self._changed:
             self._stopped = True
-            self._changed.notify_all()
+            self._work.notify_all()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -99,5 +104,5 @@ class Readers(ABC):
                 filling = self._next()
                 if filling is not None:
                     return filling, filling.waiting.popleft()
-                self._changed.wait()
+                self._work.wait()
         return None

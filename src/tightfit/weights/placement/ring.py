@@ -53,7 +53,7 @@ class Ring(Readers):
                 if self._window and self._window[0] is filling:
                     self._window.popleft()
                     self._free.append(filling.buffer)
-                    self._changed.notify_all()
+                    self._work.notify_all()
 
     def go_round(self, units: int) -> None:
         """From now on only the first ``units`` units are read ahead: after them the first one comes again."""
@@ -68,7 +68,7 @@ class Ring(Readers):
             self._start()
             if (self._window and self._window[0].unit != unit) or (not self._window and self._following != unit):
                 self._seek(unit)
-            self._changed.notify_all()
+            self._work.notify_all()
             self._changed.wait_for(lambda: self._window and not self._window[0].left)
             filling = self._window[0]
             self.waited += perf_counter() - began
