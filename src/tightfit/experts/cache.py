@@ -79,7 +79,7 @@ class ExpertCache(Readers):
         """A step will probably want ``experts`` of mixture ``layer``: they are read if there is room and time."""
         with self._changed:
             self._foreseen = {(layer, expert) for expert in experts}
-            self._expected = deque(sorted(self._foreseen))
+            self._expected = deque(sorted(self._foreseen - self._held.keys()))
             for key in self._foreseen & self._held.keys():
                 self._ahead[self._held[key].buffer] = True
             self._wake()

@@ -49,7 +49,7 @@ def _moe(spec: MoeSpec, weights: Parameters, x: torch.Tensor, out: torch.Tensor,
             with ws.frame():
                 _, expected, _ = _route(*following, x, ws, split)
                 if not ops.is_dry():
-                    experts.expect(expected.unique().tolist())
+                    experts.expect(sorted(set(expected.flatten().tolist())))
         ops.zero_(out)
         each = MlpSpec(spec.intermediate_size, spec.activation)
         for expert, rows, columns in groups:
