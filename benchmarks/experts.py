@@ -37,14 +37,15 @@ from tightfit.budget.ledger import Arena
 from tightfit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tightfit.checkpoints.config import Config
 from tightfit.experts.cache import Key
-from tightfit.experts.store import Shelf, expert_reader, on_disk, slot_nbytes
+from tightfit.experts.store import Shelf, expert_count, expert_reader, on_disk, slot_nbytes
 from tightfit.model.families import model_spec
 from tightfit.plan.schema import OWN
 from tightfit.weights.placement.places import Place, group_of, layer_name
 from tightfit.weights.placement.readers import READERS, Piece
 
 MiB = 2**20
-NOISE = 4 * MiB  # by how much what `tightfit plan` measures of itself differs from another process
+NOISE = 6 * MiB  # by how much what one process measures of itself differs from another
+ROOM = 8 << 30  # a budget for plans of which it is not known yet what they take
 POLICIES = ("lru", "lfu", "score", "static", "lru+gate", "lfu+gate", "score+gate", "static+gate")
 PASSES = 3
 AT_ONCE = 64  # experts of a pass
@@ -90,8 +91,8 @@ class Stored:
         return Stored(checkpoint, {index: places for index, places in layers.items() if places})
 
     @property
-    def nbytes(self) -> int:
-        return slot_nbytes(list(self.layers.values())) * sum(places[0].param.experts for places in self.layers.values())
+    def count(self) -> int:
+        return expert_count(list(self.layers.values()))
 
     def rate(self) -> float:
         """Bytes per second of reading experts as the cache does, and nothing else."""
@@ -125,35 +126,51 @@ class Stored:
         return max(rates)
 
 
-def measure(folder: Path, shares: list[float], policies: list[str], cache: str, new: int, threads: int) -> Any:
+def measure(
+    folder: Path, shares: list[float], policies: list[str], cache: str, new: int, threads: int, scratch: Path
+) -> tuple[list[Row], float]:
     text = HERE.read_text(encoding="utf-8")
     prompt = text[text.index("class Stored") :][:400]
     weights = [] if (folder / "tightfit.safetensors").exists() else ["--weights", "bf16"]
     size = ["--context", 1024, "--threads", threads, *weights]
-    run = ["run", folder, "-p", prompt, "-n", new, "--ignore-eos", "--temperature", 1, "--seed", 1, *size]
-    expected = tightfit(*run)[0]["completions"]
+    run = ["run", folder, "-p", prompt, "--ignore-eos", "--temperature", 1, "--seed", 1]
+    expected = tightfit(*run, "-n", new, *size)[0]["completions"]
     if any("static" in policy for policy in policies):
         tightfit("census", folder, "-p", text[: text.index("class Stored")] * 2)
     smallest = json.loads(
-        run_measured([sys.executable, "-m", "tightfit", *map(str, run), "--json", "--memory", "150MiB"]).stdout
+        run_measured([sys.executable, "-m", "tightfit", *map(str, [*run, *size]), "--json", "-m", "150MiB"]).stdout
     )["smallest_bytes"]
     with open_checkpoint(str(folder)) as checkpoint:
         stored = Stored.of(checkpoint)
-        total = stored.nbytes
-        # Everything but experts stays in memory, but for the row with the smallest budget.
-        accounts = tightfit("plan", folder, "--memory", smallest + total // 2, *size)[0]["plan"]["accounts"]
-        others = sum(accounts.values()) - accounts["experts"]
+        least = tightfit("plan", folder, "--memory", smallest, *size)[0]["plan"]
         rows, disk = [], 0.0
         for share in shares:
-            budget = others + int(share * total) + NOISE if share else smallest
+            budget = smallest
             for policy in policies:
+                how: tuple[object, ...] = ("--memory", smallest, "--experts", policy, *size)
+                if share:
+                    plan = with_slots(least, max(round(share * stored.count), 2), policy)
+                    file = scratch / "plan.json"
+                    if budget == smallest:  # once for each share
+                        file.write_text(json.dumps(plan))
+                        budget = tightfit(*run, "-n", 1, "--plan", file)[0]["receipt"]["predicted_bytes"] + NOISE
+                    file.write_text(json.dumps(plan | {"budget": budget}))
+                    how = ("--plan", file)
                 in_page_cache(folder, cache == "warm")
                 disk = max(disk, stored.rate())
                 in_page_cache(folder, cache == "warm")
-                answer, peak = tightfit(*run, "--memory", budget, "--experts", policy)
+                answer, peak = tightfit(*run, "-n", new, *how)
                 rows.append(_row(share, policy, budget, peak, answer, disk, expected))
                 print(f"{share:.0%}, {policy}: {rows[-1].rate:.2f} tokens/s", file=sys.stderr)
     return rows, disk
+
+
+def with_slots(plan: Any, slots: int, policy: str) -> Any:
+    """The plan with so many experts in memory, and everything else."""
+    layers = [layer | {"resident": None} for layer in plan["layers"]]
+    outer = plan["outer"] | {"resident": None, "placement": "resident"}
+    experts = {"policy": policy, "slots": slots}
+    return plan | {"layers": layers, "outer": outer, "experts": experts, "buffers": 0, "budget": ROOM}
 
 
 def _row(share: float, policy: str, budget: int, peak: int, answer: Any, disk: float, expected: Any) -> Row:
@@ -228,7 +245,7 @@ def main() -> None:
             whole = random_model.write(Path(temporary) / "moe", "moe")
             folder = Path(temporary) / "moe-int4"
             tightfit("compress", whole, "--weights", "int4", "--out", folder)
-        settings = arguments.cache, arguments.new, arguments.threads
+        settings = arguments.cache, arguments.new, arguments.threads, Path(temporary)
         rows, disk = measure(folder, arguments.shares, arguments.policies, *settings)
     text = report(folder.name, rows, disk, arguments.cache, arguments.threads, time.monotonic() - began)
     print(json.dumps([asdict(row) for row in rows], indent=1) if arguments.json else text)
