@@ -43,13 +43,7 @@ class Cached:
         self.disk = Disk()
         self.buffers = [torch.zeros(max(SIZES), dtype=torch.uint8) for _ in range(slots)]
         ranking = Lru().ranking(LAYERS, EXPERTS, 2, None)
-        self.asked: list[int] = []
-
-        def pieces_of(layer: int, parts: int) -> list[Piece]:
-            self.asked.append(parts)
-            return pieces(SIZES[layer], 16 // parts)
-
-        self.cache = ExpertCache(self.buffers, pieces_of, self.disk, ranking, threads=3)
+        self.cache = ExpertCache(self.buffers, [pieces(size, 16) for size in SIZES], self.disk, ranking, threads=3)
 
     def step(self, layer: int, *experts: int) -> None:
         """Wants and uses experts."""
@@ -181,14 +175,6 @@ def test_an_error_of_a_guess_reaches_nobody_unless_it_is_wanted(make: type[Cache
     cached.disk.failing.clear()
     cached.step(1, 2)
     assert cached.disk.read.count((1, 2)) == 2
-
-
-def test_the_threads_share_the_reading_of_few_experts(make: type[Cached]) -> None:
-    cached = make(8)
-    for wanted, parts in (([1], 3), ([2, 3, 4], 1), ([1, 2, 3, 5], 3)):
-        cached.asked.clear()
-        cached.step(0, *wanted)
-        assert max(cached.asked) == parts
 
 
 def test_it_can_be_filled_before_the_first_step(make: type[Cached]) -> None:

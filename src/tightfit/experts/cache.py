@@ -28,8 +28,7 @@ class _Held(Filling):
 
 
 class ExpertCache(Readers):
-    """Experts in ``slots``, those that ``ranking`` says are worth most. One of mixture i is read in the pieces
-    ``pieces(i, parts)``: in several parts where there are fewer to read than threads.
+    """Experts in ``slots``, those that ``ranking`` says are worth most; those of mixture i are read in ``pieces[i]``.
 
     A step says what it wants of a mixture (:meth:`want`), then uses each of that; meanwhile it may say what it expects
     to want of the next one (:meth:`expect`). What is wanted is read first, in its order. Where room is needed, first
@@ -43,7 +42,7 @@ class ExpertCache(Readers):
     def __init__(
         self,
         slots: Sequence[torch.Tensor],
-        pieces: Callable[[int, int], Sequence[Piece]],
+        pieces: Sequence[Sequence[Piece]],
         read: Read,
         ranking: Ranking,
         threads: int,
@@ -51,13 +50,13 @@ class ExpertCache(Readers):
         super().__init__(slots, threads)
         self.counts: Counter[str] = Counter()
         self._pieces = pieces
+        self._sizes = [sum(piece.stop - piece.start for piece in each) for each in pieces]
         self._read_key = read
         self._ranking = ranking
         self._free = deque(range(len(slots)))
         self._held: dict[Key, _Held] = {}
         self._wanted: dict[Key, None] = {}  # not used yet, in the order of use
         self._awaited: Key | None = None
-        self._parts = 1  # in which each of those is read
         self._expected: deque[Key] = deque()  # for which there was no room yet
         self._foreseen: set[Key] = set()
         self._reading: list[_Held] = []
@@ -123,10 +122,7 @@ class ExpertCache(Readers):
             self._set_wanted(keys)
         for key in keys:
             with self.use(key):
-                yield self._nbytes(key)
-
-    def _nbytes(self, key: Key) -> int:
-        return sum(piece.stop - piece.start for piece in self._pieces(key[0], 1))
+                yield self._sizes[key[0]]
 
     def _count(self, keys: list[Key]) -> None:
         self.counts["used"] += len(keys)
@@ -138,8 +134,6 @@ class ExpertCache(Readers):
 
     def _set_wanted(self, keys: list[Key]) -> None:
         before, self._wanted = self._wanted, dict.fromkeys(keys)
-        missing = sum(key not in self._held for key in keys)
-        self._parts = max(len(self._threads) // missing, 1) if missing else 1
         for key in (*before, *keys):
             held = self._held.get(key)
             if held is not None:
@@ -182,12 +176,12 @@ class ExpertCache(Readers):
             if victim is None:
                 return None
             self._drop(self._held[victim])
-        waiting = deque(self._pieces(key[0], 1 if expected else self._parts))
+        waiting = deque(self._pieces[key[0]])
         held = self._held[key] = _Held(self._free.popleft(), waiting, len(waiting), key=key)
         slot = held.buffer
         (self._layers[slot], self._experts[slot]), self._ahead[slot] = key, expected
         self._settle(held)
-        self.counts["read"] += self._nbytes(key)
+        self.counts["read"] += self._sizes[key[0]]
         return held
 
     def _victim(self, wanted: Key, for_expected: bool) -> Key | None:

@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 
 from tightfit.budget.ledger import Arena, align
 from tightfit.checkpoints.checkpoint import Checkpoint
-from tightfit.checkpoints.positioned import ALIGNMENT, SMALL
+from tightfit.checkpoints.positioned import ALIGNMENT
 from tightfit.experts.cache import ExpertCache, Key, Read
 from tightfit.experts.census import read_census
 from tightfit.experts.policy import scheme
@@ -23,7 +22,7 @@ from tightfit.plan.schema import ActivationType, ExpertsPlan
 from tightfit.weights.formats.base import Format
 from tightfit.weights.placement.base import EXPERT_OBJECTS, OF_EXPERTS, Experts, Parameters, Placement
 from tightfit.weights.placement.places import Group, Place, layer_name, read_place
-from tightfit.weights.placement.readers import PIECE, READERS, Piece, pieces
+from tightfit.weights.placement.readers import READERS, Piece, pieces
 from tightfit.weights.placement.resident import Progress
 from tightfit.weights.placement.streamed import OF_A_READER, Streamed, streamable
 
@@ -59,11 +58,10 @@ class Shelf:
             matrices.append(Laid(name, place.format, rows, cols, place.offset - places[0].offset, place.nbytes))
         return Shelf(tuple(matrices), places[0].stride)
 
-    def pieces(self, checkpoint: Checkpoint, parts: int = 1) -> list[Piece]:
-        """What is read at once: of a compressed folder all of an expert, or one of about so many ``parts``; of others
-        each matrix."""
+    def pieces(self, checkpoint: Checkpoint) -> list[Piece]:
+        """What is read at once: of a compressed folder all of an expert, of others each matrix."""
         if checkpoint.compressed is not None:
-            return pieces(self.nbytes, min(max(align(-(-self.nbytes // parts), ALIGNMENT), SMALL), PIECE))
+            return pieces(self.nbytes)
         return [piece for laid in self.matrices for piece in pieces(laid.nbytes, start=laid.offset)]
 
 
@@ -155,11 +153,7 @@ class CachedExperts(Placement):
             census = read_census(checkpoint.name, checkpoint.fingerprint, len(mixtures), most)
         self._ranking = how.policy.ranking(len(mixtures), most, mixtures[0].experts_per_token, census)
         reader = expert_reader(checkpoint, [(layer_name(index), layers[index]) for index in indices], shelves)
-
-        @cache
-        def pieces_of(mixture: int, parts: int) -> list[Piece]:
-            return shelves[mixture].pieces(checkpoint, parts)
-
+        pieces_of = [shelf.pieces(checkpoint) for shelf in shelves]
         self._cache = ExpertCache(slots.buffers, pieces_of, reader, self._ranking, READERS)
         weakref.finalize(self, self._cache.stop)
         self._experts: dict[int, _OfLayer] = {}
@@ -172,6 +166,8 @@ class CachedExperts(Placement):
     def load(self, progress: Progress = lambda nbytes: None) -> None:
         """Reads what stays, and the experts that are known to be worth it."""
         self._inner.load(progress)
+        for slot in self._slots.buffers:  # else a disk that writes there would wait for each page
+            slot.zero_()
         left = sum(map(len, self._slots.buffers))
         for nbytes in self._cache.fill(self._ranking.first(len(self._slots.buffers))):
             progress(nbytes)
