@@ -184,7 +184,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 @pytest.mark.usefixtures("_signals")
 def test_an_unknown_preset_is_refused_with_the_known_ones(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--preset", "huge", "--data", str(data), "--out", "unused"]) == UsageError.exit_status
-    assert "nano, small, small-moe, draft" in capsys.readouterr().err
+    assert "nano, nano-moe, small, small-moe, draft" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -111,6 +111,15 @@ _GPU: dict[str, Any] = {"curriculum": _TO_8192, "batch_tokens": 131072, "micro_t
 PRESETS: dict[str, Settings] = {
     # What ships: one hour on two CPU cores. Its positions were declared to 4096 and trained to 2048.
     "nano": Settings(Shape(256, 640, 8, 4, 2, 64, 4096), tokens=16_500_000),
+    # Many small experts, to judge what is cached of them: over an hour on one CPU core.
+    "nano-moe": Settings(
+        Shape(192, 96, 6, 3, 1, 64, 2048, num_local_experts=32, num_experts_per_tok=4),
+        tokens=2_000_000,
+        curriculum=((0.8, 256), (1.0, 1024)),
+        batch_tokens=2048,
+        micro_tokens=2048,
+        task_share=0.05,
+    ),
     # The next three are for a GPU; they share a tokenizer, so that `draft` can propose tokens for the other two.
     "small": Settings(Shape(512, 896, 12, 8, 4, 64, 8192), tokens=1_000_000_000, **_GPU),
     "small-moe": Settings(Shape(384, 192, 12, 8, 4, 64, 8192, num_local_experts=8), tokens=1_000_000_000, **_GPU),
