@@ -10,7 +10,7 @@ import pytest
 from tests import gguf_files, tiny_llama
 from tests.cli.command import USAGE, check, tightfit
 
-RUN = ("--max-new-tokens", 8, "--ignore-eos", "--json", "--memory", "600MiB")
+RUN = ("--max-new-tokens", 8, "--ignore-eos", "--json", "--memory", "4GiB")
 
 
 def text_of(model: Path, *options: object) -> str:
@@ -31,14 +31,14 @@ def test_a_compressed_file_runs_alone(tmp_path: Path) -> None:
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     file = gguf_files.tiny(tmp_path / "model.gguf", "Q8_0", **{"tokenizer.chat_template": template})
     expected = text_of(file)
-    done = tightfit("compress", file, "--out", tmp_path / "out", "--memory", "600MiB", "--json")
+    done = tightfit("compress", file, "--out", tmp_path / "out", "--memory", "4GiB", "--json")
     assert done.status == 0, done.stderr
     assert done.json["weights"] == "own"
     file.unlink()
     assert text_of(tmp_path / "out") == expected
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "tokenizer.json", "tokenizer_config.json", "tightfit.safetensors"}
-    chat = tightfit("run", tmp_path / "out", "--chat", "-n", 4, "--memory", "600MiB", stdin="Hello\n")
+    chat = tightfit("run", tmp_path / "out", "--chat", "-n", 4, "--memory", "4GiB", stdin="Hello\n")
     assert chat.status == 0, chat.stderr
 
 
@@ -56,14 +56,14 @@ def test_what_is_converted_is_said(tmp_path: Path) -> None:
             if said
             else gguf_files.tiny(tmp_path / "tiny.gguf", kind)
         )
-        done = tightfit("plan", file, "--memory", "600MiB")
+        done = tightfit("plan", file, "--memory", "4GiB")
         assert done.status == 0, done.stderr
         assert ("(scales of Q6_K rounded to float16)" in " ".join(done.stdout.split())) == said
 
 
 def test_fewer_bits_are_taken_only_where_they_save_bytes(tmp_path: Path) -> None:
     file = gguf_files.large(tmp_path / "model.gguf", "Q4_K", 256, 512, 1)
-    done = tightfit("plan", file, "--memory", "600MiB", "--json")
+    done = tightfit("plan", file, "--memory", "4GiB", "--json")
     assert done.status == 0, done.stderr
     assert [level["format"] for level in done.json["precisions"]] == [
         "own",
@@ -88,7 +88,7 @@ def test_a_folder_of_several_names_them(tmp_path: Path, name: str) -> None:
     first = gguf_files.tiny(tmp_path / "model.gguf")
     if name != first.name:
         shutil.copy(first, tmp_path / name)
-    done = tightfit("plan", tmp_path, "--json", "--memory", "600MiB")
+    done = tightfit("plan", tmp_path, "--json", "--memory", "4GiB")
     if name == first.name:
         assert json.loads(done.stdout)["model"]["name"] == "model.gguf"
     else:

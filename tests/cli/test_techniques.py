@@ -15,7 +15,7 @@ def test_json_has_stable_keys_and_every_technique() -> None:
     for entry in listed:
         assert set(entry) == {"seam", "name", "summary", "paper", "exact", "settings"}
     int4 = next(entry for entry in listed if entry["name"] == "int4")
-    assert int4["settings"] == {"group": 32, "symmetric": True}
+    assert int4["settings"] == {"group": 32, "symmetric": True, "scales": "bf16"}
     assert int4["exact"] is False
 
 

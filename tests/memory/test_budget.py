@@ -200,7 +200,7 @@ def compressed(billion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_compressed_model_runs_in_the_stated_smallest_budget_and_not_in_less(compressed: Path) -> None:
     enough = smallest_bytes(compressed, "--context", 512)
     assert enough < 290 * MIB  # two layers, 50 MiB; and what torch takes
-    check(run_measured(generate(compressed, 48, 8, "--context", 512, "--memory", enough)), enough, 0.93)
+    check(run_measured(generate(compressed, 48, 8, "--context", 512, "--memory", enough)), enough, 0.9)
     small = run_measured(generate(compressed, 48, 8, "--context", 512, "--memory", enough * 95 // 100))
     assert small.exit_code == BUDGETERROR
 

@@ -113,7 +113,7 @@ PRESETS: dict[str, Settings] = {
     "nano": Settings(Shape(256, 640, 8, 4, 2, 64, 4096), tokens=16_500_000),
     # Many small experts, to judge what is cached of them: over an hour on one CPU core.
     "nano-moe": Settings(
-        Shape(192, 96, 6, 3, 1, 64, 2048, num_local_experts=32, num_experts_per_tok=4),
+        Shape(192, 96, 6, 3, 1, 64, 1024, num_local_experts=32, num_experts_per_tok=4),
         tokens=2_000_000,
         curriculum=((0.8, 256), (1.0, 1024)),
         batch_tokens=2048,

@@ -121,6 +121,10 @@ def test_what_a_format_can_hold_it_holds_exactly(fmt, seed, power):
     """Levels times a bfloat16 scale (plus an offset), where the extreme levels occur in each group."""
     if fmt == FP8(0, 64):
         return
+    if getattr(fmt, "scales", "bf16") == "f16":  # of which the range is small, and sums are not exact
+        if fmt.asymmetric:
+            return
+        power = max(-14, min(power, 14))
     generator, width = torch.Generator().manual_seed(seed), fmt.group or 160
     levels = levels_of(fmt)
     levels = levels[levels != 0] if fmt.kind == "fp8" else levels
