@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -54,6 +55,12 @@ def best(calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:
             call()
             times[i] = min(times[i], time.perf_counter() - start)
     return times
+
+
+def tightfit(*arguments: object) -> tuple[Any, int]:
+    """What a tightfit command answers with --json, and the peak resident set of its process in bytes."""
+    done = checked(run_measured([sys.executable, "-m", "tightfit", *map(str, arguments), "--json"], timeout=900))
+    return json.loads(done.stdout), done.peak_bytes
 
 
 def checked(done: Measured) -> Measured:

@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import checked, command, commit, in_page_cache, machine, table
+from benchmarks.common import command, commit, in_page_cache, machine, table, tightfit
 from tests import random_model
 from tests.measure import run_measured
 
@@ -69,11 +69,6 @@ class Row:
     prefill: float
     limit: float | None
     same: bool
-
-
-def tightfit(*arguments: object) -> Any:
-    done = checked(run_measured([sys.executable, "-m", "tightfit", *map(str, arguments), "--json"], timeout=900))
-    return json.loads(done.stdout), done.peak_bytes
 
 
 @dataclass(frozen=True)

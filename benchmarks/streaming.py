@@ -36,7 +36,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import checked, command, commit, in_page_cache, machine, table
+from benchmarks.common import checked, command, commit, in_page_cache, machine, table, tightfit
 from tests import random_model
 from tests.measure import Measured, run_measured
 
@@ -83,11 +83,6 @@ class Shared:
     read: float
     alone_rate: float
     rate: float
-
-
-def tightfit(*arguments: object) -> Any:
-    done = checked(run_measured([sys.executable, "-m", "tightfit", *map(str, arguments), "--json"], timeout=900))
-    return json.loads(done.stdout), done.peak_bytes
 
 
 def reading(folder: Path, cache: str) -> float:

@@ -288,7 +288,9 @@ class Search:
         weights += EXPERT_OBJECTS * sum(
             layer.mlp.experts
             for layer, cut in zip(spec.layers, experts, strict=True)
-            if isinstance(layer.mlp, MoeSpec) and not cut
+            # Vectors of experts stay in memory, and are used through objects too.
+            if isinstance(layer.mlp, MoeSpec)
+            and (not cut or any(param.experts and not param.is_matrix for param in layer.params))
         )
         plan = Plan(
             model=ModelRef(

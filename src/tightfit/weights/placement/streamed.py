@@ -268,6 +268,9 @@ class Streamed(Placement):
             if count < len(group.places):
                 self._unit_of[index] = len(units)
                 units.append((replace(group, places=group.places[count:]), begin))
+        self._whole = {
+            index: layer_parameters(layer) for index, layer in enumerate(self._layers) if index not in self._unit_of
+        }
         for place in around.units(kept.rows, buffer_nbytes(around, layers, kept)):
             begin = place.offset // ALIGNMENT * ALIGNMENT
             units.append((Group(around.matrix.name, (place,), place.end), begin))
@@ -317,8 +320,8 @@ class Streamed(Placement):
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Parameters]:
-        if index not in self._unit_of:
-            yield layer_parameters(self._layers[index])
+        if index in self._whole:
+            yield self._whole[index]
             return
         with self._stream.use(self._unit_of[index]) as streamed:
             yield layer_parameters(self._layers[index] | streamed)
