@@ -105,7 +105,7 @@ void check_case(const Case& c, size_t threads) {
     const Block<const float> queries{q.data(), heads * c.key_dim, c.key_dim};
     const Block<float> results{out.data(), heads * c.value_dim, c.value_dim};
     Scratch rows(attend_rows_scratch(cache, c.count, heads, threads));
-    attend_rows(cache, &places[c.first], c.count, queries, results, attention, rows.get(), threads);
+    attend_rows(cache, &places[c.first], {}, c.count, queries, results, attention, rows.get(), threads);
     compare(1e-5, "attention of rows");
     for (const bool bf16 : {false, true}) {
         Scratch scratch(attend_scratch(cache, c.count, heads, bf16, threads));

@@ -147,6 +147,9 @@ def attend_rows(
         _run(
             cache.handle.attend_rows,
             _places(places, rows),
+            0,
+            0,
+            0,
             rows,
             *_block(q, (rows, heads, cache.key_shape[1])),
             heads,

@@ -23,6 +23,22 @@ struct Place {
     int32_t sequence, position;
 };
 
+// Of rows that are the nodes of trees: `list` (rows, stride) names the tokens of each from its root on, counted from
+// `committed`[row], the first that is not certain yet, and ends with the row's own; what follows is negative. Without a
+// list every row sees what lies before it.
+struct Paths {
+    const int32_t* list = nullptr;
+    size_t stride = 0;
+    const int64_t* committed = nullptr;
+
+    const int32_t* operator[](size_t row) const { return list + row * stride; }
+    size_t length(size_t row) const {
+        size_t count = 0;
+        while (count < stride && (*this)[row][count] >= 0) count++;
+        return count;
+    }
+};
+
 // How queries look at keys. Scores are q . k * scale, limited by softcap * tanh(score / softcap) if `softcap` is not 0.
 // A query sees its own key and the `window` - 1 before it. `sinks` (heads), or null, are logits that take part in the
 // sum and give nothing.
@@ -54,11 +70,14 @@ void append(const KeysValues& cache, const Place* places, size_t tokens, Block<c
 void rotate_append(const KeysValues& cache, const Place* places, size_t tokens, Block<float> q, size_t heads,
                    Block<float> k, Block<const float> v, const Rotation& rotation, size_t threads);
 
+// The token at position `to` becomes a copy of that at `from`.
+void move(const KeysValues& cache, size_t sequence, size_t from, size_t to);
+
 // out (rows, heads, value_dim) = attention of q (rows, heads, key_dim), each row alone over its sequence up to its own
-// position. `scratch` has attend_rows_scratch bytes and starts at a multiple of 64.
+// position, or along its path. `scratch` has attend_rows_scratch bytes and starts at a multiple of 64.
 size_t attend_rows_scratch(const KeysValues& cache, size_t rows, size_t heads, size_t threads);
-void attend_rows(const KeysValues& cache, const Place* places, size_t rows, Block<const float> q, Block<float> out,
-                 const Attention& attention, uint8_t* scratch, size_t threads);
+void attend_rows(const KeysValues& cache, const Place* places, const Paths& paths, size_t rows, Block<const float> q,
+                 Block<float> out, const Attention& attention, uint8_t* scratch, size_t threads);
 
 // The same for `count` consecutive positions of one sequence, from `first` on. With `bf16`, products are made in
 // bfloat16 where the processor has instructions for it, and summed in float32.

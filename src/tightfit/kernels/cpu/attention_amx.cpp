@@ -1,9 +1,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention_tasks.h"
+#include "attention_kernels.h"
 #include "isa_amx.h"
-#include "math.h"
 
 namespace tightfit {
 namespace {
@@ -32,16 +31,17 @@ struct Sizes {
 
 struct Buffers {
     BF16 *queries, *keys, *values;
-    float *scores, *outputs, *tops, *totals;
+    float *scores, *outputs, *tops, *totals, *pages;
 
-    Buffers(const Sizes& s, Scratch& scratch)
+    Buffers(const Sizes& s, size_t made, Scratch& scratch)
         : queries(scratch.take<BF16>(s.row_tiles * s.steps * HALVES)),
           keys(scratch.take<BF16>(KEY_TILES * s.steps * HALVES)),
           values(scratch.take<BF16>(KEY_STEPS * s.value_tiles * HALVES)),
           scores(scratch.take<float>(KEY_TILES * FLOATS)),
           outputs(scratch.take<float>(s.row_tiles * s.value_tiles * FLOATS)),
           tops(scratch.take<float>(s.row_tiles * TILE)),
-          totals(scratch.take<float>(s.row_tiles * TILE)) {}
+          totals(scratch.take<float>(s.row_tiles * TILE)),
+          pages(scratch.take<float>(made)) {}
 };
 
 // ---- packing ----
@@ -51,11 +51,13 @@ template <class T>
 struct BlockRows {
     const T* rows[KEY_BLOCK];
 
-    BlockRows(const uint8_t* data, size_t stride, size_t slots, size_t block, size_t from, size_t to) {
-        size_t slot = block % slots;
+    BlockRows(const HeadCache& head, const uint8_t* data, size_t stride, size_t block, size_t from, size_t to) {
+        size_t slot = head.table ? 0 : block % head.slots;
         for (size_t i = 0; i < KEY_BLOCK; i++) {
-            rows[i] = block + i < from || block + i >= to ? nullptr : reinterpret_cast<const T*>(data) + slot * stride;
-            if (++slot == slots) slot = 0;
+            const bool hidden = block + i < from || block + i >= to;
+            if (head.table && !hidden) slot = head.slot(block + i);
+            rows[i] = hidden ? nullptr : reinterpret_cast<const T*>(data) + slot * stride;
+            if (++slot == head.slots) slot = 0;
         }
     }
 
@@ -96,16 +98,25 @@ void pack_values(const BlockRows<T>& values, size_t dim, size_t value_tiles, BF1
     }
 }
 
-void pack_queries(const Prefill& p, const Sizes& sizes, BF16* out) {
+void pack_queries(const Prefill& p, const Stretch& stretch, const Sizes& sizes, BF16* out) {
     const __m512 scale = _mm512_set1_ps(p.scale);
+    const size_t key_dim = stretch.head.key_dim;
     for (size_t tile = 0; tile < sizes.row_tiles; tile++)
         for (size_t step = 0; step < sizes.steps; step++)
             for (size_t i = 0; i < TILE; i++, out += STEP) {
                 const size_t row = tile * TILE + i;
                 __m512 low = _mm512_setzero_ps(), high = low;
-                if (row < p.queries.rows) {
-                    const float* q = p.q.at(row / p.queries.groups, row % p.queries.groups) + step * STEP;
-                    const size_t count = std::min(p.head.key_dim - step * STEP, STEP), first = std::min(count, TILE);
+                if (row < p.rows) {
+                    const float* q = stretch.q.at(row / p.groups, row % p.groups);
+                    const size_t count = std::min(key_dim - step * STEP, STEP), first = std::min(count, TILE);
+                    float chosen[STEP];
+                    if (stretch.channels) {
+                        for (size_t i = 0; i < count; i++)
+                            chosen[i] = q[static_cast<size_t>(stretch.channels[step * STEP + i])];
+                        q = chosen;
+                    } else {
+                        q += step * STEP;
+                    }
                     low = Avx512::load_part(q, first), high = Avx512::load_part(q + TILE, count - first);
                 }
                 _mm512_store_si512(out, round_both(_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale)));
@@ -186,7 +197,8 @@ inline __m512 combine_lanes(const __m512 (&rows)[TILE], Combine combine) {
 
 // Scores of one row tile, limited by `softcap` and minus infinity for keys that a row does not see, and for the key
 // tiles outside of [begin, end).
-void hide(const Queries& queries, size_t first, size_t block, size_t begin, size_t end, float* scores) {
+void hide(const Stretch& stretch, size_t first, size_t block, size_t begin, size_t end, float* scores) {
+    const Queries& queries = stretch.queries;
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512 cap = _mm512_set1_ps(queries.softcap), hidden = _mm512_set1_ps(-__builtin_inff());
     for (size_t r = 0; r < TILE; r++) {
@@ -194,7 +206,8 @@ void hide(const Queries& queries, size_t first, size_t block, size_t begin, size
         const auto place = [&](size_t position) {
             return _mm512_set1_epi32(static_cast<int>(std::min(std::max(position, block) - block, KEY_BLOCK)));
         };
-        const __m512i low = place(queries.lowest(row)), high = place(queries.position(row) + 1);
+        const __m512i low = place(std::max(queries.lowest(row), stretch.from));
+        const __m512i high = place(std::min(queries.position(row) + 1, stretch.to));
         for (size_t tile = 0; tile < KEY_TILES; tile++) {
             float* at = scores + tile * FLOATS + r * TILE;
             __m512 score = hidden;
@@ -253,27 +266,28 @@ void weigh(float* scores, float* tops, float* totals, float* outputs, size_t val
     _mm512_store_ps(totals, _mm512_add_ps(total, sum));
 }
 
-void fold_block(const Prefill& p, const Sizes& sizes, const Buffers& s, size_t block) {
-    const Queries& queries = p.queries;
+void fold_block(const Stretch& stretch, const Sizes& sizes, const Buffers& s, size_t block) {
+    const Queries& queries = stretch.queries;
     for (size_t tile = 0; tile < sizes.row_tiles; tile++) {
         const size_t first = tile * TILE, last = std::min(first + TILE, queries.rows) - 1;
-        const size_t low = std::max(queries.lowest(first), block);
-        const size_t high = std::min(queries.position(last) + 1, block + KEY_BLOCK);
+        const size_t low = std::max({queries.lowest(first), stretch.from, block});
+        const size_t high = std::min({queries.position(last) + 1, stretch.to, block + KEY_BLOCK});
         if (low >= high) continue;
         const size_t begin = (low - block) / STEP * 2, end = (high - block + STEP - 1) / STEP * 2;
         float* outputs = s.outputs + tile * sizes.value_tiles * FLOATS;
         multiply_keys(s.queries + tile * sizes.steps * HALVES, s.keys, sizes.steps, begin, end, s.scores);
-        const bool all_seen = block + KEY_BLOCK <= queries.position(first) + 1 && block >= queries.lowest(last);
-        if (!all_seen || queries.softcap != 0.0f) hide(queries, first, block, begin, end, s.scores);
+        const bool all_seen = block + KEY_BLOCK <= std::min(queries.position(first) + 1, stretch.to) &&
+                              block >= std::max(queries.lowest(last), stretch.from);
+        if (!all_seen || queries.softcap != 0.0f) hide(stretch, first, block, begin, end, s.scores);
         weigh(s.scores, s.tops + first, s.totals + first, outputs, sizes.value_tiles);
         multiply_values(reinterpret_cast<const BF16*>(s.scores), s.values, sizes.value_tiles, begin / 2, end / 2, outputs);
     }
 }
 
 void write(const Prefill& p, const Sizes& sizes, const Buffers& s) {
-    const size_t dim = p.head.value_dim;
-    for (size_t row = 0; row < p.queries.rows; row++) {
-        const size_t head = row % p.queries.groups;
+    const size_t dim = p.value_dim;
+    for (size_t row = 0; row < p.rows; row++) {
+        const size_t token = row / p.groups, head = row % p.groups;
         float top = s.tops[row], total = s.totals[row], shrink = 1.0f;
         if (p.sinks) {
             const float sink = p.sinks[head] * 1.44269504f, new_top = std::max(top, sink);
@@ -282,7 +296,8 @@ void write(const Prefill& p, const Sizes& sizes, const Buffers& s) {
         }
         const __m512 scale = _mm512_set1_ps(shrink / total);
         const float* from = s.outputs + (row / TILE * sizes.value_tiles * TILE + row % TILE) * TILE;
-        float* out = p.out.at(row / p.queries.groups, head);
+        if (p.lse.data) p.lse[token][head] = top - std::log2(shrink) + std::log2(total);
+        float* out = p.out.at(token, head);
         for (size_t d = 0; d < dim; d += TILE, from += FLOATS)
             Avx512::store_part(out + d, _mm512_mul_ps(_mm512_load_ps(from), scale), std::min(TILE, dim - d));
     }
@@ -300,27 +315,29 @@ private:
 };
 
 template <class T>
-void prefill(const Prefill& p, uint8_t* address) {
-    const Sizes sizes(p.queries.rows, p.head.key_dim, p.head.value_dim);
-    Scratch scratch(address);
-    const Buffers s(sizes, scratch);
-    pack_queries(p, sizes, s.queries);
-    std::fill(s.tops, s.tops + sizes.row_tiles * TILE, LOWEST);
-    std::fill(s.totals, s.totals + sizes.row_tiles * TILE, 0.0f);
-    std::fill(s.outputs, s.outputs + sizes.row_tiles * sizes.value_tiles * FLOATS, 0.0f);
-    const WithoutSubnormals mode;
-    const TileConfig config;
-    _tile_loadconfig(&config);
-    const size_t from = p.queries.lowest(0), to = p.queries.position(p.queries.rows - 1) + 1;
-    for (size_t block = from / KEY_BLOCK * KEY_BLOCK; block < to; block += KEY_BLOCK) {
-        const HeadCache& head = p.head;
-        pack_keys(BlockRows<T>(head.keys, head.key_dim, head.slots, block, from, to), head.key_dim, sizes.steps, s.keys);
-        pack_values(BlockRows<T>(head.values, head.value_stride, head.slots, block, from, to), head.value_dim,
-                    sizes.value_tiles, s.values);
-        fold_block(p, sizes, s, block);
+void fold_loaded(const Stretch& stretch, const HeadCache& head, const Sizes& sizes, const Buffers& s, size_t block) {
+    const auto rows = [&](const uint8_t* data, size_t stride) {
+        return BlockRows<T>(head, data, stride, block, stretch.from, stretch.to);
+    };
+    pack_keys(rows(head.keys, head.key_dim), head.key_dim, sizes.steps, s.keys);
+    pack_values(rows(head.values, head.value_stride), head.value_dim, sizes.value_tiles, s.values);
+    fold_block(stretch, sizes, s, block);
+}
+
+void fold_stretch(const Prefill& p, const Stretch& stretch, const Buffers& s) {
+    const Sizes sizes(p.rows, stretch.head.key_dim, p.value_dim);
+    pack_queries(p, stretch, sizes, s.queries);
+    const size_t last = std::min(stretch.to, stretch.queries.position(p.rows - 1) + 1);
+    const size_t from = std::max(stretch.from, stretch.queries.lowest(0));
+    for (size_t block = from / KEY_BLOCK * KEY_BLOCK; block < last; block += KEY_BLOCK) {
+        const size_t end = std::min(block + KEY_BLOCK, stretch.to);
+        const HeadCache head = stretch.head.loaded() ? stretch.head : load_block<Avx512>(stretch.head, block, end, s.pages);
+        switch (head.kind) {
+            case Kind::f16: fold_loaded<F16>(stretch, head, sizes, s, block); break;
+            case Kind::bf16: fold_loaded<BF16>(stretch, head, sizes, s, block); break;
+            default: fold_loaded<float>(stretch, head, sizes, s, block);
+        }
     }
-    _tile_release();
-    write(p, sizes, s);
 }
 
 }  // namespace
@@ -331,18 +348,25 @@ size_t amx_prefill_rows(size_t key_dim, size_t value_dim) {
     return std::min(MOST_ROWS, std::max(MOST_BYTES / row_bytes, 2 * TILE));
 }
 
-size_t amx_prefill_scratch(size_t rows, size_t key_dim, size_t value_dim) {
+size_t amx_prefill_scratch(size_t rows, size_t key_dim, size_t value_dim, bool made) {
     Scratch scratch;
-    Buffers(Sizes(rows, key_dim, value_dim), scratch);
+    Buffers(Sizes(rows, key_dim, value_dim), fold_scratch(0, key_dim, value_dim, made), scratch);
     return scratch.used();
 }
 
-void amx_prefill(const Prefill& p, uint8_t* scratch) {
-    switch (p.head.kind) {
-        case Kind::f16: return prefill<F16>(p, scratch);
-        case Kind::bf16: return prefill<BF16>(p, scratch);
-        default: return prefill<float>(p, scratch);
-    }
+void amx_prefill(const Prefill& p, bool made, uint8_t* address) {
+    const Sizes sizes(p.rows, p.key_dim, p.value_dim);
+    Scratch scratch(address);
+    const Buffers s(sizes, fold_scratch(0, p.key_dim, p.value_dim, made), scratch);
+    std::fill(s.tops, s.tops + sizes.row_tiles * TILE, LOWEST);
+    std::fill(s.totals, s.totals + sizes.row_tiles * TILE, 0.0f);
+    std::fill(s.outputs, s.outputs + sizes.row_tiles * sizes.value_tiles * FLOATS, 0.0f);
+    const WithoutSubnormals mode;
+    const TileConfig config;
+    _tile_loadconfig(&config);
+    for (const Stretch& stretch : p.seen) fold_stretch(p, stretch, s);
+    _tile_release();
+    write(p, sizes, s);
 }
 
 }  // namespace tightfit

@@ -5,8 +5,13 @@
 // https://arxiv.org/abs/1805.02867). Powers are of two: queries come multiplied by log2(e).
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 
 #include "attention_tasks.h"
@@ -17,7 +22,7 @@ namespace {
 
 // ---- writing ----
 
-void rotate_head(float* x, const float* cos, const float* sin, size_t half, bool interleaved) {
+inline void rotate_head(float* x, const float* cos, const float* sin, size_t half, bool interleaved) {
     const size_t step = interleaved ? 2 : 1, distance = interleaved ? 1 : half;
     for (size_t i = 0; i < half; i++) {
         float &first = x[i * step], &second = x[i * step + distance];
@@ -147,8 +152,10 @@ void score_block(const HeadCache& head, size_t rows, const float* q, size_t bloc
     constexpr size_t LANES = Isa::LANES, TILE = VECTORS * LANES;
     for (size_t tile = from / TILE * TILE; tile < to; tile += TILE) {
         const T* keys[TILE];
-        size_t slot = tile % head.slots;
+        const bool listed = head.table || head.path;  // tokens beyond the last have no slot
+        size_t slot = listed ? 0 : tile % head.slots;
         for (size_t i = 0; i < TILE; i++) {
+            if (listed) slot = head.slot(std::min(tile + i, to - 1));
             keys[i] = reinterpret_cast<const T*>(head.keys) + slot * head.key_dim;
             if (++slot == head.slots) slot = 0;
         }
@@ -243,8 +250,8 @@ inline void add_rows(Rows<const T> values, size_t count, size_t d, size_t dim, c
 template <class Isa, class T>
 void add_block(const HeadCache& head, size_t rows, size_t block, size_t from, size_t to, const float* scores,
                Rows<float> acc, Ahead ahead) {
-    while (from < to) {  // a ring may wrap
-        const size_t slot = from % head.slots, count = std::min(to - from, head.slots - slot);
+    while (from < to) {  // a ring may wrap, and a list may jump
+        const size_t slot = head.slot(from), count = head.run(from, to - from);
         const T* values = reinterpret_cast<const T*>(head.values) + slot * head.value_stride;
         for_rows<Isa>(rows, ahead, [&](size_t r, auto rows_at_once, Ahead& after) {
             constexpr size_t ROWS = decltype(rows_at_once)::value;
@@ -261,7 +268,7 @@ void fold_keys(const HeadCache& head, const Queries& queries, const float* q, si
     const bool shared = head.values == head.keys;
     while (from < to) {
         const size_t block = from / KEY_BLOCK * KEY_BLOCK, end = std::min(block + KEY_BLOCK, to);
-        const size_t slot = block % head.slots;
+        const size_t slot = head.slot(block);
         const auto* keys = reinterpret_cast<const char*>(head.keys) + slot * head.key_dim * sizeof(T);
         const auto* values = reinterpret_cast<const char*>(head.values) + slot * head.value_stride * sizeof(T);
         Ahead after{keys, false};
@@ -291,9 +298,169 @@ void fold_keys(const HeadCache& head, const Queries& queries, const float* q, si
     }
 }
 
+// ---- pages ----
+
+template <class Isa, class T>
+void load_numbers(const T* from, size_t count, float* out) {
+    size_t i = 0;
+    for (; i + Isa::LANES <= count; i += Isa::LANES) Isa::store(out + i, Isa::load(from + i));
+    if (i < count) Isa::store_part(out + i, Isa::load_part(from + i, count - i), count - i);
+}
+
 template <class Isa>
-void fold(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, const uint8_t* next,
-          float* scores, const Folded& folded) {
+void load_numbers(const uint8_t* from, Kind kind, size_t count, float* out) {
+    switch (kind) {
+        case Kind::f16: return load_numbers<Isa>(reinterpret_cast<const F16*>(from), count, out);
+        case Kind::bf16: return load_numbers<Isa>(reinterpret_cast<const BF16*>(from), count, out);
+        default: return load_numbers<Isa>(reinterpret_cast<const float*>(from), count, out);
+    }
+}
+
+// The codes of `count` numbers, a row of a page, as floats.
+template <size_t BITS>
+inline void unpack(const uint8_t* codes, size_t count, float* out) {
+    constexpr size_t PER_BYTE = 8 / BITS, MASK = (1 << BITS) - 1;
+    size_t byte = 0;
+    for (; (byte + 1) * PER_BYTE <= count; byte++)
+        for (size_t i = 0; i < PER_BYTE; i++)
+            out[byte * PER_BYTE + i] = static_cast<float>(codes[byte] >> (i * BITS) & MASK);
+    for (size_t i = byte * PER_BYTE; i < count; i++)
+        out[i] = static_cast<float>(codes[byte] >> (i % PER_BYTE * BITS) & MASK);
+}
+
+template <class Isa>
+void decode_page(const Codec& codec, Kind kind, const uint8_t* page, float* out) {
+    const size_t dim = codec.dim, row_bytes = codec.row_bytes();
+    if (codec.dense()) return load_numbers<Isa>(page, kind, PAGE * dim, out);
+    float scales[1024], minima[1024];  // of some rows
+    for (size_t t = 0; t < PAGE; t++) {
+        float* row = out + t * dim;
+        const uint8_t* codes = page + t * row_bytes;
+        if (codec.bits == 8) unpack<8>(codes, dim, row);
+        else if (codec.bits == 4) unpack<4>(codes, dim, row);
+        else unpack<2>(codes, dim, row);
+    }
+    if (codec.per_channel) {
+        for (size_t d = 0; d < dim; d += std::size(scales)) {
+            const size_t count = std::min(dim - d, std::size(scales));
+            load_numbers<Isa>(codec.scales_of(page) + d, count, scales);
+            load_numbers<Isa>(codec.minima_of(page) + d, count, minima);
+            for (size_t t = 0; t < PAGE; t++)
+                for (size_t i = 0; i < count; i++) out[t * dim + d + i] = out[t * dim + d + i] * scales[i] + minima[i];
+        }
+        return;
+    }
+    const size_t groups = codec.groups();
+    for (size_t t = 0; t < PAGE; t++) {
+        load_numbers<Isa>(codec.scales_of(page) + t * groups, groups, scales);
+        load_numbers<Isa>(codec.minima_of(page) + t * groups, groups, minima);
+        for (size_t g = 0; g < groups; g++) {
+            const float scale = scales[g], minimum = minima[g];
+            float* row = out + t * dim + g * CODE_GROUP;
+            for (size_t i = 0; i < std::min(CODE_GROUP, dim - g * CODE_GROUP); i++) row[i] = row[i] * scale + minimum;
+        }
+    }
+}
+
+// Codes of numbers that share a scale, `step` apart, into bytes of which each gets `bits` of a code.
+struct Group {
+    float scale, minimum;
+
+    template <class Isa>
+    static Group of(const float* numbers, size_t count, size_t step, size_t bits, F16* scale, F16* minimum) {
+        float low = numbers[0], high = low;
+        for (size_t i = 1; i < count; i++) {
+            low = std::min(low, numbers[i * step]);
+            high = std::max(high, numbers[i * step]);
+        }
+        const float parts[2] = {(high - low) / static_cast<float>((1 << bits) - 1), low};
+        F16 rounded[2];
+        float back[2];
+        store_row<Isa>(parts, 2, rounded);
+        load_numbers<Isa>(rounded, 2, back);
+        *scale = rounded[0], *minimum = rounded[1];
+        return {back[0], back[1]};
+    }
+    unsigned code(float number, size_t bits) const {
+        if (!(scale > 0.0f)) return 0;
+        const float code = std::nearbyint((number - minimum) / scale);
+        return static_cast<unsigned>(std::min(std::max(code, 0.0f), static_cast<float>((1 << bits) - 1)));
+    }
+};
+
+template <class Isa>
+void encode_page(const Codec& codec, Kind kind, const float* numbers, uint8_t* page) {
+    const size_t dim = codec.dim, row_bytes = codec.row_bytes(), bits = codec.bits, groups = codec.groups();
+    if (codec.dense()) return store<Isa>(numbers, PAGE * dim, kind, page);
+    std::memset(page, 0, PAGE * row_bytes);
+    F16* scales = const_cast<F16*>(codec.scales_of(page));
+    F16* minima = const_cast<F16*>(codec.minima_of(page));
+    const auto put = [&](size_t t, size_t d, unsigned code) {
+        page[t * row_bytes + d * bits / 8] |= static_cast<uint8_t>(code << (d * bits % 8));
+    };
+    if (codec.per_channel) {
+        for (size_t d = 0; d < dim; d++) {
+            const Group group = Group::of<Isa>(numbers + d, PAGE, dim, bits, scales + d, minima + d);
+            for (size_t t = 0; t < PAGE; t++) put(t, d, group.code(numbers[t * dim + d], bits));
+        }
+        return;
+    }
+    for (size_t t = 0; t < PAGE; t++)
+        for (size_t g = 0; g < groups; g++) {
+            const size_t first = g * CODE_GROUP, count = std::min(CODE_GROUP, dim - first);
+            const float* row = numbers + t * dim;
+            const Group group =
+                Group::of<Isa>(row + first, count, 1, bits, scales + t * groups + g, minima + t * groups + g);
+            for (size_t d = first; d < first + count; d++) put(t, d, group.code(row[d], bits));
+        }
+}
+
+inline void read_at(int file, uint8_t* out, size_t count, size_t at) {
+    while (count > 0) {
+        const ssize_t got = pread(file, out, count, static_cast<off_t>(at));
+        if (got <= 0) std::abort();  // the file is ours, and unlinked: nobody else can have cut it
+        out += got, at += static_cast<size_t>(got), count -= static_cast<size_t>(got);
+    }
+}
+
+// The pages of the block from token `block` up to `end`, in memory and as they are multiplied; `scratch` has room for a
+// block of keys and values twice.
+template <class Isa>
+HeadCache load_block(const HeadCache& head, size_t block, size_t end, float* scratch) {
+    const size_t first = block / PAGE, pages = (end + PAGE - 1) / PAGE - first;
+    const bool shared = head.shared();
+    float* keys = scratch;
+    float* values = shared ? keys : scratch + KEY_BLOCK * head.key_dim;
+    auto* raw_keys = reinterpret_cast<uint8_t*>(scratch + KEY_BLOCK * (head.key_dim + head.value_dim));
+    const size_t key_page = head.key_codec.page_bytes(), value_page = head.value_codec.page_bytes();
+    auto* raw_values = raw_keys + KEY_BLOCK / PAGE * key_page;
+    for (size_t j = 0; j < pages;) {
+        size_t count = 1;
+        if (head.file >= 0) {  // neighbours in one request
+            const size_t page = head.listed(first + j);
+            while (j + count < pages && head.listed(first + j + count) == page + count) count++;
+            read_at(head.file, raw_keys + j * key_page, count * key_page, head.keys_at + page * key_page);
+            if (!shared)
+                read_at(head.file, raw_values + j * value_page, count * value_page, head.values_at + page * value_page);
+        }
+        for (; count > 0; count--, j++) {
+            const size_t page = head.file < 0 ? head.page(first + j) : j;
+            const uint8_t* k = head.file < 0 ? head.keys : raw_keys;
+            const uint8_t* v = head.file < 0 ? head.values : raw_values;
+            decode_page<Isa>(head.key_codec, head.kind, k + page * key_page, keys + j * PAGE * head.key_dim);
+            if (!shared)
+                decode_page<Isa>(head.value_codec, head.kind, v + page * value_page,
+                                 values + j * PAGE * head.value_dim);
+        }
+    }
+    HeadCache loaded{Kind::f32, reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), KEY_BLOCK,
+                     head.key_dim, head.value_dim, shared ? head.key_dim : head.value_dim};
+    return loaded;
+}
+
+template <class Isa>
+void fold_dense(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to,
+                const uint8_t* next, float* scores, const Folded& folded) {
     switch (head.kind) {
         case Kind::f16: return fold_keys<Isa, F16>(head, queries, q, from, to, next, scores, folded);
         case Kind::bf16: return fold_keys<Isa, BF16>(head, queries, q, from, to, next, scores, folded);
@@ -301,9 +468,67 @@ void fold(const HeadCache& head, const Queries& queries, const float* q, size_t 
     }
 }
 
+// Calls work(head, from, to) for blocks of tokens [from, to) with their pages as they are multiplied.
+template <class Isa, class Work>
+void for_blocks(const HeadCache& head, size_t from, size_t to, float* scratch, Work work) {
+    while (from < to) {
+        const size_t block = from / KEY_BLOCK * KEY_BLOCK, end = std::min(block + KEY_BLOCK, to);
+        work(head.loaded() ? head : load_block<Isa>(head, block, end, scratch), block, from, end);
+        from = end;
+    }
+}
+
+template <class Isa>
+void fold(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, const uint8_t* next,
+          float* scratch, const Folded& folded) {
+    if (head.loaded()) return fold_dense<Isa>(head, queries, q, from, to, next, scratch, folded);
+    float* pages = scratch + queries.rows * KEY_BLOCK;
+    for_blocks<Isa>(head, from, to, pages, [&](const HeadCache& block, size_t, size_t first, size_t end) {
+        fold_dense<Isa>(block, queries, q, first, end, nullptr, scratch, folded);
+    });
+}
+
+// ---- what keys received ----
+
+template <class Isa, class T>
+void weigh_keys(const HeadCache& head, const Queries& queries, const float* q, size_t block, size_t from, size_t to,
+                const float* lse, float* scores, float* mass) {
+    constexpr size_t LANES = Isa::LANES;
+    const Ahead none{reinterpret_cast<const char*>(head.keys), false};
+    score_block<Isa, T, VECTORS>(head, queries.rows, q, block, from, to, scores, none);
+    for (size_t r = 0; r < queries.rows; r++) {
+        float* row = scores + r * KEY_BLOCK;
+        const size_t low = std::max(from, queries.lowest(r)), high = std::min(to, queries.position(r) + 1);
+        if (low >= high) continue;
+        const size_t begin = (from - block) / LANES * LANES, end = round_up(to - block, LANES);
+        if (queries.softcap != 0.0f) {
+            const auto cap = Isa::broadcast(queries.softcap);
+            for (size_t i = begin; i < end; i += LANES)
+                Isa::store(row + i, Isa::mul(tanh<Isa>(Isa::div(Isa::load(row + i), cap)), cap));
+        }
+        const auto base = Isa::broadcast(lse[r]);
+        for (size_t i = begin; i < end; i += LANES) Isa::store(row + i, exp2<Isa>(Isa::sub(Isa::load(row + i), base)));
+        for (size_t i = low; i < high; i++) mass[i - from] += row[i - block];
+    }
+}
+
+template <class Isa>
+void weigh_tokens(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to,
+                  const float* lse, float* scratch, float* mass) {
+    float* pages = scratch + queries.rows * KEY_BLOCK;
+    for_blocks<Isa>(head, from, to, pages, [&](const HeadCache& loaded, size_t block, size_t first, size_t end) {
+        float* at = mass + first - from;
+        switch (loaded.kind) {
+            case Kind::f16: return weigh_keys<Isa, F16>(loaded, queries, q, block, first, end, lse, scratch, at);
+            case Kind::bf16: return weigh_keys<Isa, BF16>(loaded, queries, q, block, first, end, lse, scratch, at);
+            default: return weigh_keys<Isa, float>(loaded, queries, q, block, first, end, lse, scratch, at);
+        }
+    });
+}
+
 template <class Isa>
 constexpr AttentionKernels attention_kernels_of() {
-    return {rotate_head, store<Isa>, fold<Isa>};
+    return {rotate_head, store<Isa>, fold<Isa>, weigh_tokens<Isa>, decode_page<Isa>, encode_page<Isa>};
 }
 
 }  // namespace

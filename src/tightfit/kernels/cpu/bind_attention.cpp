@@ -76,20 +76,31 @@ void tightfit::bind_attention(nb::module_& m) {
                                {{at<const float>(cos), stride}, {at<const float>(sin), stride}, half, interleaved},
                                threads);
              })
-        .def("attend_rows_scratch", &attend_rows_scratch)
+        .def("move", [](const KeysValues& cache, size_t sequence, size_t from, size_t to) {
+            if (sequence >= cache.sequences) throw nb::index_error("a sequence outside of the cache");
+            move(cache, sequence, from, to);
+        })
+        .def("attend_rows_scratch",
+             [](const KeysValues& cache, size_t rows, size_t heads, size_t threads) {
+                 return attend_rows_scratch(cache, rows, heads, threads);
+             })
         .def("attend_rows",
-             [](const KeysValues& cache, uintptr_t places, size_t rows, uintptr_t q, size_t q_token, size_t q_head,
-                size_t heads, uintptr_t out, size_t out_token, size_t out_head, float scale, size_t window,
-                float softcap, uintptr_t sinks, uintptr_t scratch, size_t threads) {
+             [](const KeysValues& cache, uintptr_t places, uintptr_t paths, size_t stride, uintptr_t committed,
+                size_t rows, uintptr_t q, size_t q_token, size_t q_head, size_t heads, uintptr_t out, size_t out_token,
+                size_t out_head, float scale, size_t window, float softcap, uintptr_t sinks, uintptr_t scratch,
+                size_t threads) {
                  const Place* where = places_at(cache, places, rows);
                  for (size_t i = 0; i < rows; i++)
                      check_room(cache, std::min<size_t>(static_cast<size_t>(where[i].position) + 1, window));
                  nb::gil_scoped_release release;
-                 attend_rows(cache, where, rows, {at<const float>(q), q_token, q_head},
+                 attend_rows(cache, where, {at<const int32_t>(paths), stride, at<const int64_t>(committed)}, rows, {at<const float>(q), q_token, q_head},
                              {at<float>(out), out_token, out_head}, {heads, scale, window, softcap, at<const float>(sinks)},
                              at<uint8_t>(scratch), threads);
              })
-        .def("attend_scratch", &attend_scratch)
+        .def("attend_scratch",
+             [](const KeysValues& cache, size_t count, size_t heads, bool bf16, size_t threads) {
+                 return attend_scratch(cache, count, heads, bf16, threads);
+             })
         .def("attend", [](const KeysValues& cache, size_t sequence, size_t first, size_t count, uintptr_t q,
                           size_t q_token, size_t q_head, size_t heads, uintptr_t out, size_t out_token, size_t out_head,
                           float scale, size_t window, float softcap, uintptr_t sinks, bool bf16, uintptr_t scratch,
