@@ -526,9 +526,29 @@ void weigh_tokens(const HeadCache& head, const Queries& queries, const float* q,
     });
 }
 
+inline float largest_score(const float* bounds, const float* q, size_t rows, size_t dim) {
+    float largest = -__builtin_inff();
+    for (size_t r = 0; r < rows; r++) {
+        constexpr size_t SUMS = 16;  // in an order that does not depend on the instruction set
+        float sums[SUMS] = {};
+        size_t d = 0;
+        for (; d + SUMS <= dim; d += SUMS)
+            for (size_t i = 0; i < SUMS; i++) {
+                const float x = q[r * dim + d + i];
+                sums[i] += std::max(x * bounds[d + i], x * bounds[dim + d + i]);
+            }
+        for (; d < dim; d++) sums[0] += std::max(q[r * dim + d] * bounds[d], q[r * dim + d] * bounds[dim + d]);
+        float sum = 0.0f;
+        for (float part : sums) sum += part;
+        largest = std::max(largest, sum);
+    }
+    return largest;
+}
+
 template <class Isa>
 constexpr AttentionKernels attention_kernels_of() {
-    return {rotate_head, store<Isa>, fold<Isa>, weigh_tokens<Isa>, decode_page<Isa>, encode_page<Isa>};
+    return {rotate_head,      store<Isa>,       fold<Isa>,       weigh_tokens<Isa>,
+            decode_page<Isa>, encode_page<Isa>, load_numbers<Isa>, largest_score};
 }
 
 }  // namespace

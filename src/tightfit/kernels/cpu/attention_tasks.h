@@ -89,6 +89,10 @@ struct AttentionKernels {
     void (*decode)(const Codec& codec, Kind kind, const uint8_t* page, float* out);
     // The page of `numbers`.
     void (*encode)(const Codec& codec, Kind kind, const float* numbers, uint8_t* page);
+    void (*load)(const uint8_t* from, Kind kind, size_t count, float* out);
+    // The largest score that a key between `bounds` (2, dim), the lowest and the highest of each channel, can have with one
+    // of `rows` queries (rows, dim).
+    float (*bound)(const float* bounds, const float* q, size_t rows, size_t dim);
 };
 
 // Numbers that folding takes: scores, and where pages are coded or on the disk, a block of keys and values, as they are

@@ -19,6 +19,7 @@ NB_MODULE(_cpu, m) {
     m.def("choose", &choose);
     bind_matmul(m);
     bind_attention(m);
+    bind_pages(m);
     bind_rows(m);
     bind_encode(m);
     bind_ggml(m);

@@ -1,17 +1,16 @@
-// Keys and values in pages: dense, or in codes of few bits; and what a head's list of them looks like to the kernels.
+// Keys and values in pages: dense, or in codes of few bits, in memory or in a file.
 #pragma once
 
 #include <cstring>
 
-#include "weight.h"
+#include "attention.h"
 
 namespace tightfit {
 
+inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
 constexpr size_t PAGE = 32;         // tokens of a page
 constexpr size_t CODE_GROUP = 32;   // channels of a value that share a scale
-constexpr size_t SMALLEST_BITS = 2;
-
-inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 // How the numbers of a coded page are stored: codes of `bits` bits, the first in the lowest, or with 16 bits and more as
 // they are, of the cache's kind. A number is code * scale + minimum, both in float16.
@@ -65,5 +64,94 @@ struct HeadCache {
     }
     bool shared() const { return values == keys; }
 };
+
+// Pages of one layer. Of each sequence and head, `lengths` tokens are certain; page j of them is table[j] of the coded
+// pages for j below `coded`, of the dense ones from there on, or if j is below `cold`, in the file. What a decoding step
+// adds lies behind them until it is certain too. `tokens` of each sequence were certain so far, those that are no longer
+// kept included: the next one's position.
+struct Pages {
+    Kind kind;  // of dense pages: f32, f16 or bf16
+    size_t sequences, kv_heads, key_dim, value_dim, table_pages, dense_pages, coded_pages;
+    uint8_t *keys, *values;              // (sequences, dense_pages, PAGE, dim); the same where values are part of keys
+    uint8_t *coded_keys, *coded_values;  // (sequences, coded_pages, page_bytes), or null
+    Codec key_codec, value_codec;        // of coded pages; of those in the file too
+    int32_t *table;                      // (sequences, kv_heads, table_pages), -1 where there is none
+    int32_t *lengths, *coded, *cold, *bounded;  // (sequences, kv_heads)
+    int32_t *dense_free, *coded_free;    // (sequences, 1 + pages): how many are free, and which
+    const int32_t* tokens;               // (sequences)
+    const int32_t* positions;            // (sequences, kv_heads, table_pages * PAGE), or null: that of token i is i
+    const int32_t* channels;             // (sequences, kv_heads, key_codec.dim), of keys that are coded; or null: all
+    uint8_t* bounds;                     // (sequences, kv_heads, table_pages, 2, key_dim) like dense pages, or null
+    int file = -1;
+    size_t keys_at = 0, values_at = 0;   // in it
+
+    bool shared() const { return values == keys; }
+    bool has_codes() const { return coded_keys != nullptr; }
+    size_t at(size_t sequence, size_t head) const { return sequence * kv_heads + head; }
+    size_t capacity() const { return table_pages * PAGE; }
+};
+
+// Keys and values (kv_heads, slots, dim) of one sequence behind its certain tokens, `count` of them, in the type of dense
+// pages. `values` may be `keys`.
+struct Run {
+    const uint8_t *keys, *values;
+    size_t slots, count;
+};
+
+// How rows look at pages. The first `anchors` tokens are always seen, by `anchor_q` if that is not null: queries turned to
+// the places that they have in the cache. Of `chosen` (rows, kv_heads, chosen_pages), pages in order and then -1, each row
+// sees only those among the pages that have bounds.
+struct Looking {
+    Block<const float> q, anchor_q;
+    size_t anchors = 0;
+    const int32_t* chosen = nullptr;
+    size_t chosen_pages = 0;
+};
+
+// Writes new tokens behind the certain ones, at places counted as if none had been let go.
+void append(const Pages& pages, const Place* places, size_t count, Block<const float> k, Block<const float> v,
+            size_t threads);
+
+// See attend_rows of attention.h; and what each row's softmax divides by, as a logarithm to base 2, if lse has data.
+size_t attend_rows_scratch(const Pages& pages, size_t rows, size_t heads, size_t threads);
+void attend_rows(const Pages& pages, const Place* places, const Paths& paths, size_t rows, const Looking& looking,
+                 Block<float> out, Rows<float> lse, const Attention& attention, uint8_t* scratch, size_t threads);
+
+// Attention of `count` tokens of the run, from `start` on, over what is certain and over the run up to each.
+size_t attend_scratch(const Pages& pages, size_t count, size_t heads, bool bf16, size_t threads);
+void attend(const Pages& pages, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
+            Block<float> out, Rows<float> lse, const Attention& attention, bool bf16, uint8_t* scratch, size_t threads);
+
+// mass (kv_heads, stride of `mass`) += what each token is given by `count` rows that decode, or by as many tokens of the
+// run from `start` on; tokens of the run are counted behind those that are certain. `mass` starts with the sequence.
+size_t weigh_scratch(const Pages& pages, size_t rows, size_t heads, size_t threads);
+void weigh_rows(const Pages& pages, const Place* places, const Paths& paths, size_t rows, const Looking& looking,
+                Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads);
+void weigh(const Pages& pages, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
+           Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads);
+
+// What happens to a sequence when tokens become certain: those of `run` are added, all but counts[head] `indices` (kv_heads,
+// stride) are let go, if that is not null, all but the last `recent` are coded page by page where pages have codes, and all
+// but `resident` pages go to the file. Pages for `tail` more tokens are there afterwards.
+struct Keeping {
+    const int32_t* indices = nullptr;
+    size_t stride = 0;
+    const int32_t* counts = nullptr;
+    size_t recent = 0, resident = ~size_t(0), tail = 1;
+};
+size_t keep_scratch(const Pages& pages);
+void keep(const Pages& pages, size_t sequence, const Run& run, const Keeping& keeping, uint8_t* scratch);
+
+// Certain tokens [from, to) of a head, and those of the run, as float32.
+void read(const Pages& pages, size_t sequence, size_t head, const Run& run, size_t from, size_t to, float* k, float* v,
+          uint8_t* scratch);
+
+// Makes the tokens behind the certain ones those that `path` names.
+void straighten(const Pages& pages, size_t sequence, const int32_t* path, size_t count);
+
+// chosen (rows, kv_heads, count) = the pages whose bounds allow the largest scores of any of a head's queries, in order.
+void select(const Pages& pages, const Place* places, size_t rows, Block<const float> q, size_t heads, size_t count,
+            int32_t* chosen, uint8_t* scratch, size_t threads);
+size_t select_scratch(const Pages& pages, size_t threads);
 
 }  // namespace tightfit

@@ -1,0 +1,169 @@
+// A layer's cache in pages, as a handle, built once, that takes addresses.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+
+#include "bind.h"
+#include "pages.h"
+
+namespace nb = nanobind;
+using namespace tightfit;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+using Strided = std::tuple<uintptr_t, size_t, size_t>;          // address, strides of tokens and of heads
+using Ragged = std::tuple<uintptr_t, uintptr_t, size_t>;        // places, paths, their stride
+using RunOf = std::tuple<uintptr_t, uintptr_t, size_t, size_t>; // keys, values, slots, tokens
+using Scores = std::tuple<size_t, float, size_t, float, uintptr_t>;  // heads, scale, window, softcap, sinks
+using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t>;  // q, anchor_q, anchors, chosen, chosen pages
+
+template <class T>
+Block<T> block(const Strided& of) {
+    return {at<T>(std::get<0>(of)), std::get<1>(of), std::get<2>(of)};
+}
+Attention attention_of(const Scores& of) {
+    return {std::get<0>(of), std::get<1>(of), std::get<2>(of), std::get<3>(of), at<const float>(std::get<4>(of))};
+}
+Run run_of(const RunOf& of) {
+    return {at<const uint8_t>(std::get<0>(of)), at<const uint8_t>(std::get<1>(of)), std::get<2>(of), std::get<3>(of)};
+}
+Looking looking_of(const Views& of) {
+    return {block<const float>(std::get<0>(of)), block<const float>(std::get<1>(of)), std::get<2>(of),
+            at<const int32_t>(std::get<3>(of)), std::get<4>(of)};
+}
+Paths paths_of(const Ragged& of) { return {at<const int32_t>(std::get<1>(of)), std::get<2>(of), nullptr}; }
+
+const Place* places_of(const Pages& pages, const Ragged& of, size_t count) {
+    const Place* places = at<const Place>(std::get<0>(of));
+    for (size_t i = 0; i < count; i++) {
+        if (places[i].sequence < 0 || static_cast<size_t>(places[i].sequence) >= pages.sequences)
+            throw nb::index_error("a sequence outside of the cache");
+        const int32_t order = places[i].position - pages.tokens[places[i].sequence];
+        if (order < 0) throw nb::index_error("a token that is in the cache already");
+        for (size_t h = 0; h < pages.kv_heads; h++) {
+            const size_t head = pages.at(static_cast<size_t>(places[i].sequence), h);
+            const size_t page = static_cast<size_t>(pages.lengths[head] + order) / PAGE;
+            if (page >= pages.table_pages || pages.table[head * pages.table_pages + page] < 0)
+                throw nb::index_error("more tokens at once than the cache has room for");
+        }
+    }
+    return places;
+}
+
+void check_sequence(const Pages& pages, size_t sequence) {
+    if (sequence >= pages.sequences) throw nb::index_error("a sequence outside of the cache");
+}
+
+}  // namespace
+
+void tightfit::bind_pages(nb::module_& m) {
+    m.attr("PAGE") = PAGE;
+    m.def("page_bytes", [](size_t bits, size_t dim, bool per_channel) { return Codec{bits, dim, per_channel}.page_bytes(); });
+    nb::class_<Pages>(m, "Pages")
+        .def(nb::new_([](const std::string& kind, const std::tuple<size_t, size_t, size_t, size_t>& sizes,
+                         const std::tuple<size_t, size_t, size_t>& pages, const std::tuple<size_t, size_t, size_t>& codes,
+                         const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& stores,
+                         const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& lists,
+                         uintptr_t tokens, uintptr_t positions, uintptr_t channels, uintptr_t bounds,
+                         const std::tuple<int, size_t, size_t>& file) {
+            Pages p{};
+            p.kind = kind == "f32" ? Kind::f32 : kind == "f16" ? Kind::f16 : Kind::bf16;
+            std::tie(p.sequences, p.kv_heads, p.key_dim, p.value_dim) = sizes;
+            std::tie(p.table_pages, p.dense_pages, p.coded_pages) = pages;
+            const auto& [key_bits, value_bits, width] = codes;
+            p.key_codec = {key_bits, width, true}, p.value_codec = {value_bits, p.value_dim, false};
+            p.keys = at<uint8_t>(std::get<0>(stores)), p.values = at<uint8_t>(std::get<1>(stores));
+            p.coded_keys = at<uint8_t>(std::get<2>(stores)), p.coded_values = at<uint8_t>(std::get<3>(stores));
+            p.table = at<int32_t>(std::get<0>(lists)), p.lengths = at<int32_t>(std::get<1>(lists));
+            p.coded = at<int32_t>(std::get<2>(lists)), p.cold = at<int32_t>(std::get<3>(lists));
+            p.bounded = at<int32_t>(std::get<4>(lists));
+            p.dense_free = at<int32_t>(std::get<5>(lists)), p.coded_free = at<int32_t>(std::get<6>(lists));
+            p.tokens = at<const int32_t>(tokens), p.positions = at<const int32_t>(positions);
+            p.channels = at<const int32_t>(channels), p.bounds = at<uint8_t>(bounds);
+            std::tie(p.file, p.keys_at, p.values_at) = file;
+            return p;
+        }))
+        .def("append", [](const Pages& p, const Ragged& places, size_t count, const Strided& k, const Strided& v,
+                          size_t threads) {
+            const Place* where = places_of(p, places, count);
+            nb::gil_scoped_release release;
+            append(p, where, count, block<const float>(k), block<const float>(v), threads);
+        })
+        .def("attend_rows_scratch", [](const Pages& p, size_t rows, size_t heads, size_t threads) {
+            return attend_rows_scratch(p, rows, heads, threads);
+        })
+        .def("attend_rows", [](const Pages& p, const Ragged& places, size_t rows, const Views& views, const Strided& out,
+                               const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, uintptr_t scratch,
+                               size_t threads) {
+            const Place* where = places_of(p, places, rows);
+            nb::gil_scoped_release release;
+            attend_rows(p, where, paths_of(places), rows, looking_of(views), block<float>(out),
+                        {at<float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), at<uint8_t>(scratch), threads);
+        })
+        .def("attend_scratch", [](const Pages& p, size_t count, size_t heads, bool bf16, size_t threads) {
+            return attend_scratch(p, count, heads, bf16, threads);
+        })
+        .def("attend", [](const Pages& p, size_t sequence, const RunOf& run, size_t start, size_t count,
+                          const Views& views, const Strided& out, const std::tuple<uintptr_t, size_t>& lse,
+                          const Scores& scores, bool bf16, uintptr_t scratch, size_t threads) {
+            check_sequence(p, sequence);
+            nb::gil_scoped_release release;
+            attend(p, sequence, run_of(run), start, count, looking_of(views), block<float>(out),
+                   {at<float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), bf16, at<uint8_t>(scratch), threads);
+        })
+        .def("weigh_scratch", [](const Pages& p, size_t rows, size_t heads, size_t threads) {
+            return weigh_scratch(p, rows, heads, threads);
+        })
+        .def("weigh_rows", [](const Pages& p, const Ragged& places, size_t rows, const Views& views,
+                              const std::tuple<uintptr_t, size_t>& lse, const Scores& scores,
+                              const std::tuple<uintptr_t, size_t>& mass, uintptr_t scratch, size_t threads) {
+            const Place* where = places_of(p, places, rows);
+            nb::gil_scoped_release release;
+            weigh_rows(p, where, paths_of(places), rows, looking_of(views),
+                       {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores),
+                       {at<float>(std::get<0>(mass)), std::get<1>(mass)}, at<uint8_t>(scratch), threads);
+        })
+        .def("weigh", [](const Pages& p, size_t sequence, const RunOf& run, size_t start, size_t count, const Views& views,
+                         const std::tuple<uintptr_t, size_t>& lse, const Scores& scores,
+                         const std::tuple<uintptr_t, size_t>& mass, uintptr_t scratch, size_t threads) {
+            check_sequence(p, sequence);
+            nb::gil_scoped_release release;
+            weigh(p, sequence, run_of(run), start, count, looking_of(views),
+                  {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores),
+                  {at<float>(std::get<0>(mass)), std::get<1>(mass)}, at<uint8_t>(scratch), threads);
+        })
+        .def("keep_scratch", &keep_scratch)
+        .def("keep", [](const Pages& p, size_t sequence, const RunOf& run, uintptr_t indices, size_t stride,
+                        uintptr_t counts, size_t recent, size_t resident, size_t tail, uintptr_t scratch) {
+            check_sequence(p, sequence);
+            nb::gil_scoped_release release;
+            keep(p, sequence, run_of(run), {at<const int32_t>(indices), stride, at<const int32_t>(counts), recent, resident, tail},
+                 at<uint8_t>(scratch));
+        })
+        .def("read", [](const Pages& p, size_t sequence, size_t head, const RunOf& run, size_t from, size_t to, uintptr_t k,
+                        uintptr_t v, uintptr_t scratch) {
+            check_sequence(p, sequence);
+            nb::gil_scoped_release release;
+            read(p, sequence, head, run_of(run), from, to, at<float>(k), at<float>(v), at<uint8_t>(scratch));
+        })
+        .def("straighten", [](const Pages& p, size_t sequence, uintptr_t path, size_t count) {
+            check_sequence(p, sequence);
+            straighten(p, sequence, at<const int32_t>(path), count);
+        })
+        .def("select_scratch", &select_scratch)
+        .def("select", [](const Pages& p, const Ragged& places, size_t rows, const Strided& q, size_t heads, size_t count,
+                          uintptr_t chosen, uintptr_t scratch, size_t threads) {
+            const Place* where = places_of(p, places, rows);
+            nb::gil_scoped_release release;
+            select(p, where, rows, block<const float>(q), heads, count, at<int32_t>(chosen), at<uint8_t>(scratch), threads);
+        });
+}

@@ -1,0 +1,634 @@
+#include "pages.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <numeric>
+#include <stdexcept>
+#include <unistd.h>
+#include <vector>
+
+#include "attention_tasks.h"
+#include "pool.h"
+
+namespace tightfit {
+namespace {
+
+constexpr float LOG2_E = 1.44269504f;
+constexpr size_t WEIGHED_ROWS = 128;  // queries times heads that are weighed at once
+
+size_t dense_bytes(const Pages& p, size_t dim) { return PAGE * dim * itemsize(p.kind); }
+
+// The list of a head's tokens.
+struct Head {
+    const Pages& p;
+    size_t sequence, head, index;
+
+    Head(const Pages& pages, size_t sequence, size_t head)
+        : p(pages), sequence(sequence), head(head), index(pages.at(sequence, head)) {}
+
+    size_t length() const { return static_cast<size_t>(p.lengths[index]); }
+    size_t coded() const { return static_cast<size_t>(p.coded[index]); }
+    size_t cold() const { return static_cast<size_t>(p.cold[index]); }
+    size_t bounded() const { return static_cast<size_t>(p.bounded[index]); }
+    int32_t* table() const { return p.table + index * p.table_pages; }
+    const int32_t* channels() const {
+        return p.channels ? p.channels + index * p.key_codec.dim : nullptr;
+    }
+
+    uint8_t* dense(uint8_t* base, size_t dim, int32_t page) const {
+        return base + (sequence * p.dense_pages + static_cast<size_t>(page)) * dense_bytes(p, dim);
+    }
+    uint8_t* code(uint8_t* base, const Codec& codec, int32_t page) const {
+        return base + (sequence * p.coded_pages + static_cast<size_t>(page)) * codec.page_bytes();
+    }
+    size_t keys_in_file(size_t page) const {
+        return p.keys_at + (index * p.table_pages + page) * p.key_codec.page_bytes();
+    }
+    size_t values_in_file(size_t page) const {
+        return p.values_at + (index * p.table_pages + page) * p.value_codec.page_bytes();
+    }
+
+    HeadCache dense_pages() const {
+        HeadCache cache{p.kind, dense(p.keys, p.key_dim, 0), dense(p.values, p.value_dim, 0), 1, p.key_dim, p.value_dim,
+                        p.shared() ? p.key_dim : p.value_dim};
+        if (p.shared()) cache.values = cache.keys;
+        cache.table = table();
+        return cache;
+    }
+    HeadCache made_pages(bool in_file) const {
+        HeadCache cache{p.kind, nullptr, nullptr, 1, p.key_codec.dim, p.value_dim, p.value_dim};
+        cache.coded = true, cache.key_codec = p.key_codec, cache.value_codec = p.value_codec;
+        cache.table = table();
+        if (in_file) {
+            cache.file = p.file, cache.keys_at = keys_in_file(0), cache.values_at = values_in_file(0);
+            static const uint8_t anywhere[2] = {};  // values are other memory than keys, unless they are shared
+            cache.keys = anywhere, cache.values = p.shared() ? anywhere : anywhere + 1;
+        } else {
+            cache.keys = code(p.coded_keys, p.key_codec, 0);
+            cache.values = p.shared() ? cache.keys : code(p.coded_values, p.value_codec, 0);
+        }
+        return cache;
+    }
+
+    // Adds tokens [from, to), of the list or of `chosen` pages of it, which are stored in up to three ways.
+    void add(size_t from, size_t to, const HeadCache& like, const Queries& queries, Block<const float> q,
+             const int32_t* chosen, size_t count, Stretches& out) const {
+        const auto below = [&](size_t page) -> size_t {  // tokens in pages below `page`
+            if (!chosen) return page * PAGE;
+            return static_cast<size_t>(std::lower_bound(chosen, chosen + count, static_cast<int32_t>(page)) - chosen) * PAGE;
+        };
+        const size_t cold_end = below(cold()), coded_end = std::max(below(p.has_codes() ? coded() : 0), cold_end);
+        const auto part = [&](HeadCache cache, size_t a, size_t b) {
+            cache.chosen = chosen, cache.path = like.path, cache.committed = like.committed;
+            const bool pruned = cache.coded && p.channels;
+            out.add({cache, queries, std::max(from, a), std::min(to, b), q, pruned ? channels() : nullptr});
+        };
+        if (cold_end > from) part(made_pages(true), 0, cold_end);
+        if (coded_end > cold_end) part(made_pages(false), cold_end, coded_end);
+        part(dense_pages(), coded_end, to);
+    }
+};
+
+// ---- rows that decode ----
+
+struct PageRows final : Source {
+    const Pages& p;
+    const Place* places;
+    const Paths paths;
+    const Looking looking;
+    size_t groups, window;
+
+    PageRows(const Pages& p, const Place* places, const Paths& paths, const Looking& looking, size_t heads, size_t window)
+        : Source(p.kv_heads, p.key_dim, p.value_dim, p.capacity(), p.has_codes() || p.file >= 0), p(p), places(places),
+          paths(paths), looking(looking), groups(heads / p.kv_heads), window(window) {}
+
+    Head head_of(size_t row, size_t head) const { return {p, static_cast<size_t>(places[row].sequence), head}; }
+    // How many tokens that are not certain a row sees, its own included.
+    size_t tail(size_t row) const {
+        if (paths.list) return paths.length(row);
+        return static_cast<size_t>(places[row].position - p.tokens[places[row].sequence]) + 1;
+    }
+    const int32_t* chosen(size_t row, size_t head) const {
+        return looking.chosen ? looking.chosen + (row * p.kv_heads + head) * looking.chosen_pages : nullptr;
+    }
+    size_t count(const int32_t* chosen) const {
+        size_t n = 0;
+        while (n < looking.chosen_pages && chosen[n] >= 0) n++;
+        return n;
+    }
+    size_t low(const Head& head, size_t row) const {
+        const size_t tail = this->tail(row), length = head.length();
+        const size_t position = static_cast<size_t>(p.tokens[head.sequence]) + tail - 1;
+        if (position < window) return 0;
+        if (tail > window) return length + tail - window;
+        const size_t hidden = position - window;  // the last position that is not seen
+        if (!p.positions) return std::min(hidden + 1, length);
+        const int32_t* at = p.positions + head.index * p.capacity();
+        const size_t low = static_cast<size_t>(std::upper_bound(at, at + length, static_cast<int32_t>(hidden)) - at);
+        return low;
+    }
+    Seen seen(size_t row, size_t h) const override {
+        const Head head = head_of(row, h);
+        const size_t end = head.length() + tail(row);
+        if (looking.chosen) return {0, count(chosen(row, h)) * PAGE + end - head.bounded() * PAGE};
+        return {looking.anchors ? 0 : low(head, row), end};
+    }
+    void stretches(size_t row, size_t h, size_t from, size_t to, const Queries& queries, Stretches& out) const override {
+        const Head head = head_of(row, h);
+        const Block<const float> q = looking.q.from(row, h * groups);
+        Queries all = queries;
+        all.all = true;
+        HeadCache like{};
+        if (paths.list) like.path = paths[row], like.committed = head.length();
+        if (looking.chosen) {
+            const int32_t* pages = chosen(row, h);
+            const size_t listed = count(pages), first = listed * PAGE, skipped = head.bounded() * PAGE;
+            if (from < first) head.add(from, std::min(to, first), like, all, q, pages, listed, out);
+            if (to > first)
+                head.add(std::max(from, first) - first + skipped, to - first + skipped, like, all, q, nullptr, 0, out);
+            return;
+        }
+        const size_t anchors = std::min(looking.anchors, head.length() + tail(row));
+        if (from < anchors) {
+            const Block<const float> turned = looking.anchor_q.data ? looking.anchor_q.from(row, h * groups) : q;
+            head.add(from, std::min(to, anchors), like, all, turned, nullptr, 0, out);
+        }
+        const size_t low = std::max({from, anchors, this->low(head, row)});
+        if (low < to) head.add(low, to, like, all, q, nullptr, 0, out);
+    }
+};
+
+// ---- prefill ----
+
+struct PagePrefill final : PrefillSource {
+    const Pages& p;
+    size_t sequence, start, groups, window;
+    const Run run;
+    const Looking looking;
+
+    PagePrefill(const Pages& p, size_t sequence, const Run& run, size_t start, const Looking& looking, size_t heads,
+                size_t window)
+        : PrefillSource(p.kv_heads, p.key_dim, p.value_dim, p.has_codes() || p.file >= 0), p(p), sequence(sequence),
+          start(start), groups(heads / p.kv_heads), window(window), run(run), looking(looking) {}
+
+    void stretches(size_t at, size_t h, const Queries& queries, int32_t* lows, Stretches& out) const override {
+        const Head head(p, sequence, h);
+        const size_t length = head.length(), tokens = queries.rows / queries.groups, first = start + at;
+        const Block<const float> q = looking.q.from(at, h * groups);
+        const Block<const float> turned = looking.anchor_q.data ? looking.anchor_q.from(at, h * groups) : q;
+        const size_t anchors = std::min(looking.anchors, length);
+        Queries all = queries;
+        all.all = true;
+        if (anchors > 0) head.add(0, anchors, {}, all, turned, nullptr, 0, out);
+        const int32_t* positions = p.positions ? p.positions + head.index * p.capacity() : nullptr;
+        for (size_t i = 0; i < tokens; i++) {
+            const size_t position = static_cast<size_t>(p.tokens[sequence]) + first + i;
+            size_t low = 0;
+            if (position >= window) {
+                const size_t hidden = position - window;
+                low = !positions ? std::min(hidden + 1, length)
+                                 : static_cast<size_t>(std::upper_bound(positions, positions + length,
+                                                                        static_cast<int32_t>(hidden)) - positions);
+            }
+            lows[i] = static_cast<int32_t>(low);
+        }
+        all.lows = lows;
+        head.add(std::max(anchors, static_cast<size_t>(lows[0])), length, {}, all, q, nullptr, 0, out);
+
+        const size_t each = run.slots * itemsize(p.kind), stride = p.shared() ? p.key_dim : p.value_dim;
+        const HeadCache own{p.kind, run.keys + h * each * p.key_dim, run.values + h * each * stride, run.slots, p.key_dim,
+                            p.value_dim, stride};
+        Queries causal = queries;
+        causal.first = first;
+        const size_t left = std::min(looking.anchors - anchors, first + tokens), end = first + tokens;
+        causal.window = ~size_t(0) / 2;
+        out.add({own, causal, 0, left, turned});
+        causal.window = window;
+        out.add({own, causal, std::max(left, causal.lowest(0)), end, q});
+    }
+};
+
+// ---- what tokens are given ----
+
+// mass[token - from] += what the rows of a stretch give to each of its tokens.
+void weigh_stretch(const Stretch& stretch, const float* lse, float scale, float* scratch, float* mass) {
+    const size_t rows = stretch.queries.rows;
+    float* q = scratch + round_up(fold_scratch(rows, stretch.head.key_dim, stretch.head.value_dim, true), 16);
+    load_queries(stretch, rows, scale, q);
+    attention_kernels().weigh(stretch.head, stretch.queries, q, stretch.from, stretch.to, lse, scratch, mass);
+}
+
+size_t weigh_floats(const Pages& p, size_t rows) {
+    return round_up(fold_scratch(rows, p.key_dim, p.value_dim, true), 16) + round_up(rows * p.key_dim, 16) +
+           round_up(rows, 16) + round_up(rows, 16);
+}
+
+// ---- keeping ----
+
+int32_t take(int32_t* free) {
+    if (free[0] == 0) throw std::runtime_error("no page is left: the plan of the cache is mistaken");
+    return free[free[0]--];
+}
+void give(int32_t* free, int32_t page) { free[++free[0]] = page; }
+
+void write_at(int file, const uint8_t* data, size_t count, size_t at) {
+    while (count > 0) {
+        const ssize_t done = pwrite(file, data, count, static_cast<off_t>(at));
+        if (done <= 0) throw std::runtime_error("the cache cannot be written to the disk: " + std::string(std::strerror(errno)));
+        data += done, at += static_cast<size_t>(done), count -= static_cast<size_t>(done);
+    }
+}
+
+void read_whole(int file, uint8_t* out, size_t count, size_t at) {
+    while (count > 0) {
+        const ssize_t got = pread(file, out, count, static_cast<off_t>(at));
+        if (got <= 0) throw std::runtime_error("the cache cannot be read from the disk: " + std::string(std::strerror(errno)));
+        out += got, at += static_cast<size_t>(got), count -= static_cast<size_t>(got);
+    }
+}
+
+// A page of a head, in float32; and one as it is stored.
+struct PageBuffer {
+    float *keys, *values, *pruned;
+    uint8_t *stored_keys, *stored_values;
+
+    static size_t bytes(const Pages& p) {
+        Scratch all;
+        PageBuffer(p, all);
+        return all.used();
+    }
+    PageBuffer(const Pages& p, Scratch& all)
+        : keys(all.take<float>(PAGE * p.key_dim)), values(all.take<float>(PAGE * p.value_dim)),
+          pruned(all.take<float>(PAGE * p.key_dim)),
+          stored_keys(all.take<uint8_t>(std::max(p.key_codec.page_bytes(), dense_bytes(p, p.key_dim)))),
+          stored_values(all.take<uint8_t>(std::max(p.value_codec.page_bytes(), dense_bytes(p, p.value_dim)))) {}
+};
+
+// Where page j of a head lies.
+enum class Where { nowhere, file, coded, dense };
+
+Where where(const Head& head, size_t j) {
+    if (j < head.cold()) return Where::file;
+    if (j >= head.p.table_pages || head.table()[j] < 0) return Where::nowhere;
+    return head.p.has_codes() && j < head.coded() ? Where::coded : Where::dense;
+}
+
+// Reads page j into float32: `tokens` of it are there. Channels that were let go are zeros.
+void load_page(const Head& head, size_t j, PageBuffer& buffer) {
+    const Pages& p = head.p;
+    const AttentionKernels& k = attention_kernels();
+    const Where place = where(head, j);
+    if (place == Where::dense) {
+        const int32_t page = head.table()[j];
+        k.load(head.dense(p.keys, p.key_dim, page), p.kind, PAGE * p.key_dim, buffer.keys);
+        if (!p.shared()) k.load(head.dense(p.values, p.value_dim, page), p.kind, PAGE * p.value_dim, buffer.values);
+        return;
+    }
+    const uint8_t *keys = buffer.stored_keys, *values = buffer.stored_values;
+    if (place == Where::file) {
+        read_whole(p.file, buffer.stored_keys, p.key_codec.page_bytes(), head.keys_in_file(j));
+        if (!p.shared()) read_whole(p.file, buffer.stored_values, p.value_codec.page_bytes(), head.values_in_file(j));
+    } else {
+        keys = head.code(p.coded_keys, p.key_codec, head.table()[j]);
+        if (!p.shared()) values = head.code(p.coded_values, p.value_codec, head.table()[j]);
+    }
+    const size_t width = p.key_codec.dim;
+    float* out = p.channels ? buffer.pruned : buffer.keys;
+    k.decode(p.key_codec, p.kind, keys, out);
+    if (!p.shared()) k.decode(p.value_codec, p.kind, values, buffer.values);
+    if (!p.channels) return;
+    std::fill(buffer.keys, buffer.keys + PAGE * p.key_dim, 0.0f);
+    for (size_t t = 0; t < PAGE; t++)
+        for (size_t c = 0; c < width; c++)
+            buffer.keys[t * p.key_dim + static_cast<size_t>(head.channels()[c])] = out[t * width + c];
+}
+
+void store_page(const Head& head, size_t j, Where place, PageBuffer& buffer, size_t tokens) {
+    const Pages& p = head.p;
+    const AttentionKernels& k = attention_kernels();
+    int32_t& page = head.table()[j];
+    int32_t* dense_free = p.dense_free + head.sequence * (p.dense_pages + 1);
+    int32_t* coded_free = p.coded_free + head.sequence * (p.coded_pages + 1);
+    const Where before = where(head, j);
+    if (before != place) {
+        if (before == Where::dense) give(dense_free, page);
+        if (before == Where::coded) give(coded_free, page);
+        page = place == Where::dense ? take(dense_free) : place == Where::coded ? take(coded_free) : -1;
+    }
+    if (place == Where::dense) {
+        k.store(buffer.keys, tokens * p.key_dim, p.kind, head.dense(p.keys, p.key_dim, page));
+        if (!p.shared()) k.store(buffer.values, tokens * p.value_dim, p.kind, head.dense(p.values, p.value_dim, page));
+        return;
+    }
+    const float* keys = buffer.keys;
+    const size_t width = p.key_codec.dim;
+    if (p.channels) {
+        for (size_t t = 0; t < PAGE; t++)
+            for (size_t c = 0; c < width; c++)
+                buffer.pruned[t * width + c] = keys[t * p.key_dim + static_cast<size_t>(head.channels()[c])];
+        keys = buffer.pruned;
+    }
+    const bool coded = place == Where::coded;
+    k.encode(p.key_codec, p.kind, keys, coded ? head.code(p.coded_keys, p.key_codec, page) : buffer.stored_keys);
+    if (!p.shared())
+        k.encode(p.value_codec, p.kind, buffer.values,
+                 coded ? head.code(p.coded_values, p.value_codec, page) : buffer.stored_values);
+    if (coded) return;
+    write_at(p.file, buffer.stored_keys, p.key_codec.page_bytes(), head.keys_in_file(j));
+    if (!p.shared()) write_at(p.file, buffer.stored_values, p.value_codec.page_bytes(), head.values_in_file(j));
+}
+
+// The lowest and the highest number of each channel of page j, as they are multiplied.
+void bound_page(const Head& head, size_t j, PageBuffer& buffer) {
+    const Pages& p = head.p;
+    load_page(head, j, buffer);
+    float* low = buffer.pruned;
+    float* high = low + p.key_dim;
+    for (size_t d = 0; d < p.key_dim; d++) {
+        low[d] = high[d] = buffer.keys[d];
+        for (size_t t = 1; t < PAGE; t++) {
+            low[d] = std::min(low[d], buffer.keys[t * p.key_dim + d]);
+            high[d] = std::max(high[d], buffer.keys[t * p.key_dim + d]);
+        }
+    }
+    uint8_t* out = p.bounds + (head.index * p.table_pages + j) * 2 * p.key_dim * itemsize(p.kind);
+    attention_kernels().store(low, 2 * p.key_dim, p.kind, out);
+}
+
+// The pages of a head after it keeps what it is told to.
+struct Outcome {
+    size_t length, first, cold, coded;  // from page `first` on they are written anew
+
+    Outcome(const Head& head, const Run& run, const Keeping& k) {
+        const Pages& p = head.p;
+        length = head.length() + run.count, first = head.length() / PAGE;
+        if (k.indices) {
+            const int32_t* list = k.indices + head.head * k.stride;
+            length = static_cast<size_t>(k.counts[head.head]);
+            size_t same = 0;
+            while (same < length && list[same] == static_cast<int32_t>(same)) same++;
+            first = std::min(same, head.length()) / PAGE;
+        }
+        coded = p.has_codes() && length > k.recent ? (length - k.recent) / PAGE : 0;
+        coded = std::max(coded, std::min(head.coded(), first));
+        const size_t pages = (length + PAGE - 1) / PAGE, whole = p.has_codes() ? coded : length / PAGE;
+        cold = p.file >= 0 && pages > k.resident ? std::min(pages - k.resident, whole) : 0;
+        cold = std::max(cold, std::min(head.cold(), first));
+    }
+    Where place(const Pages& p, size_t j) const {
+        return j < cold ? Where::file : p.has_codes() && j < coded ? Where::coded : Where::dense;
+    }
+};
+
+void keep_head(const Head& head, const Run& run, const Keeping& keeping, uint8_t* scratch) {
+    const Pages& p = head.p;
+    const AttentionKernels& k = attention_kernels();
+    Scratch all(scratch);
+    PageBuffer source(p, all), target(p, all);
+    const Outcome outcome(head, run, keeping);
+    const size_t before = head.length(), each = run.slots * itemsize(p.kind);
+    const uint8_t* run_keys = run.keys + head.head * each * p.key_dim;
+    const uint8_t* run_values = run.values + head.head * each * p.value_dim;
+    size_t loaded = ~size_t(0);
+
+    // Pages that stay as they are but for where they lie.
+    for (size_t j = std::min(head.cold(), outcome.first); j < std::min(outcome.first, before / PAGE); j++) {
+        if (where(head, j) == outcome.place(p, j)) continue;
+        load_page(head, j, source);
+        store_page(head, j, outcome.place(p, j), source, PAGE);
+    }
+    // The others are filled token by token, in order: the place of a token never lies behind where it comes from, so
+    // that of each page that is written everything that is still wanted was read before.
+    for (size_t i = outcome.first * PAGE; i < outcome.length; i++) {
+        const size_t from = keeping.indices
+                                ? static_cast<size_t>(keeping.indices[head.head * keeping.stride + i]) : i;
+        float* key = target.keys + i % PAGE * p.key_dim;
+        float* value = target.values + i % PAGE * p.value_dim;
+        if (from < before) {
+            if (from / PAGE != loaded) load_page(head, loaded = from / PAGE, source);
+            std::memcpy(key, source.keys + from % PAGE * p.key_dim, p.key_dim * sizeof(float));
+            if (!p.shared()) std::memcpy(value, source.values + from % PAGE * p.value_dim, p.value_dim * sizeof(float));
+        } else {
+            k.load(run_keys + (from - before) * p.key_dim * itemsize(p.kind), p.kind, p.key_dim, key);
+            if (!p.shared())
+                k.load(run_values + (from - before) * p.value_dim * itemsize(p.kind), p.kind, p.value_dim, value);
+        }
+        const size_t j = i / PAGE;
+        if (i % PAGE == PAGE - 1) store_page(head, j, outcome.place(p, j), target, PAGE);
+        else if (i + 1 == outcome.length) store_page(head, j, Where::dense, target, i % PAGE + 1);
+    }
+    // What lies behind is given back, or wanted for the tokens that come next.
+    const size_t pages = (outcome.length + PAGE - 1) / PAGE, wanted = (outcome.length + keeping.tail + PAGE - 1) / PAGE;
+    for (size_t j = pages; j < p.table_pages; j++) {
+        int32_t& page = head.table()[j];
+        const Where place = where(head, j);
+        if (place == Where::coded || (place == Where::dense && j >= wanted)) {
+            const bool coded = place == Where::coded;
+            give(coded ? p.coded_free + head.sequence * (p.coded_pages + 1)
+                       : p.dense_free + head.sequence * (p.dense_pages + 1), page);
+            page = -1;
+        }
+    }
+    p.lengths[head.index] = static_cast<int32_t>(outcome.length);
+    p.coded[head.index] = static_cast<int32_t>(outcome.coded);
+    p.cold[head.index] = static_cast<int32_t>(outcome.cold);
+    for (size_t j = pages; j < wanted; j++)
+        if (head.table()[j] < 0) head.table()[j] = take(p.dense_free + head.sequence * (p.dense_pages + 1));
+    if (!p.bounds) return;
+    const size_t whole = outcome.length / PAGE;
+    for (size_t j = std::min(outcome.first, head.bounded()); j < whole; j++)
+        if (j >= outcome.first || j >= head.bounded()) bound_page(head, j, source);
+    p.bounded[head.index] = static_cast<int32_t>(whole);
+}
+
+}  // namespace
+
+void append(const Pages& p, const Place* places, size_t count, Block<const float> k, Block<const float> v, size_t) {
+    const AttentionKernels& kernels = attention_kernels();
+    for (size_t t = 0; t < count; t++)
+        for (size_t h = 0; h < p.kv_heads; h++) {
+            const Head head(p, static_cast<size_t>(places[t].sequence), h);
+            const size_t i = head.length() + static_cast<size_t>(places[t].position - p.tokens[head.sequence]);
+            const size_t size = itemsize(p.kind);
+            const int32_t page = head.table()[i / PAGE];
+            kernels.store(k.at(t, h), p.key_dim, p.kind,
+                          head.dense(p.keys, p.key_dim, page) + i % PAGE * p.key_dim * size);
+            if (!p.shared())
+                kernels.store(v.at(t, h), p.value_dim, p.kind,
+                              head.dense(p.values, p.value_dim, page) + i % PAGE * p.value_dim * size);
+        }
+}
+
+size_t attend_rows_scratch(const Pages& pages, size_t rows, size_t heads, size_t threads) {
+    return attend_rows_scratch(PageRows(pages, nullptr, {}, {}, heads, 0), rows, heads, threads);
+}
+
+void attend_rows(const Pages& pages, const Place* places, const Paths& paths, size_t rows, const Looking& looking,
+                 Block<float> out, Rows<float> lse, const Attention& attention, uint8_t* scratch, size_t threads) {
+    const PageRows source(pages, places, paths, looking, attention.heads, attention.window);
+    attend_rows(source, rows, out, lse, attention, scratch, threads);
+}
+
+size_t attend_scratch(const Pages& pages, size_t count, size_t heads, bool bf16, size_t threads) {
+    return attend_scratch(PagePrefill(pages, 0, {}, 0, {}, heads, 0), count, heads, bf16, threads);
+}
+
+void attend(const Pages& pages, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
+            Block<float> out, Rows<float> lse, const Attention& attention, bool bf16, uint8_t* scratch, size_t threads) {
+    const PagePrefill source(pages, sequence, run, start, looking, attention.heads, attention.window);
+    attend(source, count, out, lse, attention, bf16, scratch, threads);
+}
+
+size_t weigh_scratch(const Pages& p, size_t rows, size_t heads, size_t threads) {
+    const size_t groups = heads / p.kv_heads, at_once = std::max(WEIGHED_ROWS / groups, size_t(1));
+    return std::min(threads, p.kv_heads) * weigh_floats(p, std::min(at_once, rows) * groups) * sizeof(float);
+}
+
+void weigh_rows(const Pages& p, const Place* places, const Paths& paths, size_t rows, const Looking& looking,
+                Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads) {
+    const PageRows source(p, places, paths, looking, attention.heads, attention.window);
+    const size_t groups = source.groups, each = weigh_floats(p, groups), workers = std::min(threads, p.kv_heads);
+    parallel_for(workers, workers, [&](size_t worker) {
+        float* own = reinterpret_cast<float*>(scratch) + worker * each;
+        for (size_t h = worker; h < p.kv_heads; h += workers)
+            for (size_t row = 0; row < rows; row++) {
+                const auto sequence = static_cast<size_t>(places[row].sequence);
+                float* to = mass[sequence * p.kv_heads + h];
+                const Source::Seen seen = source.seen(row, h);
+                Stretches stretches;
+                source.stretches(row, h, seen.low, seen.end,
+                                 {groups, groups, 0, attention.window, attention.softcap * LOG2_E}, stretches);
+                for (const Stretch& stretch : stretches) {
+                    const float* sums = lse[row] + h * groups;
+                    if (!stretch.head.chosen) {
+                        weigh_stretch(stretch, sums, attention.scale * LOG2_E, own, to + stretch.from);
+                        continue;
+                    }
+                    for (size_t at = stretch.from; at < stretch.to; at += PAGE) {  // each page in its own place
+                        Stretch page = stretch;
+                        page.from = at, page.to = std::min(at + PAGE, stretch.to);
+                        weigh_stretch(page, sums, attention.scale * LOG2_E, own, to + stretch.head.listed(at / PAGE) * PAGE);
+                    }
+                }
+            }
+    });
+}
+
+void weigh(const Pages& p, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
+           Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads) {
+    const PagePrefill source(p, sequence, run, start, looking, attention.heads, attention.window);
+    const size_t groups = source.groups, at_once = std::min(count, std::max(WEIGHED_ROWS / groups, size_t(1)));
+    const size_t each = weigh_floats(p, at_once * groups), workers = std::min(threads, p.kv_heads);
+    parallel_for(workers, workers, [&](size_t worker) {
+        float* own = reinterpret_cast<float*>(scratch) + worker * each;
+        float* sums = own + each - 2 * round_up(at_once * groups, 16);
+        auto* lows = reinterpret_cast<int32_t*>(sums + round_up(at_once * groups, 16));
+        for (size_t h = worker; h < p.kv_heads; h += workers) {
+            const size_t length = Head(p, sequence, h).length();
+            for (size_t at = 0; at < count; at += at_once) {
+                const size_t tokens = std::min(at_once, count - at), rows = tokens * groups;
+                for (size_t r = 0; r < rows; r++) sums[r] = lse[at + r / groups][h * groups + r % groups];
+                Stretches stretches;
+                source.stretches(at, h, {rows, groups, 0, attention.window, attention.softcap * LOG2_E}, lows, stretches);
+                for (const Stretch& stretch : stretches)
+                    weigh_stretch(stretch, sums, attention.scale * LOG2_E, own,
+                                  mass[h] + stretch.from + (stretch.head.table ? 0 : length));
+            }
+        }
+    });
+}
+
+size_t keep_scratch(const Pages& p) { return 2 * PageBuffer::bytes(p); }
+
+void keep(const Pages& p, size_t sequence, const Run& run, const Keeping& keeping, uint8_t* scratch) {
+    // Heads that shrink come first: their pages may be wanted by those that grow.
+    std::vector<std::pair<int64_t, size_t>> order;
+    for (size_t h = 0; h < p.kv_heads; h++) {
+        const Head head(p, sequence, h);
+        order.emplace_back(static_cast<int64_t>(Outcome(head, run, keeping).length) - static_cast<int64_t>(head.length()), h);
+    }
+    std::sort(order.begin(), order.end());
+    for (const auto& [growth, h] : order) keep_head(Head(p, sequence, h), run, keeping, scratch);
+}
+
+void read(const Pages& p, size_t sequence, size_t h, const Run& run, size_t from, size_t to, float* key, float* value,
+          uint8_t* scratch) {
+    const Head head(p, sequence, h);
+    const AttentionKernels& k = attention_kernels();
+    Scratch all(scratch);
+    PageBuffer page(p, all);
+    const size_t length = head.length();
+    for (size_t i = from; i < to; i++, key += p.key_dim, value += p.value_dim) {
+        if (i >= length) {
+            const size_t at = (h * run.slots + i - length) * itemsize(p.kind);
+            k.load(run.keys + at * p.key_dim, p.kind, p.key_dim, key);
+            if (!p.shared()) k.load(run.values + at * p.value_dim, p.kind, p.value_dim, value);
+            continue;
+        }
+        if (i == from || i % PAGE == 0) load_page(head, i / PAGE, page);
+        std::memcpy(key, page.keys + i % PAGE * p.key_dim, p.key_dim * sizeof(float));
+        if (!p.shared()) std::memcpy(value, page.values + i % PAGE * p.value_dim, p.value_dim * sizeof(float));
+    }
+}
+
+void straighten(const Pages& p, size_t sequence, const int32_t* path, size_t count) {
+    for (size_t h = 0; h < p.kv_heads; h++) {
+        const Head head(p, sequence, h);
+        const auto place = [&](uint8_t* base, size_t dim, size_t order) {
+            const size_t i = head.length() + order;
+            return head.dense(base, dim, head.table()[i / PAGE]) + i % PAGE * dim * itemsize(p.kind);
+        };
+        for (size_t i = 0; i < count; i++) {  // a path ascends, so nothing that is still wanted is overwritten
+            const auto from = static_cast<size_t>(path[i]);
+            if (from == i) continue;
+            std::memcpy(place(p.keys, p.key_dim, i), place(p.keys, p.key_dim, from), p.key_dim * itemsize(p.kind));
+            if (!p.shared())
+                std::memcpy(place(p.values, p.value_dim, i), place(p.values, p.value_dim, from),
+                            p.value_dim * itemsize(p.kind));
+        }
+    }
+}
+
+size_t select_scratch(const Pages& p, size_t threads) {
+    Scratch all;
+    all.take<float>(p.table_pages), all.take<int32_t>(p.table_pages), all.take<float>(2 * p.key_dim);
+    return all.used() * std::min(threads, p.kv_heads);
+}
+
+void select(const Pages& p, const Place* places, size_t rows, Block<const float> q, size_t heads, size_t count,
+            int32_t* chosen, uint8_t* scratch, size_t threads) {
+    const AttentionKernels& k = attention_kernels();
+    const size_t groups = heads / p.kv_heads, workers = std::min(threads, p.kv_heads);
+    const size_t each = select_scratch(p, threads) / workers;
+    parallel_for(workers, workers, [&](size_t worker) {
+        Scratch own(scratch + worker * each);
+        float* scores = own.take<float>(p.table_pages);
+        int32_t* order = own.take<int32_t>(p.table_pages);
+        float* bounds = own.take<float>(2 * p.key_dim);
+        for (size_t task = worker; task < rows * p.kv_heads; task += workers) {
+            const size_t row = task / p.kv_heads, h = task % p.kv_heads;
+            const Head head(p, static_cast<size_t>(places[row].sequence), h);
+            int32_t* out = chosen + task * count;
+            const size_t pages = head.bounded(), taken = std::min(pages, count);
+            std::iota(order, order + pages, 0);
+            if (taken < pages) {
+                for (size_t j = 0; j < pages; j++) {
+                    const size_t at = (head.index * p.table_pages + j) * 2 * p.key_dim * itemsize(p.kind);
+                    k.load(p.bounds + at, p.kind, 2 * p.key_dim, bounds);
+                    scores[j] = -__builtin_inff();
+                    for (size_t g = 0; g < groups; g++)
+                        scores[j] = std::max(scores[j], k.bound(bounds, q.at(row, h * groups + g), 1, p.key_dim));
+                }
+                std::nth_element(order, order + taken, order + pages, [&](int32_t a, int32_t b) {
+                    return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+                });
+                std::sort(order, order + taken);
+            }
+            std::copy(order, order + taken, out);
+            std::fill(out + taken, out + count, -1);
+        }
+    });
+}
+
+}  // namespace tightfit

@@ -1,0 +1,406 @@
+"""Keys and values in pages, and attention over them: compiled where that was built, else in torch.
+
+A page holds 32 tokens of one head. Dense pages hold them in the cache's own type; coded pages hold codes of 8, 4 or 2
+bits, of keys with a scale and a minimum for each channel of a page, of values for each token and group of 32 channels
+(the layout of KIVI, https://arxiv.org/abs/2402.02750), or with 16 bits and more, numbers as they are. Pages may also lie
+in a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from tightfit.budget.ledger import Workspace
+from tightfit.kernels import cpu
+from tightfit.kernels import pages_reference as reference
+from tightfit.kernels.attention import KINDS, Scoring, _block, _run
+
+PAGE = 32  # tokens
+CODE_GROUP = 32  # channels of a value that share a scale
+EVERYTHING = 1 << 62
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How numbers of coded pages are stored: ``bits`` each, 16 and more being the cache's own type, in rows of ``dim``;
+    ``per_channel`` says which of them share a scale and a minimum."""
+
+    bits: int
+    dim: int
+    per_channel: bool
+
+    @property
+    def dense(self) -> bool:
+        return self.bits >= 16
+
+    @property
+    def row_bytes(self) -> int:
+        return -(-self.dim * self.bits // 8)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.dim // CODE_GROUP)
+
+    @property
+    def scales(self) -> int:
+        """How many numbers of a page have a scale of their own."""
+        if self.dense:
+            return 0
+        return self.dim if self.per_channel else PAGE * self.groups
+
+    @property
+    def page_bytes(self) -> int:
+        """32 rows of codes, the first in the lowest bits; then scales, then minima in float16."""
+        return -(-(PAGE * self.row_bytes + 4 * self.scales) // 64) * 64
+
+
+@dataclass(eq=False)
+class Pages:
+    """Pages of one layer. Of each sequence and head, ``lengths`` tokens are certain; page j of them is ``table[j]`` of
+    the coded pages for j below ``coded``, of the dense ones from there on, or if j is below ``cold``, in the file.
+
+    What a decoding step adds lies behind them, in dense pages, until it is certain too. ``tokens`` of each sequence
+    were certain so far, those included that are no longer kept. Free pages are listed behind their number. The first
+    ``bounded`` pages have ``bounds``: the lowest and the highest number of each channel of their keys.
+    """
+
+    keys: torch.Tensor  # (sequences, dense_pages, PAGE, key_dim)
+    values: torch.Tensor  # (sequences, dense_pages, PAGE, value_dim), or the first features of the keys
+    table: torch.Tensor  # (sequences, kv_heads, table_pages) int32
+    lengths: torch.Tensor  # (sequences, kv_heads) int32, as coded, cold and bounded are
+    coded: torch.Tensor
+    cold: torch.Tensor
+    bounded: torch.Tensor
+    dense_free: torch.Tensor  # (sequences, 1 + dense_pages) int32
+    coded_free: torch.Tensor
+    tokens: torch.Tensor  # (sequences,) int32
+    key_codec: Codec
+    value_codec: Codec
+    coded_keys: torch.Tensor | None = None  # (sequences, coded_pages, page_bytes) uint8
+    coded_values: torch.Tensor | None = None
+    positions: torch.Tensor | None = None  # (sequences, kv_heads, table_pages * PAGE) int32; None: token i is at i
+    channels: torch.Tensor | None = None  # (sequences, kv_heads, key_codec.dim) int32, of keys that are coded
+    bounds: torch.Tensor | None = None  # (sequences, kv_heads, table_pages, 2, key_dim)
+    file: int = -1
+    keys_at: int = 0  # in the file
+    values_at: int = 0
+    key_shape: tuple[int, int] = field(init=False)  # of one token
+    value_shape: tuple[int, int] = field(init=False)
+    handle: Any = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        sequences, dense_pages, _, key_dim = self.keys.shape
+        kv_heads, table_pages = self.table.shape[1:]
+        value_dim = self.values.shape[3]
+        self.key_shape, self.value_shape = (kv_heads, key_dim), (kv_heads, value_dim)
+        if cpu.module is None:
+            return
+        coded_pages = 0 if self.coded_keys is None else self.coded_keys.shape[1]
+        codes = _address(self.coded_keys), _address(self.coded_keys if self.shared else self.coded_values)
+        lists = self.table, self.lengths, self.coded, self.cold, self.bounded, self.dense_free, self.coded_free
+        self.handle = cpu.module.Pages(
+            KINDS[self.keys.dtype],
+            (sequences, kv_heads, key_dim, value_dim),
+            (table_pages, dense_pages, coded_pages),
+            (self.key_codec.bits, self.value_codec.bits, self.key_codec.dim),
+            (self.keys.data_ptr(), self.values.data_ptr(), *codes),
+            tuple(_address(tensor) for tensor in lists),
+            self.tokens.data_ptr(),
+            _address(self.positions),
+            _address(self.channels),
+            _address(self.bounds),
+            (self.file, self.keys_at, self.values_at),
+        )
+
+    @property
+    def shared(self) -> bool:
+        """Whether values are part of the keys."""
+        return self.values.data_ptr() == self.keys.data_ptr()
+
+    def reset(self, sequence: int) -> None:
+        """Lets go of everything of a sequence."""
+        for counts in (self.lengths, self.coded, self.cold, self.bounded):
+            counts[sequence] = 0
+        self.table[sequence] = -1
+        for free in (self.dense_free, self.coded_free):
+            pages = free.shape[1] - 1
+            free[sequence, 0] = pages
+            free[sequence, 1:] = torch.arange(pages - 1, -1, -1)
+
+
+class Run(NamedTuple):
+    """Keys and values (kv_heads, slots, dim) of ``count`` tokens behind the certain ones, in the type of dense pages."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    count: int
+
+    def arguments(self) -> tuple[int, int, int, int]:
+        return self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[1], self.count
+
+
+class Rows(NamedTuple):
+    """Tokens that decode. ``places`` (n or more, 2) int32: sequence, and place counted from the first token ever;
+    ``paths`` (n, depth) int32: of nodes of trees the tokens from the root on, counted from the certain ones, then -1."""
+
+    places: torch.Tensor
+    paths: torch.Tensor | None = None
+
+    def arguments(self) -> tuple[int, int, int]:
+        if self.places.dtype is not torch.int32 or not self.places.is_contiguous():
+            raise ValueError(f"expected int32 places, found {self.places.dtype} {tuple(self.places.shape)}")
+        stride = 0 if self.paths is None else self.paths.shape[1]
+        return self.places.data_ptr(), _address(self.paths), stride
+
+
+class Looking(NamedTuple):
+    """How queries ``q`` (n, heads, key_dim) look at pages. The first ``anchors`` tokens are always seen, by
+    ``anchor_q`` if given: queries that are turned otherwise. ``chosen`` (n, kv_heads, pages) int32, in order and then
+    -1, are those that each row sees of the pages that have bounds."""
+
+    q: torch.Tensor
+    anchor_q: torch.Tensor | None = None
+    anchors: int = 0
+    chosen: torch.Tensor | None = None
+
+
+def append(pages: Pages, rows: Rows, k: torch.Tensor, v: torch.Tensor | None) -> None:
+    """Writes ``k`` (n, kv_heads, key_dim) and ``v`` behind the certain tokens."""
+    tokens = k.shape[0]
+    if not cpu.available():
+        _run(reference.append, pages, rows, k, v)
+        return
+    values = (0, 0, 0) if v is None else _block(v, (tokens, *pages.value_shape))
+    key = _block(k, (tokens, *pages.key_shape))
+    _run(pages.handle.append, rows.arguments(), tokens, key, values, cpu.threads())
+
+
+def attend_rows(
+    pages: Pages,
+    rows: Rows,
+    looking: Looking,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    ws: Workspace,
+    scoring: Scoring,
+) -> None:
+    """Attention of rows that decode, each alone, into ``out`` (n, heads, value_dim); and of each row and head into
+    ``lse`` (n, heads) the logarithm to base 2 of what its softmax divides by."""
+    count, heads, _ = looking.q.shape
+    if not cpu.available():
+        _run(reference.attend_rows, pages, rows, looking, out, lse, scoring)
+        return
+    with ws.frame():
+        scratch = ws.empty(pages.handle.attend_rows_scratch(count, heads, cpu.threads()), dtype=torch.uint8)
+        _run(
+            pages.handle.attend_rows,
+            rows.arguments(),
+            count,
+            _views(pages, looking),
+            _block(out, (count, heads, pages.value_shape[1])),
+            _rows(lse),
+            (heads, *scoring.arguments()),
+            scratch.data_ptr(),
+            cpu.threads(),
+        )
+
+
+def attend(
+    pages: Pages,
+    sequence: int,
+    run: Run,
+    start: int,
+    looking: Looking,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    ws: Workspace,
+    scoring: Scoring,
+    bf16: bool = False,
+) -> None:
+    """:func:`attend_rows` for tokens ``start`` onwards of a run, which see what is certain and the run up to their own.
+
+    ``bf16`` allows products in bfloat16, as in :func:`tightfit.kernels.attention.attend`.
+    """
+    count, heads, _ = looking.q.shape
+    if not cpu.available():
+        _run(reference.attend, pages, sequence, run, start, looking, out, lse, scoring)
+        return
+    with ws.frame():
+        scratch = ws.empty(pages.handle.attend_scratch(count, heads, bf16, cpu.threads()), dtype=torch.uint8)
+        _run(
+            pages.handle.attend,
+            sequence,
+            run.arguments(),
+            start,
+            count,
+            _views(pages, looking),
+            _block(out, (count, heads, pages.value_shape[1])),
+            _rows(lse),
+            (heads, *scoring.arguments()),
+            bf16,
+            scratch.data_ptr(),
+            cpu.threads(),
+        )
+
+
+def weigh_rows(
+    pages: Pages,
+    rows: Rows,
+    looking: Looking,
+    lse: torch.Tensor,
+    mass_: torch.Tensor,
+    ws: Workspace,
+    scoring: Scoring,
+) -> None:
+    """Adds to ``mass`` (sequences, kv_heads, capacity) what the rows of :func:`attend_rows` give to each token."""
+    count, heads, _ = looking.q.shape
+    if not cpu.available():
+        _run(reference.weigh_rows, pages, rows, looking, lse, mass_, scoring)
+        return
+    with ws.frame():
+        scratch = ws.empty(pages.handle.weigh_scratch(count, heads, cpu.threads()), dtype=torch.uint8)
+        _run(
+            pages.handle.weigh_rows,
+            rows.arguments(),
+            count,
+            _views(pages, looking),
+            _rows(lse),
+            (heads, *scoring.arguments()),
+            (mass_.data_ptr(), mass_.stride(1)),
+            scratch.data_ptr(),
+            cpu.threads(),
+        )
+
+
+def weigh(
+    pages: Pages,
+    sequence: int,
+    run: Run,
+    start: int,
+    looking: Looking,
+    lse: torch.Tensor,
+    mass_: torch.Tensor,
+    ws: Workspace,
+    scoring: Scoring,
+) -> None:
+    """Adds to ``mass`` (kv_heads, tokens) what the tokens of :func:`attend` give: to those that are certain, then to
+    those of the run."""
+    count, heads, _ = looking.q.shape
+    if not cpu.available():
+        _run(reference.weigh, pages, sequence, run, start, looking, lse, mass_, scoring)
+        return
+    with ws.frame():
+        scratch = ws.empty(pages.handle.weigh_scratch(count, heads, cpu.threads()), dtype=torch.uint8)
+        _run(
+            pages.handle.weigh,
+            sequence,
+            run.arguments(),
+            start,
+            count,
+            _views(pages, looking),
+            _rows(lse),
+            (heads, *scoring.arguments()),
+            (mass_.data_ptr(), mass_.stride(0)),
+            scratch.data_ptr(),
+            cpu.threads(),
+        )
+
+
+def keep(
+    pages: Pages,
+    sequence: int,
+    run: Run,
+    ws: Workspace,
+    indices: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    recent: int = 0,
+    resident: int = EVERYTHING,
+    tail: int = 1,
+) -> None:
+    """What happens when tokens become certain: those of ``run`` are added; all but the first ``counts`` (kv_heads,)
+    int32 of ``indices`` (kv_heads, n) int32, ascending, are let go, if given; where pages have codes all but the last
+    ``recent`` tokens are coded, page by page; all but ``resident`` pages of each head go to the file. There is room for
+    ``tail`` more tokens afterwards.
+
+    Pages are written anew from the first on that changes: keys are then rounded again, with those that are new beside
+    them.
+    """
+    if not cpu.available():
+        _run(reference.keep, pages, sequence, run, indices, counts, recent, resident, tail)
+        return
+    with ws.frame():
+        scratch = ws.empty(pages.handle.keep_scratch(), dtype=torch.uint8)
+        stride = 0 if indices is None else indices.stride(0)
+        lists = _address(indices), stride, _address(counts)
+        _run(pages.handle.keep, sequence, run.arguments(), *lists, recent, resident, tail, scratch.data_ptr())
+
+
+def read(
+    pages: Pages, sequence: int, head: int, run: Run, start: int, stop: int, ws: Workspace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys (n, key_dim) and values (n, value_dim) in float32 of a head's tokens ``start`` to ``stop``, those of the run
+    behind those that are certain, in scratch memory of the enclosing frame."""
+    count = stop - start
+    k, v = ws.empty(count, pages.key_shape[1]), ws.empty(count, pages.value_shape[1])
+    if not cpu.available():
+        _run(reference.read, pages, sequence, head, run, start, stop, k, v)
+    else:
+        with ws.frame():
+            scratch = ws.empty(pages.handle.keep_scratch(), dtype=torch.uint8)
+            addresses = k.data_ptr(), v.data_ptr(), scratch.data_ptr()
+            _run(pages.handle.read, sequence, head, run.arguments(), start, stop, *addresses)
+    return k, v
+
+
+def straighten(pages: Pages, sequence: int, path: torch.Tensor) -> None:
+    """Makes the tokens behind the certain ones those that ``path`` (n,) int32 names, ascending."""
+    if not cpu.available():
+        _run(reference.straighten, pages, sequence, path)
+        return
+    _run(pages.handle.straighten, sequence, path.data_ptr(), len(path))
+
+
+def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor, ws: Workspace) -> None:
+    """Writes into ``chosen`` (n, kv_heads, count) int32 the pages that may hold the largest scores of any query of each
+    key-value head, by the bounds of their keys, in order, then -1."""
+    rows_count, heads, _ = q.shape
+    if not cpu.available():
+        _run(reference.select, pages, rows, q, chosen)
+        return
+    with ws.frame():
+        scratch = ws.empty(pages.handle.select_scratch(cpu.threads()), dtype=torch.uint8)
+        _run(
+            pages.handle.select,
+            rows.arguments(),
+            rows_count,
+            _block(q, (rows_count, heads, pages.key_shape[1])),
+            heads,
+            chosen.shape[2],
+            chosen.data_ptr(),
+            scratch.data_ptr(),
+            cpu.threads(),
+        )
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(x: torch.Tensor | None) -> tuple[int, int]:
+    if x is None:
+        return 0, 0
+    if x.dtype is not torch.float32 or x.stride(-1) != 1:
+        raise ValueError(f"expected float32 rows without gaps, found {x.dtype} with strides {x.stride()}")
+    return x.data_ptr(), x.stride(0)
+
+
+def _views(pages: Pages, looking: Looking) -> tuple[Any, ...]:
+    count, heads, _ = looking.q.shape
+    shape = count, heads, pages.key_shape[1]
+    turned = (0, 0, 0) if looking.anchor_q is None else _block(looking.anchor_q, shape)
+    chosen = looking.chosen
+    listed = (0, 0) if chosen is None else (chosen.data_ptr(), chosen.shape[2])
+    return _block(looking.q, shape), turned, looking.anchors, *listed

@@ -1,0 +1,1 @@
+"""The operations of :mod:`tightfit.kernels.pages` in torch."""
