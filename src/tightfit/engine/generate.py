@@ -166,7 +166,7 @@ class Generator:
                     break
                 common += 1
             sequence.slot = kept.slot
-            sequence.computed = self.engine.reusable(len(kept.tokens), common)
+            sequence.computed = self.engine.cache.reusable(kept.slot, common)
         return sequence
 
     def _end(self, sequence: Sequence, conversation: bool) -> None:

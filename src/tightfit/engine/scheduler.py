@@ -16,10 +16,11 @@ from tightfit.model.batch import Batch, Segment
 
 class Scheduler:
     """Holds ``slots`` sequences at once and computes at most ``chunk`` prompt tokens in a step, padding included;
-    others wait."""
+    others wait. If ``layered``, a step computes one whole prompt and nothing else."""
 
-    def __init__(self, slots: int, chunk: int) -> None:
+    def __init__(self, slots: int, chunk: int, layered: bool = False) -> None:
         self.chunk = chunk
+        self.layered = layered
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._free = list(range(slots - 1, -1, -1))
@@ -34,6 +35,10 @@ class Scheduler:
             if sequence.slot < 0:
                 sequence.slot = self._free.pop()
             self.running.append(sequence)
+        if self.layered:
+            for sequence in self.running:
+                if not sequence.decoding:
+                    return Batch((self._prefill(sequence, len(sequence.tokens)),)), [sequence]
         picked = [(self._decode(s), s) for s in self.running if s.decoding]
         room = bucket(self.chunk)  # rows, with those that gemm is padded with: scratch and time go by them
         for sequence in self.running:

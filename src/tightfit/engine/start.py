@@ -104,7 +104,7 @@ def build(
         placement = Resident(checkpoint, spec, shape.outer, formats, gemm, weights, activations)
     spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
     layouts = cache_layouts(spec, shape.context, shape.chunk)
-    cache = Cache(layouts, shape.sequences, kv_type, kv, gemm_dtype=gemm)
+    cache = Cache(layouts, shape.sequences, kv_type, kv, gemm, shape.chunk)
     return placement, Decoder(spec, placement), cache
 
 

@@ -2,8 +2,8 @@
 
 A page holds 32 tokens of one head. Dense pages hold them in the cache's own type; coded pages hold codes of 8, 4 or 2
 bits, of keys with a scale and a minimum for each channel of a page, of values for each token and group of 32 channels
-(the layout of KIVI, https://arxiv.org/abs/2402.02750), or with 16 bits and more, numbers as they are. Pages may also lie
-in a file.
+(the layout of KIVI, https://arxiv.org/abs/2402.02750), or with 16 bits and more, numbers as they are. Pages may also
+lie in a file.
 """
 
 from __future__ import annotations
@@ -131,8 +131,9 @@ class Pages:
             free[sequence, 1:] = torch.arange(pages - 1, -1, -1)
 
 
-class Run(NamedTuple):
-    """Keys and values (kv_heads, slots, dim) of ``count`` tokens behind the certain ones, in the type of dense pages."""
+@dataclass(frozen=True)
+class Run:
+    """Keys and values (kv_heads, slots, dim) of ``count`` tokens behind those that are certain, like dense pages."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -144,7 +145,8 @@ class Run(NamedTuple):
 
 class Rows(NamedTuple):
     """Tokens that decode. ``places`` (n or more, 2) int32: sequence, and place counted from the first token ever;
-    ``paths`` (n, depth) int32: of nodes of trees the tokens from the root on, counted from the certain ones, then -1."""
+    ``paths`` (n, depth) int32: of nodes of trees the tokens from the root on, counted from those that are certain, then
+    -1."""
 
     places: torch.Tensor
     paths: torch.Tensor | None = None

@@ -1,0 +1,132 @@
+"""What the decoder and the engine ask of a cache of keys and values."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from tightfit.budget.ledger import Workspace
+from tightfit.kernels.attention import Scoring
+
+BLOCK = 32  # tokens that become certain between two moments at which a cache lets go of tokens or codes them
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """What one layer keeps of one sequence: ``slots`` tokens, of which a query sees ``window``.
+
+    ``shared`` values are the first ``value_dim`` features of the keys and take no bytes.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    slots: int
+    shared: bool = False
+    window: int | None = None
+    heads: int = 1
+
+    def nbytes(self, itemsize: int) -> int:
+        return self.kv_heads * self.slots * itemsize * (self.key_dim + (0 if self.shared else self.value_dim))
+
+
+class SegmentLike(Protocol):
+    """A segment of a batch (:class:`tightfit.model.batch.Segment`)."""
+
+    slot: int
+    start: int
+    length: int | None
+
+
+class Step(Protocol):
+    """What a cache reads of a batch (:class:`tightfit.model.batch.Batch`)."""
+
+    @property
+    def places(self) -> torch.Tensor: ...
+    @property
+    def paths(self) -> torch.Tensor | None: ...
+    @property
+    def certain(self) -> torch.Tensor: ...
+    @property
+    def tentative(self) -> bool: ...
+    @property
+    def vector(self) -> int: ...
+    @property
+    def prefills(self) -> Sequence[tuple[Any, int, int]]: ...
+
+
+class Turn(NamedTuple):
+    """Cosines and sines (tokens, half) by which queries and keys are turned, and, where a cache counts positions anew,
+    those for queries that look at its first tokens."""
+
+    tables: tuple[torch.Tensor, torch.Tensor]
+    interleaved: bool
+    anchors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class BaseCache(ABC):
+    """The ``kv`` account. Tokens are tentative when they are added, and certain once :meth:`commit` says so.
+
+    ``gemm_dtype`` is what prefill multiplies in; with torch.bfloat16 attention does too.
+    """
+
+    sequences: int
+    gemm_dtype: torch.dtype
+    anchors = 0  # first tokens that queries see from another position than their own
+
+    def anchor_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """The positions from which queries at ``positions`` look at the anchors."""
+        return positions
+
+    @abstractmethod
+    def update(
+        self,
+        layer: int,
+        step: Step,
+        q_: torch.Tensor | None,
+        k_: torch.Tensor,
+        v: torch.Tensor | None,
+        turn: Turn | None,
+        ws: Workspace,
+    ) -> Any:
+        """Adds ``k`` (n, kv_heads, key_dim) and ``v`` (n, kv_heads, value_dim) of a step's tokens to a layer, after
+        ``q`` (n, heads, key_dim) and ``k`` were turned in place. No ``v`` where values are a view of keys. What it
+        gives is for :meth:`attend_step`, and lies in the enclosing frame of ``ws``."""
+
+    @abstractmethod
+    def attend_step(
+        self, layer: int, step: Step, held: Any, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
+    ) -> None:
+        """Attention of the step's tokens, ``q`` (n, heads, key_dim), into ``out`` (n, heads, value_dim). Prompt tokens
+        are certain afterwards."""
+
+    @abstractmethod
+    def begin(self, slot: int, start: int) -> None:
+        """The next tokens of a sequence come at ``start``: what was kept from there on is forgotten."""
+
+    @abstractmethod
+    def prefilled(self, slot: int, start: int, stop: int) -> None:
+        """Tokens ``start`` to ``stop`` of a prompt went through all layers."""
+
+    @abstractmethod
+    def commit(self, slot: int, path: Sequence[int]) -> None:
+        """Of a sequence's tentative tokens those of ``path``, ascending, are certain now, and the others gone."""
+
+    def room(self, slot: int) -> int:
+        """How many tokens may be tentative at once, one behind the other: no further than to the next moment at which
+        the cache changes what it keeps."""
+        return 1 << 30
+
+    def reusable(self, slot: int, common: int) -> int:
+        """How many of the first ``common`` tokens that a sequence has had can be kept when it goes on differently."""
+        return common
+
+    @contextmanager
+    def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:
+        """Inside, the chunks of a whole prompt go through one layer; at the end they are certain there."""
+        yield
