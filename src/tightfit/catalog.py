@@ -19,6 +19,13 @@ from tightfit.errors import UsageError
 SEAMS = {
     "weights": ("tightfit.weights.formats",),
     "experts": ("tightfit.experts",),
+    "kv": (
+        "tightfit.kv.evict",
+        "tightfit.kv.quantize",
+        "tightfit.kv.lowrank",
+        "tightfit.kv.select",
+        "tightfit.kv.offload",
+    ),
 }
 
 VALUE_TYPES: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -58,7 +58,7 @@ class Engine:
             for segment, sequence in zip(batch.segments, sequences, strict=True):
                 sequence.computed = segment.stop
                 if segment.decode:
-                    self.cache.commit(segment.slot, range(len(segment.tokens)))
+                    self.cache.commit(segment.slot, range(len(segment.tokens)), self.ws)
                 if segment.logits == "none":
                     continue
                 token = sequence.sampler.sample(logits[row], sequence.tokens)

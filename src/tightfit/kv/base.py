@@ -114,7 +114,7 @@ class BaseCache(ABC):
         """Tokens ``start`` to ``stop`` of a prompt went through all layers."""
 
     @abstractmethod
-    def commit(self, slot: int, path: Sequence[int]) -> None:
+    def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
         """Of a sequence's tentative tokens those of ``path``, ascending, are certain now, and the others gone."""
 
     def room(self, slot: int) -> int:

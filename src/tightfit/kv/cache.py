@@ -79,7 +79,7 @@ class Cache(BaseCache):
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = stop
 
-    def commit(self, slot: int, path: Sequence[int]) -> None:
+    def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
         start = self.tokens[slot]
         for place, order in enumerate(path):
             if place != order:

@@ -1,0 +1,556 @@
+"""A cache that lets go of tokens, stores them in few bits, reads only some of them or keeps them in a file.
+
+All of these are the same store of pages (:mod:`tightfit.kernels.pages`) with another list of tokens or another kind of
+page. What a prompt's chunk adds lies in scratch memory while its layer is computed; then it is certain, methods judge
+it, and what stays is written. What decoding adds is tentative until :meth:`PagedCache.commit`; tokens are judged, coded and
+moved when their sequence has a multiple of 32 tokens, never between, so that drafts which are refused leave no trace.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tightfit.budget.ledger import Arena, Workspace
+from tightfit.kernels import attention, ops, pages
+from tightfit.kernels.attention import Scoring
+from tightfit.kernels.pages import PAGE, Codec, Looking, Pages, Rows, Run
+from tightfit.kv import budgets
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Step, Turn
+from tightfit.kv.cache import place
+from tightfit.kv.compose import Composition
+from tightfit.kv.evict.window import Window
+from tightfit.kv.method import Seen
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one layer reserves for each sequence: tokens ``kept`` by each head on average, the most that one head can
+    have, and pages of all heads."""
+
+    kept: int
+    table_pages: int
+    dense_pages: int
+    coded_pages: int
+
+
+@dataclass
+class Held:
+    """A step's tokens of one layer on their way through attention: the run of each prefill segment and the place of its
+    first token there, and the queries that look at anchors."""
+
+    runs: list[tuple[Run, int]]
+    anchor_q: torch.Tensor | None
+
+
+@dataclass
+class Whole:
+    """A whole prompt on its way through one layer: what its last queries were, and what tokens received."""
+
+    run: Run
+    start: int
+    last: int  # queries that are wanted
+    q: torch.Tensor  # (last, heads, key_dim), with anchor_q and lse (last, heads)
+    anchor_q: torch.Tensor
+    lse: torch.Tensor
+    given: torch.Tensor | None
+
+
+class PagedCache(BaseCache):
+    """The cache of a composition; ``tail`` tokens of each sequence may be tentative at once."""
+
+    def __init__(
+        self,
+        layouts: list[LayerLayout],
+        composition: Composition,
+        context: int,
+        sequences: int,
+        dtype: torch.dtype,
+        arena: Arena,
+        gemm_dtype: torch.dtype = torch.float32,
+        tail: int = 1,
+    ) -> None:
+        composition.check(layouts)
+        self.layouts = layouts
+        self.composition = composition
+        self.context = context
+        self.sequences = sequences
+        self.dtype = dtype
+        self.gemm_dtype = gemm_dtype
+        self.tail = tail
+        self.evictor = evictor = composition.evictor
+        self.observes = "nothing" if evictor is None else evictor.observes
+        self.anchors = 0 if evictor is None else evictor.anchors
+        self.sizes = [self._size(layout, kept) for layout, kept in zip(layouts, self._kept(context), strict=True)]
+        self._file = -1 if composition.tier is None else composition.tier.open()
+        self._file_size = 0
+        self.tokens = _numbers(arena, sequences)
+        self.layers = [self._pages(index, arena) for index in range(len(layouts))]
+        self.mass: list[torch.Tensor] = []
+        self.drafts: list[_Drafts] = []
+        if self.observes != "nothing":
+            self.mass = [place(arena, tuple(pages.positions.shape), torch.float32) for pages in self.layers]  # type: ignore[union-attr]
+            self.drafts = [_Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
+        self._begun = [False] * sequences
+        self._drafting = [False] * sequences
+        self._pruned = [False] * sequences
+        self._whole: Whole | None = None
+
+    def close(self) -> None:
+        """Gives the file back."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    # ---- what is reserved ----
+
+    @property
+    def _ahead(self) -> int:
+        """Tokens that may come between two moments at which tokens are let go of, and behind them tentative ones."""
+        return BLOCK + self.tail
+
+    def _kept(self, tokens: int) -> list[int]:
+        """How many tokens each head of each layer keeps on average of so many that came."""
+        evictor, layers = self.evictor, len(self.layouts)
+        if evictor is None:
+            return [tokens] * layers
+        keep = min(evictor.kept(tokens), tokens)
+        return budgets.of_layers(evictor.budget, keep, layers, sum(evictor.protected(keep)), tokens)
+
+    def _limit(self, layer: int, tokens: int) -> int:
+        """As :meth:`_kept`, of one layer, whose queries may see no more than a window."""
+        window = self.layouts[layer].window
+        kept = max(self._kept(tokens)[layer], 1)
+        return kept if window is None else min(kept, window)
+
+    @property
+    def _has_codes(self) -> bool:
+        c = self.composition
+        return c.key_codec is not None or c.value_codec is not None or c.pruner is not None
+
+    def _size(self, layout: LayerLayout, kept: int) -> Sizes:
+        kept = min(kept, self.context, layout.window or kept)
+        heads, tier, recent = layout.kv_heads, self.composition.tier, self.composition.recent
+        ragged = self.evictor is not None and self.evictor.budget == "adakv"
+        more = self._ahead
+        table_pages = -(-(min(kept * heads if ragged else kept, self.context) + more) // PAGE)
+        # Of all heads together; each has a page that is not full.
+        whole = heads * -(-(kept + more) // PAGE) + (heads if ragged else 0)
+        resident = whole if tier is None else heads * (-(-tier.resident // PAGE) + 1)
+        if not self._has_codes:
+            in_memory = min(whole, resident + heads * (-(-more // PAGE) + 1))
+            return Sizes(kept, table_pages, in_memory, 0)
+        # What is not coded yet; and while pages change their kind, that of one head once more.
+        dense = heads * -(-(recent + PAGE - 1 + more) // PAGE) + -(-recent // PAGE) + 1
+        return Sizes(kept, table_pages, min(dense, whole + 1), min(whole, resident))
+
+    def _pages(self, index: int, arena: Arena) -> Pages:
+        layout, size, composition, sequences = self.layouts[index], self.sizes[index], self.composition, self.sequences
+        heads, as_they_are = layout.kv_heads, 8 * self.dtype.itemsize
+        pruner, key, value = composition.pruner, composition.key_codec, composition.value_codec
+        width = layout.key_dim if pruner is None else pruner.kept(layout.key_dim)
+        key_codec = Codec(as_they_are if key is None else key.bits, width, per_channel=True)
+        value_codec = Codec(as_they_are if value is None else value.bits, layout.value_dim, per_channel=False)
+        dense, coded = (sequences, size.dense_pages, PAGE), (sequences, size.coded_pages)
+        keys = place(arena, (*dense, layout.key_dim), self.dtype)
+        shared, listed = layout.shared, (sequences, heads, size.table_pages)
+        values = keys[..., : layout.value_dim] if shared else place(arena, (*dense, layout.value_dim), self.dtype)
+        coded_keys = coded_values = positions = channels = bounds = None
+        if self._has_codes:
+            coded_keys = place(arena, (*coded, key_codec.page_bytes), torch.uint8)
+            coded_values = None if shared else place(arena, (*coded, value_codec.page_bytes), torch.uint8)
+        if self.evictor is not None or layout.window is not None:
+            positions = _numbers(arena, sequences, heads, size.table_pages * PAGE)
+        if pruner is not None:
+            channels = _numbers(arena, sequences, heads, width)
+        if self.selects(index):
+            bounds = place(arena, (*listed, 2, layout.key_dim), self.dtype)
+        keys_at = self._file_size
+        values_at = keys_at + sequences * heads * size.table_pages * key_codec.page_bytes
+        self._file_size = values_at + sequences * heads * size.table_pages * value_codec.page_bytes
+        return Pages(
+            keys,
+            values,
+            _numbers(arena, *listed),
+            lengths=_numbers(arena, sequences, heads),
+            coded=_numbers(arena, sequences, heads),
+            cold=_numbers(arena, sequences, heads),
+            bounded=_numbers(arena, sequences, heads),
+            dense_free=_numbers(arena, sequences, 1 + size.dense_pages),
+            coded_free=_numbers(arena, sequences, 1 + size.coded_pages),
+            tokens=self.tokens,
+            key_codec=key_codec,
+            value_codec=value_codec,
+            coded_keys=coded_keys,
+            coded_values=coded_values,
+            positions=positions,
+            channels=channels,
+            bounds=bounds,
+            file=self._file,
+            keys_at=keys_at,
+            values_at=values_at,
+        )
+
+    def selects(self, layer: int) -> bool:
+        """Whether tokens that decode see only some pages of a layer."""
+        selector = self.composition.selector
+        return selector is not None and layer >= selector.full and self.layouts[layer].window is None
+
+    # ---- a step ----
+
+    def anchor_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.evictor, Window) and self.evictor.positions == "cache":
+            return positions.clamp(max=int(self.evictor.keep) - 1)
+        return positions
+
+    def update(
+        self,
+        layer: int,
+        step: Step,
+        q_: torch.Tensor | None,
+        k_: torch.Tensor,
+        v: torch.Tensor | None,
+        turn: Turn | None,
+        ws: Workspace,
+    ) -> Held:
+        kept, layout, anchor_q = self.layers[layer], self.layouts[layer], None
+        if turn is not None and q_ is not None:
+            if turn.anchors is not None:
+                anchor_q = ws.empty(*q_.shape)
+                ops.copy_(anchor_q, q_)
+                attention.rotate_(anchor_q, *turn.anchors, turn.interleaved, ws)
+            attention.rotate_(q_, *turn.tables, turn.interleaved, ws)
+            attention.rotate_(k_, *turn.tables, turn.interleaved, ws)
+        rows = step.vector
+        if rows:
+            pages.append(kept, Rows(step.places), k_[:rows], None if v is None else v[:rows])
+        runs = []
+        for segment, a, b in step.prefills:
+            if self._whole is None:
+                run, at = _new_run(layout, b - a, self.dtype, ws), 0
+            else:
+                run, at = self._whole.run, segment.start - self._whole.start
+                run = Run(run.keys, run.values, at + b - a)
+            ops.copy_(run.keys[:, at : at + b - a], k_[a:b].transpose(0, 1))
+            if v is not None:
+                ops.copy_(run.values[:, at : at + b - a], v[a:b].transpose(0, 1))
+            runs.append((run, at))
+        return Held(runs, anchor_q)
+
+    def attend_step(
+        self, layer: int, step: Step, held: Held, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
+    ) -> None:
+        if isinstance(self.evictor, Window):
+            visible = self.evictor.visible
+            scoring = scoring._replace(window=min(visible, scoring.window or visible))
+        kept, rows, heads = self.layers[layer], step.vector, q.shape[1]
+        if rows:
+            with ws.frame():
+                looking = self._looking(layer, Rows(step.places), q[:rows], _part(held.anchor_q, 0, rows), ws)
+                lse = ws.empty(rows, heads) if self.mass else None
+                which = Rows(step.places, step.paths)
+                pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
+                if lse is not None and step.tentative:
+                    self.drafts[layer].put(which, self.tokens, looking, lse, scoring)
+                    for slot in set(step.places[:rows, 0].tolist()):
+                        self._drafting[slot] = True
+                elif lse is not None:
+                    pages.weigh_rows(kept, which, looking, lse, self.mass[layer], ws, scoring)
+        for (segment, a, b), (run, at) in zip(step.prefills, held.runs, strict=True):
+            with ws.frame():
+                looking = Looking(q[a:b], _part(held.anchor_q, a, b), self.anchors)
+                lse = ws.empty(b - a, heads) if self.mass else None
+                bf16 = self.gemm_dtype == torch.bfloat16
+                pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
+                if self._whole is not None:
+                    self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
+                    continue
+                given = None
+                if lse is not None:
+                    given = self._received(layer, run.count, ws)
+                    self._weigh(layer, segment.slot, run, at, looking, lse, given, ws, scoring)
+                self._settle(layer, segment.slot, run, looking.q, given, ws)
+
+    def _looking(
+        self, layer: int, rows: Rows, q: torch.Tensor, anchor_q: torch.Tensor | None, ws: Workspace
+    ) -> Looking:
+        selector, chosen = self.composition.selector, None
+        if selector is not None and self.selects(layer):
+            chosen = ws.empty(q.shape[0], self.layouts[layer].kv_heads, selector.tokens // PAGE, dtype=torch.int32)
+            pages.select(self.layers[layer], rows, q, chosen, ws)
+        return Looking(q, anchor_q, self.anchors, chosen)
+
+    def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor:
+        """Zeros (kv_heads, tokens), for what the certain tokens and ``count`` others receive."""
+        given = ws.empty(self.layouts[layer].kv_heads, self.sizes[layer].table_pages * PAGE + count)
+        ops.zero_(given)
+        return given
+
+    def _weigh(
+        self,
+        layer: int,
+        slot: int,
+        run: Run,
+        at: int,
+        looking: Looking,
+        lse: torch.Tensor,
+        given_: torch.Tensor,
+        ws: Workspace,
+        scoring: Scoring,
+    ) -> None:
+        """Adds to ``given`` what the queries that are observed look at."""
+        first = 0
+        if self.observes == "last" and self.evictor is not None:
+            first = max(len(looking.q) - self.evictor.window, 0)
+        part = Looking(looking.q[first:], _part(looking.anchor_q, first, None), looking.anchors)
+        pages.weigh(self.layers[layer], slot, run, at + first, part, lse[first:], given_, ws, scoring)
+
+    # ---- tokens that are certain ----
+
+    def begin(self, slot: int, start: int) -> None:
+        if self._begun[slot] and start == int(self.tokens[slot]):
+            return
+        if start != 0:
+            raise ValueError(f"sequence {slot} has {int(self.tokens[slot])} tokens, and goes on at {start}")
+        self._begun[slot], self._pruned[slot] = True, False
+        self.tokens[slot] = 0
+        for kept in self.layers:
+            kept.reset(slot)
+            for head in range(kept.table.shape[1]):  # room for what decodes without a prompt
+                for page in range(-(-self._ahead // PAGE)):
+                    free = kept.dense_free[slot]
+                    kept.table[slot, head, page] = free[int(free[0])]
+                    free[0] -= 1
+        for mass in self.mass:
+            mass[slot] = 0.0
+
+    def prefilled(self, slot: int, start: int, stop: int) -> None:
+        self.tokens[slot] = stop
+        self._pruned[slot] = True
+
+    def room(self, slot: int) -> int:
+        return min(BLOCK - int(self.tokens[slot]) % BLOCK, self.tail)
+
+    def reusable(self, slot: int, common: int) -> int:
+        return common if common == int(self.tokens[slot]) else 0
+
+    def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
+        if self.drafts and self._drafting[slot]:
+            self._commit_drafts(slot, path, ws)
+        elif list(path) != list(range(len(path))):
+            for kept in self.layers:
+                pages.straighten(kept, slot, torch.tensor(path, dtype=torch.int32))
+        torch._foreach_add_([kept.lengths[slot] for kept in self.layers], len(path))
+        self.tokens[slot] += len(path)
+        if int(self.tokens[slot]) % BLOCK == 0 and path:
+            for layer, layout in enumerate(self.layouts):
+                with ws.frame():
+                    given = self._received(layer, 0, ws) if self.mass else None
+                    self._settle(layer, slot, _new_run(layout, 0, self.dtype, ws), None, given, ws)
+
+    @contextmanager
+    def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:
+        layout, count, evictor = self.layouts[layer], len(segment.tokens), self.evictor
+        wanted = evictor.window if evictor is not None and self.observes == "last" else 0
+        if self.composition.pruner is not None:
+            wanted = max(wanted, self.composition.pruner.window)
+        last = min(wanted, count)
+        with ws.frame():
+            run = _new_run(layout, count, self.dtype, ws)
+            q, anchor_q = ws.empty(2, last, layout.heads, layout.key_dim)
+            given = self._received(layer, count, ws) if self.mass else None
+            whole = Whole(run, segment.start, last, q, anchor_q, ws.empty(last, layout.heads), given)
+            self._whole = whole
+            try:
+                yield
+            finally:
+                self._whole = None
+            self._settle(layer, segment.slot, run, whole.q, given, ws)
+
+    def _watch(
+        self,
+        layer: int,
+        slot: int,
+        whole: Whole,
+        run: Run,
+        at: int,
+        looking: Looking,
+        lse: torch.Tensor | None,
+        ws: Workspace,
+        scoring: Scoring,
+    ) -> None:
+        """Keeps what is wanted of the queries of a chunk of a whole prompt; all of them are weighed chunk by chunk, the
+        last ones when they are there."""
+        count, total = len(looking.q), whole.run.count
+        first = max(total - whole.last - at, 0)  # of this chunk's, the first that is among the last of all
+        if first < count:
+            to = at + first - (total - whole.last)
+            rows = slice(to, to + count - first)
+            ops.copy_(whole.q[rows], looking.q[first:])
+            if looking.anchor_q is not None:
+                ops.copy_(whole.anchor_q[rows], looking.anchor_q[first:])
+            if lse is not None:
+                ops.copy_(whole.lse[rows], lse[first:])
+        if whole.given is None or lse is None:
+            return
+        if self.observes == "all":
+            pages.weigh(self.layers[layer], slot, run, at, looking, lse, whole.given, ws, scoring)
+        elif at + count == total:
+            turned = None if looking.anchor_q is None else whole.anchor_q
+            last = Looking(whole.q, turned, looking.anchors)
+            self._weigh(layer, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
+
+    def _settle(
+        self,
+        layer: int,
+        slot: int,
+        run: Run,
+        q: torch.Tensor | None,
+        given: torch.Tensor | None,
+        ws: Workspace,
+    ) -> None:
+        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
+        kept, evictor, pruner = self.layers[layer], self.evictor, self.composition.pruner
+        heads, tier = self.layouts[layer].kv_heads, self.composition.tier
+        resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
+
+        def keep(indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
+            pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self._ahead)
+
+        if kept.positions is None or ops.is_dry():
+            if pruner is not None and q is not None and not ops.is_dry() and not self._pruned[slot]:
+                kept.channels[slot] = pruner.choose(q, run.keys[:, : run.count])  # type: ignore[index]
+            if kept.positions is not None:
+                ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
+            keep()
+            return
+        before = kept.lengths[slot].tolist()
+        counts = [length + run.count for length in before]
+        tokens = int(self.tokens[slot]) + run.count
+        limit = self._limit(layer, tokens)
+        if pruner is not None and q is not None and not self._pruned[slot]:
+            kept.channels[slot] = pruner.choose(q, run.keys[:, : run.count])  # type: ignore[index]
+        positions = ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
+        for head, length in enumerate(before):
+            positions[head, :length] = kept.positions[slot, head, :length]
+            positions[head, length : length + run.count] = torch.arange(tokens - run.count, tokens)
+            if given is not None and self._remembers(run.count):
+                given[head, :length] += self.mass[layer][slot, head, :length]
+        ragged = evictor is not None and evictor.budget == "adakv"
+        window = self.layouts[layer].window
+        # The next query stands at `tokens`, and sees itself too.
+        oldest = min((int(positions[head, 0]) for head in range(heads) if counts[head]), default=tokens)
+        too_old = window is not None and oldest <= tokens - window
+        if too_old or (sum(counts) > limit * heads if ragged else max(counts) > limit):
+            indices, counts = self._judge(layer, given, positions, counts, tokens, limit)
+            keep(indices, torch.tensor(counts, dtype=torch.int32))
+            gather = indices.long().clamp(max=positions.shape[1] - 1)
+            positions[:, : indices.shape[1]] = positions.gather(1, gather)
+            if given is not None:
+                given[:, : indices.shape[1]] = given.gather(1, gather)
+        else:
+            keep()
+        ahead = torch.arange(tokens, tokens + self._ahead)
+        for head, length in enumerate(counts):
+            kept.positions[slot, head, :length] = positions[head, :length]
+            kept.positions[slot, head, length : length + len(ahead)] = ahead  # where the next tokens will be
+            if given is not None:
+                mass = self.mass[layer][slot, head]
+                mass[:] = 0.0
+                if self.observes == "all" or run.count:  # else the last queries were judged, and others come
+                    mass[:length] = given[head, :length]
+
+    def _remembers(self, count: int) -> bool:
+        """Whether tokens keep what they received before: where all queries count, and where a chunk has fewer than are
+        observed."""
+        return self.observes == "all" or (self.evictor is not None and 0 <= count < self.evictor.window)
+
+    def _judge(
+        self,
+        layer: int,
+        given: torch.Tensor | None,
+        positions: torch.Tensor,
+        counts: list[int],
+        tokens: int,
+        limit: int,
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
+        evictor, window = self.evictor, self.layouts[layer].window
+        width = max(counts)
+        positions = positions[:, :width]
+        if evictor is None:
+            scores = positions.float()
+        else:
+            mass = torch.zeros(positions.shape) if given is None else given[:, :width].clone()
+            scores = evictor.scores(Seen(mass, positions, counts, tokens))
+            first, last = evictor.protected(limit)
+            for head, count in enumerate(counts):
+                scores[head, : min(first, count)] = torch.inf
+                scores[head, max(count - last, 0) : count] = torch.inf
+        if window is not None:
+            scores = scores.masked_fill(positions <= tokens - window, -torch.inf)
+        indices, kept = budgets.choose(scores, counts, limit, "uniform" if evictor is None else evictor.budget)
+        return indices, kept.tolist()
+
+    def _commit_drafts(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
+        """The tentative tokens of ``path`` become the first ones, and what they looked at is noted."""
+        self._drafting[slot] = False
+        order = torch.tensor(path, dtype=torch.int32)
+        start = int(self.tokens[slot])
+        rows = Rows(torch.tensor([(slot, start + index) for index in range(len(path))], dtype=torch.int32).view(-1, 2))
+        for layer, (kept, drafts) in enumerate(zip(self.layers, self.drafts, strict=True)):
+            pages.straighten(kept, slot, order)
+            if not path:
+                continue
+            with ws.frame():
+                looking = self._looking(layer, rows, drafts.q[slot, order], drafts.turned(slot, order), ws)
+                lse, scoring = drafts.lse[slot, order], drafts.scoring
+                pages.weigh_rows(kept, rows, looking, lse, self.mass[layer], ws, scoring)
+
+
+class _Drafts:
+    """What tentative tokens of a layer look with: queries (sequences, tail, heads, key_dim), and lse."""
+
+    def __init__(self, layout: LayerLayout, sequences: int, tail: int, arena: Arena) -> None:
+        shape = (sequences, tail, layout.heads)
+        self.q = place(arena, (*shape, layout.key_dim), torch.float32)
+        self.anchor_q = place(arena, (*shape, layout.key_dim), torch.float32)
+        self.lse = place(arena, shape, torch.float32)
+        self.scoring = Scoring(1.0)
+        self._anchored = False
+
+    def put(self, rows: Rows, tokens: torch.Tensor, looking: Looking, lse: torch.Tensor, scoring: Scoring) -> None:
+        """Keeps those of a step."""
+        self.scoring, self._anchored = scoring, looking.anchor_q is not None
+        if ops.is_dry():
+            return
+        slots, places = rows.places[: len(lse)].long().unbind(1)
+        order = places - tokens[slots]
+        self.q[slots, order] = looking.q
+        self.lse[slots, order] = lse
+        if looking.anchor_q is not None:
+            self.anchor_q[slots, order] = looking.anchor_q
+
+    def turned(self, slot: int, order: torch.Tensor) -> torch.Tensor | None:
+        return self.anchor_q[slot, order] if self._anchored else None
+
+
+def _numbers(arena: Arena, *shape: int) -> torch.Tensor:
+    return place(arena, shape, torch.int32)
+
+
+def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:
+    return None if x is None else x[start:stop]
+
+
+def _new_run(layout: LayerLayout, count: int, dtype: torch.dtype, ws: Workspace) -> Run:
+    """Room for the keys and values of ``count`` tokens, in scratch memory."""
+    keys = ws.empty(layout.kv_heads, max(count, 1), layout.key_dim, dtype=dtype)
+    if layout.shared:
+        return Run(keys, keys[..., : layout.value_dim], count)
+    return Run(keys, ws.empty(layout.kv_heads, max(count, 1), layout.value_dim, dtype=dtype), count)
