@@ -2,8 +2,8 @@
 
 A page holds 32 tokens of one head. Dense pages hold them in the cache's own type; coded pages hold codes of 8, 4 or 2
 bits, of keys with a scale and a minimum for each channel of a page, of values for each token and group of 32 channels
-(the layout of KIVI, https://arxiv.org/abs/2402.02750), or with 16 bits and more, numbers as they are. Pages may also lie
-in a file.
+(the layout of KIVI, https://arxiv.org/abs/2402.02750), or with 16 bits and more, numbers as they are. Pages may also
+lie in a file.
 """
 
 from __future__ import annotations
@@ -17,44 +17,10 @@ from tightfit.budget.ledger import Workspace
 from tightfit.kernels import cpu
 from tightfit.kernels import pages_reference as reference
 from tightfit.kernels.attention import KINDS, Scoring, _block, _run
+from tightfit.kernels.codec import PAGE as PAGE
+from tightfit.kernels.codec import Codec as Codec
 
-PAGE = 32  # tokens
-CODE_GROUP = 32  # channels of a value that share a scale
 EVERYTHING = 1 << 62
-
-
-@dataclass(frozen=True)
-class Codec:
-    """How numbers of coded pages are stored: ``bits`` each, 16 and more being the cache's own type, in rows of ``dim``;
-    ``per_channel`` says which of them share a scale and a minimum."""
-
-    bits: int
-    dim: int
-    per_channel: bool
-
-    @property
-    def dense(self) -> bool:
-        return self.bits >= 16
-
-    @property
-    def row_bytes(self) -> int:
-        return -(-self.dim * self.bits // 8)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.dim // CODE_GROUP)
-
-    @property
-    def scales(self) -> int:
-        """How many numbers of a page have a scale of their own."""
-        if self.dense:
-            return 0
-        return self.dim if self.per_channel else PAGE * self.groups
-
-    @property
-    def page_bytes(self) -> int:
-        """32 rows of codes, the first in the lowest bits; then scales, then minima in float16."""
-        return -(-(PAGE * self.row_bytes + 4 * self.scales) // 64) * 64
 
 
 @dataclass(eq=False)
@@ -131,8 +97,10 @@ class Pages:
             free[sequence, 1:] = torch.arange(pages - 1, -1, -1)
 
 
-class Run(NamedTuple):
-    """Keys and values (kv_heads, slots, dim) of ``count`` tokens behind the certain ones, in the type of dense pages."""
+@dataclass(frozen=True)
+class Run:
+    """Keys and values (kv_heads, slots, dim) of ``count`` tokens behind the certain ones, in the type of dense pages.
+    Values may be the first features of keys."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -144,7 +112,8 @@ class Run(NamedTuple):
 
 class Rows(NamedTuple):
     """Tokens that decode. ``places`` (n or more, 2) int32: sequence, and place counted from the first token ever;
-    ``paths`` (n, depth) int32: of nodes of trees the tokens from the root on, counted from the certain ones, then -1."""
+    ``paths`` (n, depth) int32: of nodes of trees the tokens from the root on, counted from the certain ones, then
+    -1."""
 
     places: torch.Tensor
     paths: torch.Tensor | None = None
