@@ -17,44 +17,10 @@ from tightfit.budget.ledger import Workspace
 from tightfit.kernels import cpu
 from tightfit.kernels import pages_reference as reference
 from tightfit.kernels.attention import KINDS, Scoring, _block, _run
+from tightfit.kernels.codec import PAGE as PAGE
+from tightfit.kernels.codec import Codec as Codec
 
-PAGE = 32  # tokens
-CODE_GROUP = 32  # channels of a value that share a scale
 EVERYTHING = 1 << 62
-
-
-@dataclass(frozen=True)
-class Codec:
-    """How numbers of coded pages are stored: ``bits`` each, 16 and more being the cache's own type, in rows of ``dim``;
-    ``per_channel`` says which of them share a scale and a minimum."""
-
-    bits: int
-    dim: int
-    per_channel: bool
-
-    @property
-    def dense(self) -> bool:
-        return self.bits >= 16
-
-    @property
-    def row_bytes(self) -> int:
-        return -(-self.dim * self.bits // 8)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.dim // CODE_GROUP)
-
-    @property
-    def scales(self) -> int:
-        """How many numbers of a page have a scale of their own."""
-        if self.dense:
-            return 0
-        return self.dim if self.per_channel else PAGE * self.groups
-
-    @property
-    def page_bytes(self) -> int:
-        """32 rows of codes, the first in the lowest bits; then scales, then minima in float16."""
-        return -(-(PAGE * self.row_bytes + 4 * self.scales) // 64) * 64
 
 
 @dataclass(eq=False)
@@ -133,7 +99,8 @@ class Pages:
 
 @dataclass(frozen=True)
 class Run:
-    """Keys and values (kv_heads, slots, dim) of ``count`` tokens behind those that are certain, like dense pages."""
+    """Keys and values (kv_heads, slots, dim) of ``count`` tokens behind the certain ones, in the type of dense pages.
+    Values may be the first features of keys."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -145,7 +112,7 @@ class Run:
 
 class Rows(NamedTuple):
     """Tokens that decode. ``places`` (n or more, 2) int32: sequence, and place counted from the first token ever;
-    ``paths`` (n, depth) int32: of nodes of trees the tokens from the root on, counted from those that are certain, then
+    ``paths`` (n, depth) int32: of nodes of trees the tokens from the root on, counted from the certain ones, then
     -1."""
 
     places: torch.Tensor

@@ -290,13 +290,13 @@ void write(const Prefill& p, const Sizes& sizes, const Buffers& s) {
         const size_t token = row / p.groups, head = row % p.groups;
         float top = s.tops[row], total = s.totals[row], shrink = 1.0f;
         if (p.sinks) {
-            const float sink = p.sinks[head] * 1.44269504f, new_top = std::max(top, sink);
-            shrink = std::exp2(top - new_top);
-            total = total * shrink + std::exp2(sink - new_top);
+            const float sink = p.sinks[head] * 1.44269504f, before = top;
+            top = std::max(before, sink), shrink = std::exp2(before - top);
+            total = total * shrink + std::exp2(sink - top);
         }
         const __m512 scale = _mm512_set1_ps(shrink / total);
         const float* from = s.outputs + (row / TILE * sizes.value_tiles * TILE + row % TILE) * TILE;
-        if (p.lse.data) p.lse[token][head] = top - std::log2(shrink) + std::log2(total);
+        if (p.lse.data) p.lse[token][head] = top + std::log2(total);
         float* out = p.out.at(token, head);
         for (size_t d = 0; d < dim; d += TILE, from += FLOATS)
             Avx512::store_part(out + d, _mm512_mul_ps(_mm512_load_ps(from), scale), std::min(TILE, dim - d));
@@ -330,8 +330,9 @@ void fold_stretch(const Prefill& p, const Stretch& stretch, const Buffers& s) {
     const size_t last = std::min(stretch.to, stretch.queries.position(p.rows - 1) + 1);
     const size_t from = std::max(stretch.from, stretch.queries.lowest(0));
     for (size_t block = from / KEY_BLOCK * KEY_BLOCK; block < last; block += KEY_BLOCK) {
-        const size_t end = std::min(block + KEY_BLOCK, stretch.to);
-        const HeadCache head = stretch.head.loaded() ? stretch.head : load_block<Avx512>(stretch.head, block, end, s.pages);
+        const size_t first = std::max(block, stretch.from), end = std::min(block + KEY_BLOCK, stretch.to);
+        const HeadCache head =
+            stretch.head.loaded() ? stretch.head : load_block<Avx512>(stretch.head, block, first, end, s.pages);
         switch (head.kind) {
             case Kind::f16: fold_loaded<F16>(stretch, head, sizes, s, block); break;
             case Kind::bf16: fold_loaded<BF16>(stretch, head, sizes, s, block); break;

@@ -152,10 +152,10 @@ void score_block(const HeadCache& head, size_t rows, const float* q, size_t bloc
     constexpr size_t LANES = Isa::LANES, TILE = VECTORS * LANES;
     for (size_t tile = from / TILE * TILE; tile < to; tile += TILE) {
         const T* keys[TILE];
-        const bool listed = head.table || head.path;  // tokens beyond the last have no slot
+        const bool listed = head.table || head.path;  // only the tokens asked for are sure to have a slot
         size_t slot = listed ? 0 : tile % head.slots;
         for (size_t i = 0; i < TILE; i++) {
-            if (listed) slot = head.slot(std::min(tile + i, to - 1));
+            if (listed) slot = head.slot(std::min(std::max(tile + i, from), to - 1));
             keys[i] = reinterpret_cast<const T*>(head.keys) + slot * head.key_dim;
             if (++slot == head.slots) slot = 0;
         }
@@ -268,7 +268,7 @@ void fold_keys(const HeadCache& head, const Queries& queries, const float* q, si
     const bool shared = head.values == head.keys;
     while (from < to) {
         const size_t block = from / KEY_BLOCK * KEY_BLOCK, end = std::min(block + KEY_BLOCK, to);
-        const size_t slot = head.slot(block);
+        const size_t slot = head.slot(head.table ? from : block);  // pages before may lie elsewhere
         const auto* keys = reinterpret_cast<const char*>(head.keys) + slot * head.key_dim * sizeof(T);
         const auto* values = reinterpret_cast<const char*>(head.values) + slot * head.value_stride * sizeof(T);
         Ahead after{keys, false};
@@ -383,8 +383,8 @@ struct Group {
     }
     unsigned code(float number, size_t bits) const {
         if (!(scale > 0.0f)) return 0;
-        const float code = std::nearbyint((number - minimum) / scale);
-        return static_cast<unsigned>(std::min(std::max(code, 0.0f), static_cast<float>((1 << bits) - 1)));
+        const float code = std::nearbyint((number - minimum) / scale);  // 0 if it is no number
+        return static_cast<unsigned>(std::min(std::max(0.0f, code), static_cast<float>((1 << bits) - 1)));
     }
 };
 
@@ -423,10 +423,10 @@ inline void read_at(int file, uint8_t* out, size_t count, size_t at) {
     }
 }
 
-// The pages of the block from token `block` up to `end`, in memory and as they are multiplied; `scratch` has room for a
-// block of keys and values twice.
+// The pages of the block at token `block` that have tokens [from, end), in memory and as they are multiplied; `scratch`
+// has room for a block of keys and values twice.
 template <class Isa>
-HeadCache load_block(const HeadCache& head, size_t block, size_t end, float* scratch) {
+HeadCache load_block(const HeadCache& head, size_t block, size_t from, size_t end, float* scratch) {
     const size_t first = block / PAGE, pages = (end + PAGE - 1) / PAGE - first;
     const bool shared = head.shared();
     float* keys = scratch;
@@ -434,7 +434,7 @@ HeadCache load_block(const HeadCache& head, size_t block, size_t end, float* scr
     auto* raw_keys = reinterpret_cast<uint8_t*>(scratch + KEY_BLOCK * (head.key_dim + head.value_dim));
     const size_t key_page = head.key_codec.page_bytes(), value_page = head.value_codec.page_bytes();
     auto* raw_values = raw_keys + KEY_BLOCK / PAGE * key_page;
-    for (size_t j = 0; j < pages;) {
+    for (size_t j = from / PAGE - first; j < pages;) {
         size_t count = 1;
         if (head.file >= 0) {  // neighbours in one request
             const size_t page = head.listed(first + j);
@@ -473,7 +473,7 @@ template <class Isa, class Work>
 void for_blocks(const HeadCache& head, size_t from, size_t to, float* scratch, Work work) {
     while (from < to) {
         const size_t block = from / KEY_BLOCK * KEY_BLOCK, end = std::min(block + KEY_BLOCK, to);
-        work(head.loaded() ? head : load_block<Isa>(head, block, end, scratch), block, from, end);
+        work(head.loaded() ? head : load_block<Isa>(head, block, from, end, scratch), block, from, end);
         from = end;
     }
 }

@@ -304,17 +304,26 @@ void load_page(const Head& head, size_t j, PageBuffer& buffer) {
             buffer.keys[t * p.key_dim + static_cast<size_t>(head.channels()[c])] = out[t * width + c];
 }
 
+int32_t* dense_free(const Head& head) { return head.p.dense_free + head.sequence * (head.p.dense_pages + 1); }
+int32_t* coded_free(const Head& head) { return head.p.coded_free + head.sequence * (head.p.coded_pages + 1); }
+
+// Gives the memory of page j back, if it has some.
+void release_page(const Head& head, size_t j) {
+    int32_t& page = head.table()[j];
+    const Where place = where(head, j);
+    if (place == Where::dense) give(dense_free(head), page);
+    if (place == Where::coded) give(coded_free(head), page);
+    page = -1;
+}
+
 void store_page(const Head& head, size_t j, Where place, PageBuffer& buffer, size_t tokens) {
     const Pages& p = head.p;
     const AttentionKernels& k = attention_kernels();
     int32_t& page = head.table()[j];
-    int32_t* dense_free = p.dense_free + head.sequence * (p.dense_pages + 1);
-    int32_t* coded_free = p.coded_free + head.sequence * (p.coded_pages + 1);
-    const Where before = where(head, j);
-    if (before != place) {
-        if (before == Where::dense) give(dense_free, page);
-        if (before == Where::coded) give(coded_free, page);
-        page = place == Where::dense ? take(dense_free) : place == Where::coded ? take(coded_free) : -1;
+    if (where(head, j) != place) {
+        release_page(head, j);
+        if (place == Where::dense) page = take(dense_free(head));
+        if (place == Where::coded) page = take(coded_free(head));
     }
     if (place == Where::dense) {
         k.store(buffer.keys, tokens * p.key_dim, p.kind, head.dense(p.keys, p.key_dim, page));
@@ -339,6 +348,17 @@ void store_page(const Head& head, size_t j, Where place, PageBuffer& buffer, siz
     if (!p.shared()) write_at(p.file, buffer.stored_values, p.value_codec.page_bytes(), head.values_in_file(j));
 }
 
+// A coded page goes to the file as it is.
+void spill_page(const Head& head, size_t j) {
+    const Pages& p = head.p;
+    const int32_t page = head.table()[j];
+    write_at(p.file, head.code(p.coded_keys, p.key_codec, page), p.key_codec.page_bytes(), head.keys_in_file(j));
+    if (!p.shared())
+        write_at(p.file, head.code(p.coded_values, p.value_codec, page), p.value_codec.page_bytes(),
+                 head.values_in_file(j));
+    release_page(head, j);
+}
+
 // The lowest and the highest number of each channel of page j, as they are multiplied.
 void bound_page(const Head& head, size_t j, PageBuffer& buffer) {
     const Pages& p = head.p;
@@ -353,7 +373,20 @@ void bound_page(const Head& head, size_t j, PageBuffer& buffer) {
         }
     }
     uint8_t* out = p.bounds + (head.index * p.table_pages + j) * 2 * p.key_dim * itemsize(p.kind);
-    attention_kernels().store(low, 2 * p.key_dim, p.kind, out);
+    const AttentionKernels& k = attention_kernels();
+    k.store(low, 2 * p.key_dim, p.kind, out);
+    if (p.kind == Kind::f32) return;
+    float* rounded = buffer.keys;
+    k.load(out, p.kind, 2 * p.key_dim, rounded);
+    for (size_t d = 0; d < 2 * p.key_dim; d++) {  // numbers of codes may be rounded to what does not bound them
+        const bool up = d >= p.key_dim;
+        if (up ? rounded[d] >= low[d] : rounded[d] <= low[d]) continue;
+        uint16_t bits;
+        std::memcpy(&bits, out + 2 * d, sizeof bits);
+        const bool negative = bits >> 15;
+        bits = !up && bits == 0 ? 0x8001 : up && bits == 0x8000 ? 1 : up != negative ? bits + 1 : bits - 1;
+        std::memcpy(out + 2 * d, &bits, sizeof bits);
+    }
 }
 
 // The pages of a head after it keeps what it is told to.
@@ -390,23 +423,34 @@ void keep_head(const Head& head, const Run& run, const Keeping& keeping, uint8_t
     const size_t before = head.length(), each = run.slots * itemsize(p.kind);
     const uint8_t* run_keys = run.keys + head.head * each * p.key_dim;
     const uint8_t* run_values = run.values + head.head * each * p.value_dim;
-    size_t loaded = ~size_t(0);
 
-    // Pages that stay as they are but for where they lie.
-    for (size_t j = std::min(head.cold(), outcome.first); j < std::min(outcome.first, before / PAGE); j++) {
-        if (where(head, j) == outcome.place(p, j)) continue;
+    // Pages that hold the same tokens as before, but perhaps elsewhere.
+    size_t changed = outcome.first;  // from here on pages hold other numbers than before
+    for (size_t j = std::min(head.cold(), outcome.first); j < outcome.first; j++) {
+        const Where from = where(head, j), to = outcome.place(p, j);
+        if (from == to) continue;
+        if (from == Where::coded) {
+            spill_page(head, j);
+            continue;
+        }
         load_page(head, j, source);
-        store_page(head, j, outcome.place(p, j), source, PAGE);
+        store_page(head, j, to, source, PAGE);
+        if (!p.key_codec.dense()) changed = std::min(changed, j);
     }
     // The others are filled token by token, in order: the place of a token never lies behind where it comes from, so
     // that of each page that is written everything that is still wanted was read before.
+    size_t loaded = ~size_t(0), released = outcome.first;
     for (size_t i = outcome.first * PAGE; i < outcome.length; i++) {
         const size_t from = keeping.indices
                                 ? static_cast<size_t>(keeping.indices[head.head * keeping.stride + i]) : i;
         float* key = target.keys + i % PAGE * p.key_dim;
         float* value = target.values + i % PAGE * p.value_dim;
         if (from < before) {
-            if (from / PAGE != loaded) load_page(head, loaded = from / PAGE, source);
+            if (from / PAGE != loaded) {
+                load_page(head, loaded = from / PAGE, source);
+                for (; released <= loaded; released++)  // these were read, and those that are written may want them
+                    if (released > i / PAGE) release_page(head, released);
+            }
             std::memcpy(key, source.keys + from % PAGE * p.key_dim, p.key_dim * sizeof(float));
             if (!p.shared()) std::memcpy(value, source.values + from % PAGE * p.value_dim, p.value_dim * sizeof(float));
         } else {
@@ -421,24 +465,16 @@ void keep_head(const Head& head, const Run& run, const Keeping& keeping, uint8_t
     // What lies behind is given back, or wanted for the tokens that come next.
     const size_t pages = (outcome.length + PAGE - 1) / PAGE, wanted = (outcome.length + keeping.tail + PAGE - 1) / PAGE;
     for (size_t j = pages; j < p.table_pages; j++) {
-        int32_t& page = head.table()[j];
-        const Where place = where(head, j);
-        if (place == Where::coded || (place == Where::dense && j >= wanted)) {
-            const bool coded = place == Where::coded;
-            give(coded ? p.coded_free + head.sequence * (p.coded_pages + 1)
-                       : p.dense_free + head.sequence * (p.dense_pages + 1), page);
-            page = -1;
-        }
+        if (where(head, j) == Where::coded || j >= wanted) release_page(head, j);
     }
     p.lengths[head.index] = static_cast<int32_t>(outcome.length);
     p.coded[head.index] = static_cast<int32_t>(outcome.coded);
     p.cold[head.index] = static_cast<int32_t>(outcome.cold);
     for (size_t j = pages; j < wanted; j++)
-        if (head.table()[j] < 0) head.table()[j] = take(p.dense_free + head.sequence * (p.dense_pages + 1));
+        if (head.table()[j] < 0) head.table()[j] = take(dense_free(head));
     if (!p.bounds) return;
     const size_t whole = outcome.length / PAGE;
-    for (size_t j = std::min(outcome.first, head.bounded()); j < whole; j++)
-        if (j >= outcome.first || j >= head.bounded()) bound_page(head, j, source);
+    for (size_t j = std::min(changed, head.bounded()); j < whole; j++) bound_page(head, j, source);
     p.bounded[head.index] = static_cast<int32_t>(whole);
 }
 
