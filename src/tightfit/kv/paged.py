@@ -125,7 +125,7 @@ class PagedCache(BaseCache):
     def _limit(self, layer: int, tokens: int) -> int:
         """As :meth:`_kept`, of one layer, whose queries may see no more than a window."""
         window = self.layouts[layer].window
-        kept = max(self._kept(tokens)[layer], 1)
+        kept = min(max(self._kept(tokens)[layer], 1), self.sizes[layer].kept)
         return kept if window is None else min(kept, window)
 
     @property
