@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +23,8 @@ from tightfit.kernels import attention, ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Codec, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Step, Turn
-from tightfit.kv.cache import place
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kv.cache import as_bytes, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.evict.window import Window
 from tightfit.kv.method import Seen
@@ -63,8 +63,17 @@ class Whole:
     given: torch.Tensor | None
 
 
+class InFile(NamedTuple):
+    """A page that lies in the file."""
+
+    at: int
+    nbytes: int
+
+
 class PagedCache(BaseCache):
     """The cache of a composition; ``tail`` tokens of each sequence may be tentative at once."""
+
+    whole_entries = True
 
     def __init__(
         self,
@@ -92,6 +101,7 @@ class PagedCache(BaseCache):
         self._file = -1 if composition.tier is None else composition.tier.open()
         self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
         self._file_size = 0
+        before = arena.used
         self.tokens = _numbers(arena, sequences)
         self.layers = [self._pages(index, arena) for index in range(len(layouts))]
         self.mass: list[torch.Tensor] = []
@@ -103,6 +113,7 @@ class PagedCache(BaseCache):
             ]
             self.mass = [place(arena, shape, torch.float32) for shape in shapes]
             self.drafts = [_Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
+        self._nbytes = arena.used - before
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
         self._pruned = [False] * sequences
@@ -343,6 +354,71 @@ class PagedCache(BaseCache):
 
     def reusable(self, slot: int, common: int) -> int:
         return common if common == int(self.tokens[slot]) else 0
+
+    # ---- what is kept of prompts ----
+
+    def largest_entry(self, chunk: int) -> int:
+        return -(-(self._nbytes + self._file_size) // self.sequences)
+
+    def entry_nbytes(self, slot: int, start: int, stop: int) -> int:
+        return sum(part.nbytes for part in self._parts(slot)) if int(self.tokens[slot]) == stop else 0
+
+    def save(self, slot: int, start: int, stop: int, put: Move) -> None:
+        for part in self._parts(slot):
+            if isinstance(part, InFile):
+                page = bytearray(part.nbytes)
+                os.preadv(self._file, [page], part.at)
+                put(torch.frombuffer(page, dtype=torch.uint8))
+            else:
+                put(part)
+
+    def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
+        self._begun[slot] = False
+        for kept in self.layers:
+            kept.reset(slot)
+        for mass in self.mass:
+            mass[slot] = 0.0
+        for part in self._parts(slot):
+            if isinstance(part, InFile):
+                page = bytearray(part.nbytes)
+                get(torch.frombuffer(page, dtype=torch.uint8))
+                os.pwritev(self._file, [page], part.at)
+            else:
+                get(part)
+        self.tokens[slot] = stop
+        self._begun[slot] = self._pruned[slot] = True
+
+    def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
+        """All that is kept of a sequence, as flat uint8 tensors and pages in the file. What comes later follows from
+        what came before, so that the same walk fills a sequence that is restored."""
+        for layer, kept in enumerate(self.layers):
+            for numbers in (kept.lengths, kept.coded, kept.cold, kept.bounded, kept.dense_free, kept.coded_free):
+                yield as_bytes(numbers[slot])
+            yield as_bytes(kept.table[slot])
+            if kept.channels is not None:
+                yield as_bytes(kept.channels[slot])
+            for head, length in enumerate(kept.lengths[slot].tolist()):
+                if kept.positions is not None:  # those of the next tokens are there too
+                    yield as_bytes(kept.positions[slot, head, : length + self._ahead])
+                if self.mass:
+                    yield as_bytes(self.mass[layer][slot, head, :length])
+                if kept.bounds is not None:
+                    yield as_bytes(kept.bounds[slot, head, : int(kept.bounded[slot, head])])
+                for j in range(-(-length // PAGE)):
+                    yield from self._page(kept, slot, head, j)
+
+    @staticmethod
+    def _page(kept: Pages, slot: int, head: int, j: int) -> Iterator[torch.Tensor | InFile]:
+        """Keys and values of a page."""
+        if j < int(kept.cold[slot, head]):
+            yield from (InFile(*where) for where in kept.file_places(slot, head, j))
+            return
+        number, keys, values = int(kept.table[slot, head, j]), kept.keys, None if kept.shared else kept.values
+        if kept.coded_keys is not None and j < int(kept.coded[slot, head]):
+            keys, values = kept.coded_keys, kept.coded_values
+        yield as_bytes(keys[slot, number])
+        if values is not None:
+            yield as_bytes(values[slot, number])
 
     def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
         if self.drafts and self._drafting[slot]:

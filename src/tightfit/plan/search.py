@@ -16,12 +16,25 @@ from typing import Any
 from tightfit.budget.ledger import PAGE, align
 from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
-from tightfit.errors import BudgetError
+from tightfit.errors import BudgetError, UsageError
 from tightfit.experts.store import LEAST_SLOTS, caching_nbytes, expert_count, on_disk
-from tightfit.kv.make import kv_nbytes
+from tightfit.kv.compose import EXACT
+from tightfit.kv.make import entry_nbytes, kv_nbytes
+from tightfit.kv.reuse.disk import OVERHEAD
+from tightfit.kv.reuse.memory import smallest_memory
 from tightfit.model.decoder import cache_layouts
 from tightfit.model.spec import ModelSpec, MoeSpec
-from tightfit.plan.schema import OWN, ExpertsPlan, LayerPlan, ModelRef, Numerics, OuterPlan, Plan, Schedule
+from tightfit.plan.schema import (
+    OWN,
+    ExpertsPlan,
+    LayerPlan,
+    ModelRef,
+    Numerics,
+    OuterPlan,
+    Plan,
+    PromptCachePlan,
+    Schedule,
+)
 from tightfit.weights.placement.base import EXPERT_OBJECTS
 from tightfit.weights.placement.fill import scratch_bytes
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, Place, group_of, layer_name, params_of
@@ -60,6 +73,7 @@ class Constraints:
     kv: str | None = "none"
     kv_bytes: int | None = None
     prefill: Schedule = "chunked"
+    prompt_cache: PromptCachePlan | None = None
 
 
 WorkspaceBytes = Callable[[Plan], int]
@@ -223,11 +237,49 @@ class Search:
         return levels
 
     def chunks(self) -> list[int]:
-        """Chunk sizes from large to small; one that holds the whole context is enough."""
-        if self.constraints.chunk is not None:
-            return [self.constraints.chunk]
-        useful = [chunk for chunk in CHUNKS if chunk < 2 * self.constraints.context]
-        return useful or [CHUNKS[-1]]
+        """Chunk sizes from large to small; one that holds the whole context is enough. Raises UsageError where no
+        entry of the prompt cache is as small as its limit."""
+        constraints = self.constraints
+        useful = [chunk for chunk in CHUNKS if chunk < 2 * constraints.context] or [CHUNKS[-1]]
+        chunks = useful if constraints.chunk is None else [constraints.chunk]
+        if constraints.prompt_cache is None:
+            return chunks
+        reusable = [chunk for chunk in chunks if chunk + 2 <= constraints.context]
+        if not reusable:
+            raise UsageError(
+                f"chunks of {chunks[-1]} tokens leave nothing to find again in a context of {constraints.context}",
+                "Prompts are kept chunk by chunk: use smaller ones (--chunk) or a longer context (--context).",
+            )
+        fitting = [chunk for chunk in reusable if not self._excess(chunk)]
+        if not fitting:
+            raise self._excess(reusable[-1])[0]
+        return fitting
+
+    def _excess(self, chunk: int) -> list[UsageError]:
+        """Why the prompt cache does not hold a single entry, if it does not."""
+        kept, (kv, _) = self.constraints.prompt_cache, self.cache(chunk)
+        assert kept is not None
+        c = self.constraints
+        if kv != EXACT and c.prefill == "layered":
+            reason = (
+                f"prompts that are computed layer by layer cannot be kept in a cache of {kv}: it never holds a part"
+            )
+            return [UsageError(reason, "Leave out --prefill layered, or the prompt cache.")]
+        layouts = cache_layouts(self.spec, c.context, chunk)
+        largest = entry_nbytes(kv, layouts, c.context, c.numerics.kv, chunk)
+        places = {
+            "--prompt-cache": (kept.memory, smallest_memory(largest, whole=kv != EXACT)),
+            "--prompt-cache-disk": (kept.disk, largest + OVERHEAD),
+        }
+        return [
+            UsageError(
+                f"a prompt cache of {format_bytes(limit)} holds not even one entry",
+                f"The smallest that works takes {format_bytes(needed, ceil=True)}: "
+                f"{option} {format_bytes(needed, ceil=True).replace(' ', '')}.",
+            )
+            for option, (limit, needed) in places.items()
+            if limit is not None and limit < needed
+        ]
 
     def uniform(self, level: str, chunk: int, runtime: int) -> Plan:
         """The plan with every matrix in ``level``, whether it fits or not."""
@@ -271,6 +323,7 @@ class Search:
         disk."""
         spec, constraints = self.spec, self.constraints
         cache, kv = self.cache(chunk)
+        prompts = 0 if constraints.prompt_cache is None else constraints.prompt_cache.memory or 0
         outer_sizes = [self._size(group, outer) for group in (EMBEDDINGS, HEAD)]
         layer_sizes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
         outer_bytes, layer_bytes = sum(size for size, _ in outer_sizes), [size for size, _ in layer_sizes]
@@ -316,13 +369,14 @@ class Search:
                 "runtime": runtime,
                 "weights": align(weights, PAGE),
                 **accounts,
-                "kv": align(kv, PAGE),
+                "kv": align(kv, PAGE) + align(prompts, PAGE),
                 "workspace": 0,
             },
             outer=outer_plan,
             layers=tuple(layers),
             cache=cache,
             prefill=constraints.prefill,
+            prompt_cache=constraints.prompt_cache,
             buffers=buffers,
             experts=cached,
             chunk=chunk,
