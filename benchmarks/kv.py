@@ -188,7 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{found['reserved'] / 2**20:.2f}",
                 f"{found['resident'] / 2**20:.2f}",
                 *(f"{statistics.mean(part):.4f} ± {interval(part):.4f}" for part in by_length),
-                *("/".join(f"{found['right'][f'{task}/{n}']}" for n in lengths) for task, lengths in TASK_TOKENS.items()),
+                *(
+                    "/".join(f"{found['right'][f'{task}/{n}']}" for n in lengths)
+                    for task, lengths in TASK_TOKENS.items()
+                ),
             ]
         )
     if options.json:
