@@ -146,13 +146,13 @@ class PagedCache(BaseCache):
         table_pages = -(-(min(kept * heads if ragged else kept, self.context) + more) // PAGE)
         # Of all heads together; each has a page that is not full.
         whole = heads * -(-(kept + more) // PAGE) + (heads if ragged else 0)
-        resident = whole if tier is None else heads * (-(-tier.resident // PAGE) + 1)
         if not self._has_codes:
-            in_memory = min(whole, resident + heads * (-(-more // PAGE) + 1))
-            return Sizes(kept, table_pages, in_memory, 0)
+            in_memory = whole if tier is None else heads * (-(-tier.resident // PAGE) + -(-more // PAGE) + 2)
+            return Sizes(kept, table_pages, min(whole, in_memory), 0)
         # What is not coded yet; and while pages change their kind, that of one head once more.
         dense = heads * -(-(recent + PAGE - 1 + more) // PAGE) + -(-recent // PAGE) + 1
-        return Sizes(kept, table_pages, min(dense, whole + 1), min(whole, resident))
+        coded = whole if tier is None else heads * (max(-(-tier.resident // PAGE) - recent // PAGE, 0) + 1)
+        return Sizes(kept, table_pages, min(dense, whole + 1), min(whole, coded))
 
     def _pages(self, index: int, arena: Arena) -> Pages:
         layout, size, composition, sequences = self.layouts[index], self.sizes[index], self.composition, self.sequences
