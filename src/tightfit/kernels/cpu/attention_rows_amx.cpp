@@ -1,10 +1,9 @@
 // Attention of few rows, as decoding has them, on AMX tiles, so that it waits for memory only.
 //
-// Products have the accuracy of float32: a float is the sum of three numbers in bfloat16, so queries are multiplied in
-// three parts with keys as they lie in the cache, and weights in three with values. Of coded pages the codes are
-// multiplied, which bfloat16 holds exactly: scales go to the other side, of keys to the queries of each page, of values to
-// the weights of each group; and minima are added to the sums. There two parts do, whose error of 2^-17 is far below that
-// of codes.
+// Products have about the accuracy of float32: a float is the sum of three numbers in bfloat16, so queries are multiplied
+// in three parts with keys as they lie in the cache, and weights in two with values: errors of 2^-17, which do not add up.
+// Of coded pages the codes are multiplied, which bfloat16 holds exactly: scales go to the other side, of keys to the
+// queries of each page, here in two parts too, of values to the weights of each group; and minima are added to the sums.
 #include "attention_kernels.h"
 #include "isa_amx.h"
 
@@ -15,13 +14,13 @@ namespace {
 //   queries  (sets, parts, steps of features, 16 pairs of features, WIDTH, 2)
 //   keys     (tokens, features): 16 tokens and a step are a tile, where they lie or packed
 //   scores   (sets, tokens, WIDTH) in float32
-//   weights  (16 tokens each, parts, 2, WIDTH, 16 tokens) in 32 bits: first beside a zero, for the first of two features
-//            of a pair, then behind it for the second
-//   values   as keys: a row of a tile is a token's pairs of features
-//   outputs  (2, WIDTH, 16) in float32: the first features of a step's pairs, then the second
-// Tiles 0 and 1 hold scores, 2 and 3 keys, 4 queries, 5 and 6 outputs, 2 values, and 7 and 3 weights.
-constexpr size_t TILE = 16, STEP = 32, FLOATS = TILE * TILE, STRIDE = 64;
-constexpr size_t STEPS = KEY_BLOCK / STEP, PARTS = 3, CODED_PARTS = 2;
+//   weights  (steps of tokens, parts, WIDTH, 32 tokens)
+//   values   (steps of tokens, 2, 16 pairs of tokens, 16 features, 2), of one step of features
+//   outputs  (2, WIDTH, 16) in float32, of one step of features
+// Tiles 0 and 1 hold scores, 2 and 3 keys or values, 4 queries, 5 and 6 outputs, 7 weights. What tiles are loaded from is
+// written well before: they get nothing from stores that are under way.
+constexpr size_t TILE = 16, STEP = 32, HALVES = TILE * STEP, FLOATS = TILE * TILE, STRIDE = 64;
+constexpr size_t STEPS = KEY_BLOCK / STEP, KEY_PARTS = 3, PARTS = 2;
 static_assert(STEP == PAGE && STEP == CODE_GROUP);
 
 // The compiler does not know that tiles are loaded from memory.
@@ -95,13 +94,6 @@ inline __m512i load_codes(const uint8_t* codes) {
     }
 }
 
-// The codes of a page as numbers. The last of a row are read with what follows, which a page always has.
-template <size_t BITS>
-void pack_codes(const uint8_t* page, size_t row_bytes, size_t steps, BF16* out) {
-    for (size_t t = 0; t < STEP; t++, page += row_bytes)
-        for (size_t s = 0; s < steps; s++, out += STEP) _mm512_store_si512(out, load_codes<BITS>(page + s * 4 * BITS));
-}
-
 // The tokens of a block that are folded, in steps.
 struct Range {
     size_t block, from, to, begin, end;
@@ -118,14 +110,13 @@ struct Range {
     }
 };
 
-// The keys or the values of a head, and of the steps of a block, where rows of bfloat16 lie.
+// The keys or the values of a head, and of the steps of a block, where they lie.
 struct Side {
     const uint8_t* data;
     Codec codec;
     size_t bits, dim, steps, row_bytes;
-    BF16* packed;
-    const uint8_t *pages[STEPS], *at[STEPS];
-    size_t stride[STEPS];
+    const uint8_t* pages[STEPS];     // of codes, or where all of a step's tokens are seen and lie one behind the other
+    const uint8_t* rows[KEY_BLOCK];  // of other steps, null for tokens that are not seen
 
     Side(const HeadCache& head, bool keys)
         : data(keys ? head.keys : head.values), codec(keys || head.shared() ? head.key_codec : head.value_codec),
@@ -134,31 +125,37 @@ struct Side {
           row_bytes(!head.loaded() ? codec.row_bytes() : (keys ? dim : head.value_stride) * sizeof(BF16)) {}
 
     bool coded() const { return bits < 16; }
+    bool tiles(size_t step) const { return !coded() && pages[step] && dim % STEP == 0; }  // as they lie
 
     // Finds a step's tokens, which are in `page` unless it is null.
-    void load(const HeadCache& head, const uint8_t* page, const Range& range, size_t step) {
+    void find(const HeadCache& head, const uint8_t* page, const Range& range, size_t step) {
         const size_t first = range.first(step);
         const uint32_t seen = range.seen(step);
         if (!page && !(head.path && first + STEP > head.committed)) {
             if (head.table) page = data + head.page(first / PAGE) * PAGE * row_bytes;
             else if (first % head.slots + STEP <= head.slots) page = data + first % head.slots * row_bytes;
         }
-        pages[step] = at[step] = page, stride[step] = row_bytes;
-        if (!coded() && page && seen == ~0u && dim % STEP == 0) return;
-        BF16* out = packed + step * STEP * steps * STEP;
-        at[step] = reinterpret_cast<const uint8_t*>(out), stride[step] = steps * STRIDE;
-        switch (bits) {
-            case 2: return pack_codes<2>(page, row_bytes, steps, out);
-            case 4: return pack_codes<4>(page, row_bytes, steps, out);
-            case 8: return pack_codes<8>(page, row_bytes, steps, out);
+        pages[step] = coded() || seen == ~0u ? page : nullptr;
+        for (size_t t = 0; t < STEP && !pages[step]; t++) {
+            const bool hidden = !(seen >> t & 1);
+            rows[step * STEP + t] =
+                hidden ? nullptr : page ? page + t * row_bytes : data + head.slot(first + t) * row_bytes;
         }
-        for (size_t t = 0; t < STEP; t++) {
-            const bool visible = seen >> t & 1;
-            const uint8_t* row = !visible ? nullptr : page ? page + t * row_bytes : data + head.slot(first + t) * row_bytes;
-            for (size_t s = 0; s < steps; s++, out += STEP)
-                _mm512_store_si512(out, row ? load_row(reinterpret_cast<const BF16*>(row) + s * STEP, dim - s * STEP)
-                                            : _mm512_setzero_si512());
-        }
+    }
+
+    // Calls work(load) with load(token) for a step of the features of a step of tokens.
+    template <class Work>
+    void with(size_t step, size_t s, Work work) const {
+        const uint8_t* page = pages[step] + s * 4 * bits;
+        const size_t bytes = row_bytes, left = dim - s * STEP;
+        if (bits == 2) return work([=](size_t t) { return load_codes<2>(page + t * bytes); });
+        if (bits == 4) return work([=](size_t t) { return load_codes<4>(page + t * bytes); });
+        if (bits == 8) return work([=](size_t t) { return load_codes<8>(page + t * bytes); });
+        if (pages[step] && left >= STEP) return work([=](size_t t) { return _mm512_loadu_si512(page + t * bytes); });
+        work([=](size_t t) {
+            const uint8_t* row = pages[step] ? pages[step] + t * bytes : rows[step * STEP + t];
+            return row ? load_row(reinterpret_cast<const BF16*>(row) + s * STEP, left) : _mm512_setzero_si512();
+        });
     }
 
     void ask(const HeadCache& head, const Range& range, Reader& reader) const {
@@ -169,6 +166,28 @@ struct Side {
         }
     }
 };
+
+// A step of the features of 32 tokens, whose rows lie `stride` apart; and with two tokens side by side.
+template <class Load>
+inline void pack_keys(const Load& load, size_t stride, BF16* out) {
+#pragma GCC unroll 8
+    for (size_t t = 0; t < STEP; t++) _mm512_store_si512(out + t * stride, load(t));
+}
+template <class Load>
+inline void pack_values(const Load& load, BF16* out) {
+#pragma GCC unroll 4
+    for (size_t t = 0; t < STEP; t += 2, out += STEP) {
+        const __m512i a = load(t), b = load(t + 1);
+        _mm512_store_si512(out, _mm512_unpacklo_epi16(a, b));
+        _mm512_store_si512(out + HALVES, _mm512_unpackhi_epi16(a, b));
+    }
+}
+
+// Where a feature of a step of values is in two outputs.
+inline int32_t place_of_output(size_t bits, size_t feature) {
+    const size_t at = place(bits, feature);
+    return static_cast<int32_t>(at % 8 / 4 * TILE + at / 8 * 4 + at % 4);
+}
 
 // ---- numbers in parts ----
 
@@ -181,10 +200,12 @@ inline __m512 upper(__m512 x) {
 // out = the parts of two vectors, side by side and `distance` apart. The sum of three parts is exact.
 template <size_t COUNT>
 inline void split(__m512 a, __m512 b, BF16* out, size_t distance) {
-    const __m512 upper_a = upper(a), upper_b = upper(b);
-    _mm512_store_si512(out, round_both(upper_a, upper_b));
-    if constexpr (COUNT > 1)
+    if constexpr (COUNT > 1) {
+        const __m512 upper_a = upper(a), upper_b = upper(b);
         split<COUNT - 1>(_mm512_sub_ps(a, upper_a), _mm512_sub_ps(b, upper_b), out + distance, distance);
+        a = upper_a, b = upper_b;
+    }
+    _mm512_store_si512(out, round_both(a, b));
 }
 
 // ---- scores ----
@@ -326,32 +347,21 @@ void weigh_columns(float* scores, size_t count, size_t rows, float* tops, float*
 
 // ---- values ----
 
-// Calls work(column, its weights of 16 tokens).
-template <size_t WIDTH, class Work>
-inline void for_columns(const float* weights, Work work) {
+// out[column][token] = weights[token][column] of 16 tokens.
+template <size_t WIDTH>
+inline void turn(const float* weights, float* out) {
     const uint8_t* tokens[TILE];
     for (size_t t = 0; t < TILE; t++) tokens[t] = reinterpret_cast<const uint8_t*>(weights + t * WIDTH);
     for (size_t r = 0; r < WIDTH; r += 4) {
         __m512i four[4];
         for (size_t i = 0; i < 4; i++) four[i] = Avx512::load_quarters(tokens + i, 4 * r);
         Avx512::transpose(four);
-        for (size_t i = 0; i < 4; i++) work(r + i, _mm512_castsi512_ps(four[i]));
-    }
-}
-
-// The weights of one column in parts.
-template <size_t WIDTH, size_t COUNT>
-inline void split_weights(__m512 weights, float* out) {
-    for (size_t part = 0; part < COUNT; part++, out += 2 * WIDTH * TILE) {
-        const __m512 number = upper(weights);
-        _mm512_store_si512(out, _mm512_srli_epi32(_mm512_castps_si512(number), 16));
-        _mm512_store_ps(out + WIDTH * TILE, number);
-        weights = _mm512_sub_ps(weights, number);
+        for (size_t i = 0; i < 4; i++) _mm512_store_si512(out + (r + i) * KEY_BLOCK, four[i]);
     }
 }
 
 // Numbers of group g of the tokens in `seen`, of a page that has those of all `groups` token by token.
-inline void load_group(const F16* numbers, size_t groups, size_t g, uint32_t seen, float* out) {
+inline void load_numbers_of_group(const F16* numbers, size_t groups, size_t g, uint32_t seen, float* out) {
     alignas(64) uint16_t places[STEP];
     for (size_t t = 0; t < STEP; t++) places[t] = static_cast<uint16_t>(t * groups + g);
     __m512i at = _mm512_load_si512(places), found = _mm512_setzero_si512();
@@ -364,18 +374,15 @@ inline void load_group(const F16* numbers, size_t groups, size_t g, uint32_t see
     _mm512_store_ps(out + TILE, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(found, 1)));
 }
 
-// Adds the products of 16 tokens' weights with a step of their values to the outputs.
+// Adds the products of weights of a step of tokens with a step of their values to the outputs.
 template <size_t WIDTH>
-inline void multiply_values(const float* weights, size_t parts, const uint8_t* values, size_t stride) {
-    settle();
-    _tile_loadd(2, values, stride);
-    for (size_t part = 0; part < parts; part++, weights += 2 * WIDTH * TILE) {
-        _tile_loadd(7, weights, STRIDE);
+inline void multiply_values(const BF16* weights, const BF16* values) {
+    _tile_loadd(2, values, STRIDE);
+    _tile_loadd(3, values + HALVES, STRIDE);
+    for (size_t part = 0; part < PARTS; part++) {
+        _tile_loadd(7, weights + part * WIDTH * STEP, STRIDE);
         _tile_dpbf16ps(5, 7, 2);
-        if constexpr (WIDTH == 16) {
-            _tile_loadd(3, weights + FLOATS, STRIDE);
-            _tile_dpbf16ps(6, 3, 2);
-        }
+        _tile_dpbf16ps(6, 7, 3);
     }
 }
 
@@ -388,31 +395,32 @@ public:
         : head_(head), queries_(queries), folded_(folded), keys_(head, true), values_(head, false),
           sets_((queries.rows + WIDTH - 1) / WIDTH) {
         Scratch scratch(reinterpret_cast<uint8_t*>(address));
-        wide_ = scratch.take<float>(sets_ * set_size()), split_ = scratch.take<BF16>(sets_ * PARTS * set_size());
+        wide_ = scratch.take<float>(sets_ * set_size()), split_ = scratch.take<BF16>(std::max<size_t>(sets_, 2) * KEY_PARTS * set_size());
         scales_ = scratch.take<float>(keys_.steps * STEP), minima_ = scratch.take<float>(keys_.steps * STEP);
-        constants_ = scratch.take<float>(WIDTH), scores_ = scratch.take<float>(sets_ * KEY_BLOCK * WIDTH);
-        weights_ = scratch.take<float>(PARTS * 2 * WIDTH * KEY_BLOCK), turned_ = scratch.take<float>(WIDTH * KEY_BLOCK);
-        outputs_ = scratch.take<float>(2 * FLOATS);
-        keys_.packed = scratch.take<BF16>(KEY_BLOCK * keys_.steps * STEP);
-        values_.packed = scratch.take<BF16>(KEY_BLOCK * values_.steps * STEP);
+        constants_ = scratch.take<float>(2 * TILE), scores_ = scratch.take<float>(sets_ * KEY_BLOCK * WIDTH);
+        turned_ = scratch.take<float>(WIDTH * KEY_BLOCK), outputs_ = scratch.take<float>(2 * FLOATS);
+        weights_ = scratch.take<BF16>(PARTS * WIDTH * KEY_BLOCK);
+        packed_keys_ = scratch.take<BF16>(KEY_BLOCK * keys_.steps * STEP);
+        packed_values_ = scratch.take<BF16>(KEY_BLOCK * STEP);
         pages_ = scratch.take<uint8_t>(0);
         for (size_t d = 0; d < STEP; d++) {
             key_order_[place(keys_.bits, d)] = static_cast<uint16_t>(d);
-            const size_t at = place(values_.bits, d);
-            value_places_[d] = static_cast<int32_t>(at % 2 * TILE + at / 2);
+            value_places_[d] = place_of_output(values_.bits, d);
         }
         std::fill(scales_, scales_ + keys_.steps * STEP, 1.0f);
         std::fill(minima_, minima_ + keys_.steps * STEP, 0.0f);
+        std::fill(constants_, constants_ + 2 * TILE, 0.0f);
         for (size_t set = 0; set < sets_; set++) {
             widen_queries<WIDTH>(q + set * WIDTH * head.key_dim, rows(set), keys_, wide(set));
             if (!keys_.coded())
-                scale_queries<WIDTH, PARTS>(wide(set), keys_.steps, scales_, minima_, split(set), constants_);
+                scale_queries<WIDTH, KEY_PARTS>(wide(set), keys_.steps, scales_, minima_, split(set), constants(set));
         }
     }
 
     void run(size_t from, size_t to, const uint8_t* next) {
         TileConfig config;
         for (size_t tile : {0, 1, 4}) config.row_bytes[tile] = 4 * WIDTH;
+        for (size_t tile : {5, 6, 7}) config.rows[tile] = static_cast<uint8_t>(rows(0));
         _tile_loadconfig(&config);
         while (from < to) {
             const Range range(from, to);
@@ -434,7 +442,10 @@ private:
     size_t set_size() const { return keys_.steps * STEP * WIDTH; }
     size_t rows(size_t set) const { return std::min(WIDTH, queries_.rows - set * WIDTH); }
     float* wide(size_t set) const { return wide_ + set * set_size(); }
-    BF16* split(size_t set) const { return split_ + set * PARTS * set_size(); }
+    BF16* split(size_t set) const { return split_ + set * KEY_PARTS * set_size(); }
+    // Of coded keys, of two pages in turn.
+    BF16* scaled(size_t step) const { return split_ + step % 2 * KEY_PARTS * set_size(); }
+    float* constants(size_t step) const { return constants_ + step % 2 * TILE; }
     float* scores(size_t set) const { return scores_ + set * KEY_BLOCK * WIDTH; }
 
     void fold(const Range& range, Reader& reader) {
@@ -442,92 +453,117 @@ private:
         BlockPages pages{};
         if (paged) pages = find_pages(head_, range.block, range.block + range.begin * PAGE, range.to, pages_);
         for (size_t step = range.begin; step < range.end; step++) {
-            reader.read();
-            keys_.load(head_, paged ? pages.keys[step] : nullptr, range, step);
-            values_.load(head_, paged ? pages.values[step] : nullptr, range, step);
-            reader.read();
-            if (keys_.coded()) {
-                const __m512i order = _mm512_load_si512(key_order_);
-                load_channels(keys_.codec.scales_of(keys_.pages[step]), keys_, order, scales_);
-                load_channels(keys_.codec.minima_of(keys_.pages[step]), keys_, order, minima_);
-            }
-            for (size_t set = 0; set < sets_; set++) score_step(set, step);
+            keys_.find(head_, paged ? pages.keys[step] : nullptr, range, step);
+            values_.find(head_, paged ? pages.values[step] : nullptr, range, step);
         }
-        for (size_t set = 0; set < sets_; set++) fold_set(set, range, reader);
+        for (size_t set = 0; set < sets_; set++) {
+            prepare(set, range.begin);
+            for (size_t step = range.begin; step < range.end; step++) {
+                reader.read();
+                if (step + 1 < range.end) prepare(set, step + 1);
+                reader.read();
+                multiply_keys(set, step);
+            }
+        }
+        for (size_t set = 0; set < sets_; set++) {
+            weigh(set, range, reader);
+            for (size_t s = 0; s < values_.steps; s++) add_values(set, s, range, reader);
+        }
     }
 
-    void score_step(size_t set, size_t step) {
-        if (keys_.coded())
-            scale_queries<WIDTH, CODED_PARTS>(wide(set), keys_.steps, scales_, minima_, split(set), constants_);
-        score<WIDTH>(split(set), keys_.coded() ? CODED_PARTS : PARTS, keys_.at[step], keys_.stride[step], keys_.steps,
-                     constants_, scores(set) + step * STEP * WIDTH);
+    // What the scores of a set with a step of tokens are computed from.
+    void prepare(size_t set, size_t step) {
+        const size_t stride = keys_.steps * STEP;
+        for (size_t s = 0; s < keys_.steps && set == 0 && !keys_.tiles(step); s++)
+            keys_.with(step, s, [&](const auto& load) {
+                pack_keys(load, stride, packed_keys_ + step * STEP * stride + s * STEP);
+            });
+        if (!keys_.coded()) return;
+        const __m512i order = _mm512_load_si512(key_order_);
+        load_channels(keys_.codec.scales_of(keys_.pages[step]), keys_, order, scales_);
+        load_channels(keys_.codec.minima_of(keys_.pages[step]), keys_, order, minima_);
+        scale_queries<WIDTH, PARTS>(wide(set), keys_.steps, scales_, minima_, scaled(step), constants(step));
     }
 
-    void fold_set(size_t set, const Range& range, Reader& reader) {
-        const size_t begin = range.begin * STEP, count = (range.end - range.begin) * STEP, first = set * WIDTH;
+    void multiply_keys(size_t set, size_t step) const {
+        const bool tiles = keys_.tiles(step), coded = keys_.coded();
+        const auto* packed = reinterpret_cast<const uint8_t*>(packed_keys_ + step * STEP * keys_.steps * STEP);
+        score<WIDTH>(coded ? scaled(step) : split(set), coded ? PARTS : KEY_PARTS, tiles ? keys_.pages[step] : packed,
+                     tiles ? keys_.row_bytes : keys_.steps * STRIDE, keys_.steps, constants(step),
+                     scores(set) + step * STEP * WIDTH);
+    }
+
+    // Turns scores into weights.
+    void weigh(size_t set, const Range& range, Reader& reader) {
+        const size_t begin = range.begin * STEP, count = range.end * STEP - begin, first = set * WIDTH;
         float* scores = this->scores(set);
-        float shrinks[WIDTH];
         if (queries_.softcap != 0.0f) limit(scores + begin * WIDTH, count * WIDTH, queries_.softcap);
         hide<WIDTH>(queries_, first, rows(set), range, scores);
-        weigh_columns<WIDTH>(scores + begin * WIDTH, count, rows(set), folded_.top + first, folded_.total + first, shrinks,
+        weigh_columns<WIDTH>(scores + begin * WIDTH, count, rows(set), folded_.top + first, folded_.total + first, shrinks_,
                              reader);
         for (size_t token = begin; token < begin + count; token += TILE) {
             reader.read();
-            for_columns<WIDTH>(scores + token * WIDTH, [&](size_t column, __m512 weights) {
-                if (values_.coded()) _mm512_store_ps(turned_ + column * KEY_BLOCK + token, weights);
-                else split_weights<WIDTH, PARTS>(weights, weights_of(token) + column * TILE);
-            });
-        }
-        for (size_t s = 0; s < values_.steps; s++) {
-            float sums[WIDTH]{};
-            if (values_.coded()) scale_weights(range, s, rows(set), sums);
-            _tile_zero(5);
-            _tile_zero(6);
-            for (size_t token = begin; token < begin + count; token += TILE) {
-                reader.read();
-                const size_t step = token / STEP;
-                multiply_values<WIDTH>(weights_of(token), values_.coded() ? CODED_PARTS : PARTS,
-                                       values_.at[step] + token % STEP * values_.stride[step] + s * STRIDE,
-                                       values_.stride[step]);
-            }
-            _tile_stored(5, outputs_, STRIDE);
-            if constexpr (WIDTH == 16) _tile_stored(6, outputs_ + FLOATS, STRIDE);
-            add_outputs(set, s, shrinks, sums);
+            turn<WIDTH>(scores + token * WIDTH, turned_ + token);
         }
     }
 
-    float* weights_of(size_t token) const { return weights_ + token * PARTS * 2 * WIDTH; }
-
-    // The weights times the scales of group g; and sums = weights . minima.
-    void scale_weights(const Range& range, size_t g, size_t rows, float* sums) {
-        alignas(64) float scales[KEY_BLOCK], minima[KEY_BLOCK];
-        const size_t groups = values_.codec.groups(), begin = range.begin * STEP, end = range.end * STEP;
+    // acc = acc * shrinks + weights . values of the features of step s.
+    void add_values(size_t set, size_t s, const Range& range, Reader& reader) {
+        const bool coded = values_.coded();
+        __m512 sums[WIDTH];
+        for (size_t r = 0; r < rows(set); r++) sums[r] = _mm512_setzero_ps();
         for (size_t step = range.begin; step < range.end; step++) {
-            const uint8_t* page = values_.pages[step];
-            load_group(values_.codec.scales_of(page), groups, g, range.seen(step), scales + step * STEP);
-            load_group(values_.codec.minima_of(page), groups, g, range.seen(step), minima + step * STEP);
-        }
-        for (size_t r = 0; r < rows; r++) {
-            __m512 sum = _mm512_setzero_ps();
-            for (size_t token = begin; token < end; token += TILE) {
-                const __m512 weights = _mm512_load_ps(turned_ + r * KEY_BLOCK + token);
-                sum = _mm512_fmadd_ps(weights, _mm512_load_ps(minima + token), sum);
-                split_weights<WIDTH, CODED_PARTS>(_mm512_mul_ps(weights, _mm512_load_ps(scales + token)),
-                                                  weights_of(token) + r * TILE);
+            reader.read();
+            if (coded) {
+                load_group(range, step, s);
+                split_weights(set, step, [&](size_t r, __m512& weights, size_t half) {
+                    sums[r] = _mm512_fmadd_ps(weights, _mm512_load_ps(value_minima_ + half * TILE), sums[r]);
+                    weights = _mm512_mul_ps(weights, _mm512_load_ps(value_scales_ + half * TILE));
+                });
+            } else if (s == 0) {
+                split_weights(set, step, [](size_t, __m512&, size_t) {});
             }
-            sums[r] = _mm512_reduce_add_ps(sum);
+            values_.with(step, s, [&](const auto& load) { pack_values(load, packed_values_ + step * STEP * STEP); });
+            reader.read();
         }
+        settle();
+        _tile_zero(5);
+        _tile_zero(6);
+        for (size_t step = range.begin; step < range.end; step++)
+            multiply_values<WIDTH>(weights_ + step * PARTS * WIDTH * STEP, packed_values_ + step * STEP * STEP);
+        _tile_stored(5, outputs_, STRIDE);
+        _tile_stored(6, outputs_ + FLOATS, STRIDE);
+        add_outputs(set, s, sums);
+    }
+
+    // The weights of a step of tokens in parts, after change(row, weights of 16 tokens, which).
+    template <class Change>
+    void split_weights(size_t set, size_t step, Change change) {
+        BF16* out = weights_ + step * PARTS * WIDTH * STEP;
+        for (size_t r = 0; r < rows(set); r++, out += STEP) {
+            const float* at = turned_ + r * KEY_BLOCK + step * STEP;
+            __m512 a = _mm512_load_ps(at), b = _mm512_load_ps(at + TILE);
+            change(r, a, 0), change(r, b, 1);
+            tightfit::split<PARTS>(a, b, out, WIDTH * STEP);
+        }
+    }
+
+    // What the values of a step of tokens and a group are made of.
+    void load_group(const Range& range, size_t step, size_t g) {
+        const size_t groups = values_.codec.groups();
+        load_numbers_of_group(values_.codec.scales_of(values_.pages[step]), groups, g, range.seen(step), value_scales_);
+        load_numbers_of_group(values_.codec.minima_of(values_.pages[step]), groups, g, range.seen(step), value_minima_);
     }
 
     // acc = acc * shrinks + outputs + sums, of the features of step s.
-    void add_outputs(size_t set, size_t s, const float* shrinks, const float* sums) {
+    void add_outputs(size_t set, size_t s, const __m512* sums) {
         for (size_t r = 0; r < rows(set); r++) {
             float* acc = folded_.acc + (set * WIDTH + r) * folded_.stride;
-            const __m512 first = _mm512_load_ps(outputs_ + r * TILE), second = _mm512_load_ps(outputs_ + (WIDTH + r) * TILE);
-            const __m512 shrink = _mm512_set1_ps(shrinks[r]), sum = _mm512_set1_ps(sums[r]);
+            const __m512 low = _mm512_load_ps(outputs_ + r * TILE), high = _mm512_load_ps(outputs_ + FLOATS + r * TILE);
+            const __m512 shrink = _mm512_set1_ps(shrinks_[r]), sum = _mm512_set1_ps(_mm512_reduce_add_ps(sums[r]));
             for (size_t d = 0; d < STEP && s * STEP + d < folded_.stride; d += TILE) {
                 float* at = acc + s * STEP + d;
-                const __m512 output = _mm512_permutex2var_ps(first, _mm512_load_si512(value_places_ + d), second);
+                const __m512 output = _mm512_permutex2var_ps(low, _mm512_load_si512(value_places_ + d), high);
                 _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_loadu_ps(at), shrink, _mm512_add_ps(output, sum)));
             }
         }
@@ -538,9 +574,10 @@ private:
     const Folded& folded_;
     Side keys_, values_;
     size_t sets_;
-    float *wide_, *scales_, *minima_, *constants_, *scores_, *weights_, *turned_, *outputs_;
-    BF16* split_;
+    float *wide_, *scales_, *minima_, *constants_, *scores_, *turned_, *outputs_;
+    BF16 *split_, *weights_, *packed_keys_, *packed_values_;
     uint8_t* pages_;
+    alignas(64) float value_scales_[STEP], value_minima_[STEP], shrinks_[WIDTH];
     alignas(64) uint16_t key_order_[STEP];
     alignas(64) int32_t value_places_[STEP];
 };
