@@ -415,7 +415,8 @@ def _keep_head(
     for j in range(first, used):
         tokens = kept[j * PAGE : (j + 1) * PAGE]
         k, v = _tokens(pages, sequence, head, tokens, run)
-        for read in range(j + 1, min(int(tokens[-1]), before) // PAGE):  # those that are written may want them
+        last = int(tokens[tokens < before].amax()) if (tokens < before).any() else 0
+        for read in range(j + 1, last // PAGE):  # those that are written may want them
             _release(pages, sequence, head, read)
         _store(pages, sequence, head, j, place(j), k, v)
     wanted = -(-(after + tail) // PAGE)
