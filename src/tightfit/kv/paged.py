@@ -488,7 +488,6 @@ class PagedCache(BaseCache):
                 if self.observes == "all" or run.count:  # else the last queries were judged, and others come
                     mass[:length] = given[head, :length]
 
-<<<<<<< HEAD
     def rehearse(self, count: int) -> None:
         for layer, layout in enumerate(self.layouts):
             kept = self.layers[layer].positions
@@ -499,7 +498,7 @@ class PagedCache(BaseCache):
             positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
             limit = self._limit(layer, width)
             self._judge(layer, given, positions, [width] * layout.kv_heads, width, limit)
-=======
+
     def _merge(
         self,
         layer: int,
@@ -570,7 +569,6 @@ class PagedCache(BaseCache):
         if layout.shared:
             return Run(keys, keys[..., : layout.value_dim], count)
         return Run(keys, ws.empty(layout.kv_heads, slots, layout.value_dim, dtype=self.dtype), count)
->>>>>>> methods
 
     def _remembers(self, count: int) -> bool:
         """Whether tokens keep what they received before: where all queries count, and where a chunk has fewer than are
