@@ -21,6 +21,7 @@ SEAMS = {
     "experts": ("tightfit.experts",),
     "kv": (
         "tightfit.kv.evict",
+        "tightfit.kv.merge",
         "tightfit.kv.quantize",
         "tightfit.kv.lowrank",
         "tightfit.kv.select",

@@ -401,13 +401,14 @@ def _keep_head(
             _release(pages, sequence, head, j)
         elif found != place(j):
             _store(pages, sequence, head, j, place(j), *_load(pages, sequence, head, j))
-            if not pages.key_codec.dense:
+            if not pages.key_codec.dense or pages.channels is not None:
                 changed = min(changed, j)
     # A token's place never lies behind where it was: what a page overwrites was read before.
     for j in range(first, used):
         tokens = kept[j * PAGE : (j + 1) * PAGE]
         k, v = _tokens(pages, sequence, head, tokens, run)
-        for read in range(j + 1, min(int(tokens[-1]), before) // PAGE):  # those that are written may want them
+        last = int(tokens[tokens < before].amax()) if (tokens < before).any() else 0
+        for read in range(j + 1, last // PAGE):  # those that are written may want them
             _release(pages, sequence, head, read)
         _store(pages, sequence, head, j, place(j), k, v)
     wanted = -(-(after + tail) // PAGE)

@@ -6,8 +6,9 @@ Nothing here imports torch when it is imported: spec strings are read before any
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from tightfit.errors import UsageError
 from tightfit.kv.budgets import BUDGETS
@@ -15,6 +16,7 @@ from tightfit.kv.budgets import BUDGETS
 if TYPE_CHECKING:
     import torch
 
+    from tightfit.budget.ledger import Workspace
     from tightfit.kv.base import LayerLayout
 
 
@@ -78,6 +80,36 @@ class Evictor(Method):
 
     def scores(self, seen: Seen) -> torch.Tensor:
         """(kv_heads, n) float32: those with the highest stay. It may write to ``seen.mass``."""
+        raise NotImplementedError
+
+
+class Tokens(NamedTuple):
+    """Keys (n, key_dim) and values (n, value_dim) of one head in float32. No values where they are part of the keys."""
+
+    keys: torch.Tensor
+    values: torch.Tensor | None
+
+
+class Leaving(Protocol):
+    """The tokens of one head that are let go of."""
+
+    @property
+    def count(self) -> int: ...
+
+    def blocks(self) -> Iterator[Tokens]:
+        """All of them, in order, some at a time, in scratch memory until the next ones are asked for."""
+
+
+@dataclass(frozen=True)
+class Merger(Evictor):
+    """An evictor that puts something of the tokens that are let go of into those that stay."""
+
+    remembers: ClassVar[int] = 0  # numbers of each layer, sequence and head; they are NaN when a sequence begins
+
+    def merge(self, staying_: Tokens, leaving: Leaving, memory_: torch.Tensor, ws: Workspace) -> torch.Tensor:
+        """Changes tokens that stay, and what is remembered (``remembers``,) float32; gives (n,) bool which of them were
+        changed, in scratch memory of the enclosing frame. Computes with operations alone: in a dry run it takes its
+        scratch and nothing else."""
         raise NotImplementedError
 
 

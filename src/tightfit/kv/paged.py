@@ -9,6 +9,7 @@ trace.
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,9 @@ from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
 from tightfit.kv.cache import as_bytes, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.evict.window import Window
-from tightfit.kv.method import Seen
+from tightfit.kv.method import Merger, Seen, Tokens
+
+READ_AT_ONCE = 256  # tokens of a head that are read into float32 to merge them
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,11 @@ class PagedCache(BaseCache):
         before = arena.used
         self.tokens = _numbers(arena, sequences)
         self.layers = [self._pages(index, arena) for index in range(len(layouts))]
+        self.merger = evictor if isinstance(evictor, Merger) else None
+        self.memory: list[torch.Tensor] = []  # of each layer (sequences, kv_heads, numbers that the merger remembers)
+        if self.merger is not None:
+            numbers = self.merger.remembers
+            self.memory = [place(arena, (sequences, each.kv_heads, numbers), torch.float32) for each in layouts]
         self.mass: list[torch.Tensor] = []
         self.drafts: list[_Drafts] = []
         if self.observes != "nothing":
@@ -157,13 +165,13 @@ class PagedCache(BaseCache):
         table_pages = -(-(min(kept * heads if ragged else kept, self.context) + more) // PAGE)
         # Of all heads together; each has a page that is not full.
         whole = heads * -(-(kept + more) // PAGE) + (heads if ragged else 0)
-        resident = whole if tier is None else heads * (-(-tier.resident // PAGE) + 1)
         if not self._has_codes:
-            in_memory = min(whole, resident + heads * (-(-more // PAGE) + 1))
-            return Sizes(kept, table_pages, in_memory, 0)
+            in_memory = whole if tier is None else heads * (-(-tier.resident // PAGE) + -(-more // PAGE) + 2)
+            return Sizes(kept, table_pages, min(whole, in_memory), 0)
         # What is not coded yet; and while pages change their kind, that of one head once more.
         dense = heads * -(-(recent + PAGE - 1 + more) // PAGE) + -(-recent // PAGE) + 1
-        return Sizes(kept, table_pages, min(dense, whole + 1), min(whole, resident))
+        coded = whole if tier is None else heads * (max(-(-tier.resident // PAGE) - recent // PAGE, 0) + 1)
+        return Sizes(kept, table_pages, min(dense, whole + 1), min(whole, coded))
 
     def _pages(self, index: int, arena: Arena) -> Pages:
         layout, size, composition, sequences = self.layouts[index], self.sizes[index], self.composition, self.sequences
@@ -234,7 +242,7 @@ class PagedCache(BaseCache):
         turn: Turn | None,
         ws: Workspace,
     ) -> Held:
-        kept, layout, anchor_q = self.layers[layer], self.layouts[layer], None
+        kept, anchor_q = self.layers[layer], None
         if turn is not None and q_ is not None:
             if turn.anchors is not None:
                 anchor_q = ws.empty(*q_.shape)
@@ -248,7 +256,7 @@ class PagedCache(BaseCache):
         runs = []
         for segment, a, b in step.prefills:
             if self._whole is None:
-                run, at = _new_run(layout, b - a, self.dtype, ws), 0
+                run, at = self._new_run(layer, b - a, ws), 0
             else:
                 run, at = self._whole.run, segment.start - self._whole.start
                 run = Run(run.keys, run.values, at + b - a)
@@ -344,6 +352,8 @@ class PagedCache(BaseCache):
                     free[0] -= 1
         for mass in self.mass:
             mass[slot] = 0.0
+        for memory in self.memory:
+            memory[slot] = math.nan
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = stop
@@ -429,10 +439,10 @@ class PagedCache(BaseCache):
         torch._foreach_add_([kept.lengths[slot] for kept in self.layers], len(path))
         self.tokens[slot] += len(path)
         if int(self.tokens[slot]) % BLOCK == 0 and path:
-            for layer, layout in enumerate(self.layouts):
+            for layer in range(len(self.layouts)):
                 with ws.frame():
                     given = self._received(layer, 0, ws) if self.mass else None
-                    self._settle(layer, slot, _new_run(layout, 0, self.dtype, ws), None, given, ws)
+                    self._settle(layer, slot, self._new_run(layer, 0, ws), None, given, ws)
 
     @contextmanager
     def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:
@@ -442,7 +452,7 @@ class PagedCache(BaseCache):
             wanted = max(wanted, self.composition.pruner.window)
         last = min(wanted, count)
         with ws.frame():
-            run = _new_run(layout, count, self.dtype, ws)
+            run = self._new_run(layer, count, ws)
             q, anchor_q = ws.empty(2, last, layout.heads, layout.key_dim)
             given = self._received(layer, count, ws) if self.mass else None
             whole = Whole(run, segment.start, last, q, anchor_q, ws.empty(last, layout.heads), given)
@@ -500,7 +510,7 @@ class PagedCache(BaseCache):
         heads, tier = self.layouts[layer].kv_heads, self.composition.tier
         resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
 
-        def keep(indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
+        def keep(run: Run, indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
             pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self._ahead)
 
         if kept.positions is None or ops.is_dry():
@@ -508,7 +518,9 @@ class PagedCache(BaseCache):
                 kept.channels[slot] = pruner.choose(q, run.keys[:, : run.count])  # type: ignore[index]
             if kept.positions is not None:
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
-            keep()
+            if self.merger is not None:
+                self._merge_most(layer, slot, run, self.merger, ws)
+            keep(run)
             return
         before = kept.lengths[slot].tolist()
         counts = [length + run.count for length in before]
@@ -528,14 +540,20 @@ class PagedCache(BaseCache):
         oldest = min((int(positions[head, 0]) for head in range(heads) if counts[head]), default=tokens)
         too_old = window is not None and oldest <= tokens - window
         if too_old or (sum(counts) > limit * heads if ragged else max(counts) > limit):
-            indices, counts = self._judge(layer, given, positions, counts, tokens, limit)
-            keep(indices, torch.tensor(counts, dtype=torch.int32))
+            indices, left = self._judge(layer, given, positions, counts, tokens, limit)
+            listed = indices
+            if self.merger is not None:
+                horizon = -1 if window is None else tokens - window  # what no query sees any more is not merged
+                listed = self._merge(layer, slot, run, self.merger, (indices, left), positions > horizon, ws)
+                run = Run(run.keys, run.values, run.keys.shape[1])
+            counts = left
+            keep(run, listed, torch.tensor(counts, dtype=torch.int32))
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
                 given[:, : indices.shape[1]] = given.gather(1, gather)
         else:
-            keep()
+            keep(run)
         ahead = torch.arange(tokens, tokens + self._ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
@@ -556,6 +574,77 @@ class PagedCache(BaseCache):
             positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
             limit = self._limit(layer, width)
             self._judge(layer, given, positions, [width] * layout.kv_heads, width, limit)
+
+    def _merge(
+        self,
+        layer: int,
+        slot: int,
+        run: Run,
+        merger: Merger,
+        staying: tuple[torch.Tensor, list[int]],
+        seen: torch.Tensor,
+        ws: Workspace,
+    ) -> torch.Tensor:
+        """Merges tokens that are let go of, and ``seen`` (kv_heads, n) bool by queries to come, into those that stay:
+        indices (kv_heads, m) int32 and how many for each head. What changes by that lies in the run, behind its own
+        tokens; gives the indices by which it is found there."""
+        kept, indices = self.layers[layer], staying[0].clone()
+        for head, count in enumerate(staying[1]):
+            total = int(kept.lengths[slot, head]) + run.count
+            places = indices[head, :count].long()
+            leaves = seen[head, :total].clone()
+            leaves[places] = False
+            if not leaves.any():
+                continue
+            with ws.frame():
+                leaving = leaves.nonzero()[:, 0]
+                tokens, changed = self._merge_head(layer, slot, head, run, merger, places, leaving, ws)
+                which = changed.nonzero()[:, 0]
+                behind = slice(run.count, run.count + len(which))
+                for of_run, merged in zip((run.keys, run.values), tokens, strict=True):
+                    if merged is not None:
+                        of_run[head, behind] = merged[which].to(self.dtype)
+                indices[head, which] = torch.arange(total, total + len(which), dtype=torch.int32)
+        return indices
+
+    def _merge_most(self, layer: int, slot: int, run: Run, merger: Merger, ws: Workspace) -> None:
+        """Takes the scratch of merging as many tokens into as many others as can be."""
+        most = self.sizes[layer].table_pages * PAGE
+        with ws.frame():
+            self._merge_head(layer, slot, 0, run, merger, torch.arange(most), torch.arange(most + run.count), ws)
+
+    def _merge_head(
+        self,
+        layer: int,
+        slot: int,
+        head: int,
+        run: Run,
+        merger: Merger,
+        places: torch.Tensor,
+        leaving: torch.Tensor,
+        ws: Workspace,
+    ) -> tuple[Tokens, torch.Tensor]:
+        """The tokens at ``places`` (m,) int64 of a head, ascending, after those at ``leaving`` (n,) were merged into
+        them, and which of them were changed."""
+        kept, layout = self.layers[layer], self.layouts[layer]
+        values = None if layout.shared else ws.empty(len(places), layout.value_dim)
+        staying, at = Tokens(ws.empty(len(places), layout.key_dim), values), 0
+        for block in _Some(kept, slot, head, run, places, ws).blocks():
+            for whole, part in zip(staying, block, strict=True):
+                if whole is not None and part is not None:
+                    ops.copy_(whole[at : at + len(part)], part)
+            at += len(block.keys)
+        changed = merger.merge(staying, _Some(kept, slot, head, run, leaving, ws), self.memory[layer][slot, head], ws)
+        return staying, changed
+
+    def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
+        """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
+        layout = self.layouts[layer]
+        slots = max(count, 1) + (0 if self.merger is None else self.sizes[layer].table_pages * PAGE)
+        keys = ws.empty(layout.kv_heads, slots, layout.key_dim, dtype=self.dtype)
+        if layout.shared:
+            return Run(keys, keys[..., : layout.value_dim], count)
+        return Run(keys, ws.empty(layout.kv_heads, slots, layout.value_dim, dtype=self.dtype), count)
 
     def _remembers(self, count: int) -> bool:
         """Whether tokens keep what they received before: where all queries count, and where a chunk has fewer than are
@@ -605,6 +694,38 @@ class PagedCache(BaseCache):
                 pages.weigh_rows(kept, rows, looking, lse, self.mass[layer], ws, scoring)
 
 
+@dataclass(frozen=True)
+class _Some:
+    """Tokens of a head and of a run behind it, at ``places`` (n,) int64, ascending."""
+
+    pages: Pages
+    sequence: int
+    head: int
+    run: Run
+    places: torch.Tensor
+    ws: Workspace
+
+    @property
+    def count(self) -> int:
+        return len(self.places)
+
+    def blocks(self) -> Iterator[Tokens]:
+        """All of them in float32, some at a time, in scratch memory until the next ones are asked for."""
+        at, ws = 0, self.ws
+        while at < len(self.places):
+            first = int(self.places[at])
+            stop = int(torch.searchsorted(self.places, first + READ_AT_ONCE))
+            with ws.frame():
+                last = int(self.places[stop - 1])
+                k, v = pages.read(self.pages, self.sequence, self.head, self.run, first, last + 1, ws)
+                rows, count = self.places[at:stop] - first, stop - at
+                keys, values = ws.empty(count, k.shape[1]), ws.empty(count, v.shape[1])
+                ops.gather_rows(k, rows, keys)
+                ops.gather_rows(v, rows, values)
+                yield Tokens(keys, None if self.pages.shared else values)
+            at = stop
+
+
 class _Drafts:
     """What tentative tokens of a layer look with: queries (sequences, tail, heads, key_dim), and lse."""
 
@@ -638,11 +759,3 @@ def _numbers(arena: Arena, *shape: int) -> torch.Tensor:
 
 def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:
     return None if x is None else x[start:stop]
-
-
-def _new_run(layout: LayerLayout, count: int, dtype: torch.dtype, ws: Workspace) -> Run:
-    """Room for the keys and values of ``count`` tokens, in scratch memory."""
-    keys = ws.empty(layout.kv_heads, max(count, 1), layout.key_dim, dtype=dtype)
-    if layout.shared:
-        return Run(keys, keys[..., : layout.value_dim], count)
-    return Run(keys, ws.empty(layout.kv_heads, max(count, 1), layout.value_dim, dtype=dtype), count)

@@ -138,7 +138,8 @@ class Batch:
         """(tokens that decode, depth) int32: of each the places in its segment from its root on, then -1. None where
         there are no trees."""
         segments = [segment for segment in self.segments if segment.decode]
-        if all(segment.parents is None for segment in segments):
+        # One token alone is no tree: such a step is repeated for others, which come elsewhere.
+        if all(segment.parents is None or len(segment.tokens) == 1 for segment in segments):
             return None
         paths = [path for segment in segments for path in segment.paths]
         depth = max(map(len, paths))
