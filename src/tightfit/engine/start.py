@@ -266,6 +266,9 @@ def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
         prompt_cache=plan.prompt_cache,
     )
     search = search_for(checkpoint, spec, constraints)
+    refusal = search.no_prompts(plan.chunk)
+    if refusal is not None:
+        raise refusal
     kept = _kept(search, plan) if plan.streamed else None
     formats = [layer.format for layer in plan.layers]
     slots = 0 if plan.experts is None else plan.experts.slots

@@ -341,15 +341,21 @@ class PagedCache(BaseCache):
             return
         if start != 0:
             raise ValueError(f"sequence {slot} has {int(self.tokens[slot])} tokens, and goes on at {start}")
-        self._begun[slot], self._pruned[slot] = True, False
-        self.tokens[slot] = 0
+        self._clear(slot)
+        self._begun[slot] = True
         for kept in self.layers:
-            kept.reset(slot)
             for head in range(kept.table.shape[1]):  # room for what decodes without a prompt
                 for page in range(-(-self._ahead // PAGE)):
                     free = kept.dense_free[slot]
                     kept.table[slot, head, page] = free[int(free[0])]
                     free[0] -= 1
+
+    def _clear(self, slot: int) -> None:
+        """Forgets a sequence."""
+        self._begun[slot] = self._pruned[slot] = False
+        self.tokens[slot] = 0
+        for kept in self.layers:
+            kept.reset(slot)
         for mass in self.mass:
             mass[slot] = 0.0
         for memory in self.memory:
@@ -383,11 +389,7 @@ class PagedCache(BaseCache):
                 put(part)
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
-        self._begun[slot] = False
-        for kept in self.layers:
-            kept.reset(slot)
-        for mass in self.mass:
-            mass[slot] = 0.0
+        self._clear(slot)
         for part in self._parts(slot):
             if isinstance(part, InFile):
                 page = bytearray(part.nbytes)
@@ -407,6 +409,8 @@ class PagedCache(BaseCache):
             yield as_bytes(kept.table[slot])
             if kept.channels is not None:
                 yield as_bytes(kept.channels[slot])
+            if self.memory:
+                yield as_bytes(self.memory[layer][slot])
             for head, length in enumerate(kept.lengths[slot].tolist()):
                 if kept.positions is not None:  # those of the next tokens are there too
                     yield as_bytes(kept.positions[slot, head, : length + self._ahead])
@@ -414,21 +418,23 @@ class PagedCache(BaseCache):
                     yield as_bytes(self.mass[layer][slot, head, :length])
                 if kept.bounds is not None:
                     yield as_bytes(kept.bounds[slot, head, : int(kept.bounded[slot, head])])
-                for j in range(-(-length // PAGE)):
-                    yield from self._page(kept, slot, head, j)
+                yield from self._pages_of(kept, slot, head, -(-length // PAGE))
 
     @staticmethod
-    def _page(kept: Pages, slot: int, head: int, j: int) -> Iterator[torch.Tensor | InFile]:
-        """Keys and values of a page."""
-        if j < int(kept.cold[slot, head]):
-            yield from (InFile(*where) for where in kept.file_places(slot, head, j))
-            return
-        number, keys, values = int(kept.table[slot, head, j]), kept.keys, None if kept.shared else kept.values
-        if kept.coded_keys is not None and j < int(kept.coded[slot, head]):
-            keys, values = kept.coded_keys, kept.coded_values
-        yield as_bytes(keys[slot, number])
-        if values is not None:
-            yield as_bytes(values[slot, number])
+    def _pages_of(kept: Pages, slot: int, head: int, count: int) -> Iterator[torch.Tensor | InFile]:
+        """Keys and values of a head's first ``count`` pages."""
+        cold, coded = int(kept.cold[slot, head]), int(kept.coded[slot, head])
+        for j, number in enumerate(kept.table[slot, head, :count].tolist()):
+            if j < cold:
+                yield from (InFile(*where) for where in kept.file_places(slot, head, j))
+                continue
+            keys: torch.Tensor = kept.keys
+            values: torch.Tensor | None = kept.values
+            if kept.coded_keys is not None and j < coded:
+                keys, values = kept.coded_keys, kept.coded_values
+            yield as_bytes(keys[slot, number])
+            if values is not None and not kept.shared:
+                yield as_bytes(values[slot, number])
 
     def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
         if self.drafts and self._drafting[slot]:

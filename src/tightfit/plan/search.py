@@ -95,6 +95,7 @@ class Search:
         self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
         self._groups: dict[tuple[str, str], Group] = {}
         self._caches: dict[tuple[str, int], int] = {}
+        self._entries: dict[tuple[str, int], int] = {}
         self._workspaces: dict[tuple[str, tuple[str, ...], int, str], int] = {}  # what is resident does not change them
 
     def best(self, runtime: int) -> Plan:
@@ -242,44 +243,41 @@ class Search:
         constraints = self.constraints
         useful = [chunk for chunk in CHUNKS if chunk < 2 * constraints.context] or [CHUNKS[-1]]
         chunks = useful if constraints.chunk is None else [constraints.chunk]
-        if constraints.prompt_cache is None:
-            return chunks
-        reusable = [chunk for chunk in chunks if chunk + 2 <= constraints.context]
-        if not reusable:
-            raise UsageError(
-                f"chunks of {chunks[-1]} tokens leave nothing to find again in a context of {constraints.context}",
-                "Prompts are kept chunk by chunk: use smaller ones (--chunk) or a longer context (--context).",
-            )
-        fitting = [chunk for chunk in reusable if not self._excess(chunk)]
-        if not fitting:
-            raise self._excess(reusable[-1])[0]
+        refusals = [self.no_prompts(chunk) for chunk in chunks]
+        fitting = [chunk for chunk, refusal in zip(chunks, refusals, strict=True) if refusal is None]
+        if not fitting and refusals[-1] is not None:  # that of the smallest entries
+            raise refusals[-1]
         return fitting
 
-    def _excess(self, chunk: int) -> list[UsageError]:
-        """Why the prompt cache does not hold a single entry, if it does not."""
-        kept, (kv, _) = self.constraints.prompt_cache, self.cache(chunk)
-        assert kept is not None
+    def no_prompts(self, chunk: int) -> UsageError | None:
+        """Why there can be no prompt cache with such chunks, if one is asked for."""
         c = self.constraints
+        if c.prompt_cache is None:
+            return None
+        if chunk + 2 > c.context:  # a whole chunk, a token that is computed, and its answer
+            return UsageError(
+                f"chunks of {chunk} tokens leave nothing to find again in a context of {c.context}",
+                "Prompts are kept chunk by chunk: use smaller ones (--chunk) or a longer context (--context).",
+            )
+        kv, _ = self.cache(chunk)
         if kv != EXACT and c.prefill == "layered":
-            reason = (
-                f"prompts that are computed layer by layer cannot be kept in a cache of {kv}: it never holds a part"
+            return UsageError(
+                f"of prompts that are computed layer by layer in a cache of {kv} nothing can be found again",
+                "Leave out --prefill layered, or the prompt cache.",
             )
-            return [UsageError(reason, "Leave out --prefill layered, or the prompt cache.")]
-        layouts = cache_layouts(self.spec, c.context, chunk)
-        largest = entry_nbytes(kv, layouts, c.context, c.numerics.kv, chunk)
+        largest = self._entry_bytes(kv, chunk)
         places = {
-            "--prompt-cache": (kept.memory, smallest_memory(largest, whole=kv != EXACT)),
-            "--prompt-cache-disk": (kept.disk, largest + OVERHEAD),
+            "--prompt-cache": (c.prompt_cache.memory, smallest_memory(largest, whole=kv != EXACT)),
+            "--prompt-cache-disk": (c.prompt_cache.disk, largest + OVERHEAD),
         }
-        return [
-            UsageError(
-                f"a prompt cache of {format_bytes(limit)} holds not even one entry",
-                f"The smallest that works takes {format_bytes(needed, ceil=True)}: "
-                f"{option} {format_bytes(needed, ceil=True).replace(' ', '')}.",
-            )
-            for option, (limit, needed) in places.items()
-            if limit is not None and limit < needed
-        ]
+        for option, (limit, needed) in places.items():
+            if limit is not None and limit < needed:
+                what = f"{chunk} tokens" if kv == EXACT else f"a prompt in a cache of {kv}"
+                return UsageError(
+                    f"a prompt cache of {format_bytes(limit)} does not hold one entry, {what}",
+                    f"The smallest that works is {option} {format_bytes(needed, ceil=True).replace(' ', '')}.",
+                )
+        return None
 
     def uniform(self, level: str, chunk: int, runtime: int) -> Plan:
         """The plan with every matrix in ``level``, whether it fits or not."""
@@ -430,6 +428,14 @@ class Search:
             layouts = cache_layouts(self.spec, c.context, chunk)
             self._caches[kv, chunk] = kv_nbytes(kv, layouts, c.context, c.sequences, c.numerics.kv)
         return self._caches[kv, chunk]
+
+    def _entry_bytes(self, kv: str, chunk: int) -> int:
+        """The most bytes of an entry of the prompt cache."""
+        if (kv, chunk) not in self._entries:
+            c = self.constraints
+            layouts = cache_layouts(self.spec, c.context, chunk)
+            self._entries[kv, chunk] = entry_nbytes(kv, layouts, c.context, c.numerics.kv, chunk)
+        return self._entries[kv, chunk]
 
     def outer(self, level: str) -> Outer:
         """The parameters outside of the layers, stored as ``level`` says."""
