@@ -374,7 +374,8 @@ class PagedCache(BaseCache):
     # ---- what is kept of prompts ----
 
     def largest_entry(self, chunk: int) -> int:
-        return -(-(self._nbytes + self._file_size) // self.sequences)
+        in_file = self._file_size if self._file >= 0 else 0
+        return -(-(self._nbytes + in_file) // self.sequences)
 
     def entry_nbytes(self, slot: int, start: int, stop: int) -> int:
         return sum(part.nbytes for part in self._parts(slot)) if int(self.tokens[slot]) == stop else 0
