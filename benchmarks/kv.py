@@ -1,14 +1,16 @@
-"""What methods of the cache cost in quality, and what they take: the embedded model, beside a cache that keeps everything.
+"""What methods of the cache cost in quality, and what they take: the embedded model, beside a cache that keeps
+everything.
 
     .venv/bin/python benchmarks/kv.py [--methods int4 'snapkv(keep=512)+int4' ...] [--questions 16] [--json FILE]
 
 Each method is loaded through the same interface as any run, inside the same budget. Of each text the prompt is computed
-under the method's schedule, and what follows is then decoded token by token through its cache, the right token each time:
+under the method's schedule, and what follows is then decoded token by token through its cache, the right token each
+time:
 
-- look-ups (`src/tightfit/zoo/tasks.py`: a dictionary, hidden numbers, copying) at several lengths, the question being the
-  end of the prompt; an answer counts if every token of it is the most likely one;
-- KL divergence of the next-token distributions from those of the exact cache, on held-out code: after a long prompt, the
-  next 64 tokens.
+- look-ups (`src/tightfit/zoo/tasks.py`: a dictionary, hidden numbers, copying) at several lengths, the question being
+  the end of the prompt; an answer counts if every token of it is the most likely one;
+- KL divergence of the next-token distributions from those of the exact cache, on held-out code: after a long prompt,
+  the next 64 tokens.
 
 Bytes are those of the `kv` account after the longest text: reserved, and resident as the operating system says.
 """

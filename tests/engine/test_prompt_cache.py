@@ -207,11 +207,12 @@ def test_another_plan_never_finds_anything(tmp_path: Path) -> None:
     (other / "config.json").write_text(json.dumps(config | {"rope_theta": 20000.0}))
     folder = tmp_path / "prompts"
     kept = {"prompt_cache_disk": "64MiB", "prompt_cache_dir": str(folder)}
-    base: dict[str, Any] = {"memory": "2GiB", "context": 200, "chunk": 32, **kept}
+    base: dict[str, Any] = {"memory": "2GiB", "context": 200, "chunk": 32, "threads": 2, **kept}
     changes: list[tuple[Path, dict[str, Any]]] = [
         (tiny, {}),
         (other, {}),
         (tiny, {"chunk": 16}),
+        (tiny, {"threads": 1}),
         (tiny, {"weights": "int8"}),
         (tiny, {"weights": "int8", "activations": "float32"}),
         (tiny, {"prefill": "layered"}),
@@ -228,7 +229,7 @@ def test_another_plan_never_finds_anything(tmp_path: Path) -> None:
         with tightfit.load(str(model), **base | change) as loaded:
             assert loaded.generate(prompt, max_new_tokens=2).reused_tokens > 0
     # What does not change the bits finds it too.
-    with tightfit.load(str(tiny), **base | {"context": 250, "batch": 2, "threads": 1}) as loaded:
+    with tightfit.load(str(tiny), **base | {"context": 250, "batch": 2}) as loaded:
         assert loaded.generate(prompt, max_new_tokens=2).reused_tokens > 0
 
 
@@ -245,6 +246,6 @@ def test_what_fixes_the_bits_is_part_of_every_name(plain: tightfit.Model, monkey
     ]
     roots = {bits_of(one) for one in changed}
     assert len(roots) == len(changed)
-    assert bits_of(plan.model_copy(update={"threads": 1, "budget": 7, "sequences": 9})) == bits_of(plan)
+    assert bits_of(plan.model_copy(update={"context": 77, "budget": 7, "sequences": 9})) == bits_of(plan)
     monkeypatch.setattr("tightfit.engine.start.versions", lambda: {"tightfit": "another"})
     assert bits_of(plan) not in roots

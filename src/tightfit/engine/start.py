@@ -142,8 +142,10 @@ def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     layers = different_layers(checkpoint, spec, shape.formats)
     _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), Arena(VIRTUAL))
     ws = Workspace(Arena(VIRTUAL))
-    with ops.dry(), ws.frame():
-        decoder.logits(decoder.hidden(largest_step(shape), cache, ws), ws)
+    everyone = [Segment(slot, shape.context - 1, [0], decode=True) for slot in range(shape.sequences)]
+    for step in (largest_step(shape), Batch(tuple(everyone))):  # small chunks take less than rows that decode
+        with ops.dry(), ws.frame():
+            decoder.logits(decoder.hidden(step, cache, ws), ws)
     if shape.layered:
         with ops.dry(), ws.frame():
             prompt = Segment(0, 0, [0] * shape.context, length=shape.context)
@@ -368,8 +370,9 @@ def bits_of(plan: Plan) -> bytes:
         "context": None if plan.cache == EXACT else plan.context,  # methods keep shares of it
         "prefill": plan.prefill,
         "chunk": plan.chunk,
+        "threads": plan.threads,  # libraries share products out by it
         "kernels": cpu.features()["chosen"],
-        "processor": processor(),  # libraries choose by it
+        "processor": processor(),  # they choose by it
         "versions": versions(),
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=32).digest()

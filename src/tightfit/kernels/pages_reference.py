@@ -45,7 +45,7 @@ def encode(codec: Codec, dtype: torch.dtype, numbers: torch.Tensor) -> torch.Ten
         packed = (padded.view(PAGE, -1, len(shifts)) << shifts).sum(-1, dtype=torch.uint8)
         parts = [packed, scale, minimum]
     page = torch.zeros(codec.page_bytes, dtype=torch.uint8)
-    stored = torch.cat([part.flatten().view(torch.uint8) for part in parts])
+    stored = torch.cat([part.contiguous().flatten().view(torch.uint8) for part in parts])
     page[: len(stored)] = stored
     return page
 
@@ -141,19 +141,20 @@ def _store(
         return
     if pages.channels is not None:
         keys = keys[:, pages.channels[sequence, head].long()]
-    dtype = pages.keys.dtype
-    stored = [encode(pages.key_codec, dtype, keys), encode(pages.value_codec, dtype, values)]
+    stored = [encode(pages.key_codec, pages.keys.dtype, keys)]
+    if not pages.shared:
+        stored.append(encode(pages.value_codec, pages.keys.dtype, values))
     if place == FILE:
         _write(pages, sequence, head, j, stored)
         return
-    for pool, page in zip((pages.coded_keys, pages.coded_values), stored, strict=True):
+    for pool, page in zip((pages.coded_keys, pages.coded_values), stored, strict=False):
         if pool is not None:
             pool[sequence, number] = page
 
 
 def _write(pages: Pages, sequence: int, head: int, j: int, stored: list[torch.Tensor]) -> None:
     """Writes a page to the file."""
-    for page, (at, nbytes) in zip(stored, pages.file_places(sequence, head, j), strict=False):
+    for page, (at, nbytes) in zip(stored, pages.file_places(sequence, head, j), strict=True):
         if os.pwrite(pages.file, page.numpy().tobytes(), at) != nbytes:
             raise RuntimeError("the cache cannot be written to the disk")
 

@@ -14,8 +14,8 @@ namespace {
 //   queries  (sets, parts, steps of features, 16 pairs of features, WIDTH, 2)
 //   keys     (tokens, features): 16 tokens and a step are a tile, where they lie or packed
 //   scores   (sets, tokens, WIDTH) in float32
-//   weights  (steps of tokens, parts, WIDTH, 32 tokens)
-//   values   (steps of tokens, 2, 16 pairs of tokens, 16 features, 2), of one step of features
+//   weights  (steps of tokens, parts, WIDTH, 16 pairs of tokens i and 16 + i, 2)
+//   values   (steps of tokens, 2, 16 pairs, 16 features, 2), of one step of features
 //   outputs  (2, WIDTH, 16) in float32, of one step of features
 // Tiles 0 and 1 hold scores, 2 and 3 keys or values, 4 queries, 5 and 6 outputs, 7 weights. What tiles are loaded from is
 // written well before: they get nothing from stores that are under way.
@@ -167,7 +167,7 @@ struct Side {
     }
 };
 
-// A step of the features of 32 tokens, whose rows lie `stride` apart; and with two tokens side by side.
+// A step of the features of 32 tokens, whose rows lie `stride` apart; and with tokens i and 16 + i side by side.
 template <class Load>
 inline void pack_keys(const Load& load, size_t stride, BF16* out) {
 #pragma GCC unroll 8
@@ -176,8 +176,8 @@ inline void pack_keys(const Load& load, size_t stride, BF16* out) {
 template <class Load>
 inline void pack_values(const Load& load, BF16* out) {
 #pragma GCC unroll 4
-    for (size_t t = 0; t < STEP; t += 2, out += STEP) {
-        const __m512i a = load(t), b = load(t + 1);
+    for (size_t t = 0; t < TILE; t++, out += STEP) {
+        const __m512i a = load(t), b = load(t + TILE);
         _mm512_store_si512(out, _mm512_unpacklo_epi16(a, b));
         _mm512_store_si512(out + HALVES, _mm512_unpackhi_epi16(a, b));
     }
@@ -197,26 +197,26 @@ inline __m512 upper(__m512 x) {
     return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
 
-// out = the parts of two vectors, side by side and `distance` apart. The sum of three parts is exact.
+// out = the parts of numbers of two vectors in turn, `distance` apart. The sum of three parts is exact.
 template <size_t COUNT>
 inline void split(__m512 a, __m512 b, BF16* out, size_t distance) {
-    if constexpr (COUNT > 1) {
-        const __m512 upper_a = upper(a), upper_b = upper(b);
+    const __m512 upper_a = upper(a), upper_b = upper(b);
+    _mm512_store_si512(out, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(upper_a), 16),
+                                            _mm512_castps_si512(upper_b)));
+    if constexpr (COUNT > 1)
         split<COUNT - 1>(_mm512_sub_ps(a, upper_a), _mm512_sub_ps(b, upper_b), out + distance, distance);
-        a = upper_a, b = upper_b;
-    }
-    _mm512_store_si512(out, round_both(a, b));
 }
 
 // ---- scores ----
 
-// out[pair of features][column][2] = the features of the queries, in the order of the keys'.
+// out[four features][4][column] = the features of the queries, in the order of the keys', of four 0, 2, 1, 3.
 template <size_t WIDTH>
 void widen_queries(const float* q, size_t rows, const Side& keys, float* out) {
     std::fill(out, out + keys.steps * STEP * WIDTH, 0.0f);
     for (size_t d = 0; d < keys.dim; d++) {
         const size_t at = d / STEP * STEP + place(keys.bits, d % STEP);
-        for (size_t r = 0; r < rows; r++) out[(at / 2 * WIDTH + r) * 2 + at % 2] = q[r * keys.dim + d];
+        float* to = out + (at / 4 * 4 + at % 2 * 2 + at % 4 / 2) * WIDTH;
+        for (size_t r = 0; r < rows; r++) to[r] = q[r * keys.dim + d];
     }
 }
 
@@ -230,33 +230,38 @@ inline void load_channels(const F16* numbers, const Side& keys, __m512i order, f
     }
 }
 
+// Four rows of columns combined, for each column; with 8 columns, twice.
+template <class Combine>
+inline __m512 combine_four(const __m512 (&four)[4], Combine combine) {
+    return combine(combine(four[0], four[1]), combine(four[2], four[3]));
+}
+template <class Combine>
+inline __m512 combine_four(const __m512 (&four)[2], Combine combine) {
+    const auto both = [&](__m512 x) { return combine(x, _mm512_shuffle_f32x4(x, x, 0x4e)); };
+    return combine(both(four[0]), both(four[1]));
+}
+
 // out = the queries times the scales, in parts; and constants = queries . minima.
 template <size_t WIDTH, size_t COUNT>
 void scale_queries(const float* wide, size_t steps, const float* scales, const float* minima, BF16* out,
                    float* constants) {
-    constexpr size_t VECTORS = WIDTH / 8;  // of a pair of features
-    const auto pair_of = [](const float* numbers, size_t pair) {
-        double two;
-        std::memcpy(&two, numbers + 2 * pair, sizeof two);
-        return _mm512_castpd_ps(_mm512_set1_pd(two));
+    constexpr size_t VECTORS = WIDTH / 4;  // of four features, the first half of them in both pairs' first
+    const auto spread = [](const float* numbers, size_t v) {
+        if constexpr (WIDTH == 16) return _mm512_set1_ps(numbers[v % 2 * 2 + v / 2]);
+        return _mm512_mask_broadcastss_ps(_mm512_set1_ps(numbers[v]), 0xff00, _mm_load_ss(numbers + v + 2));
     };
-    __m512 sums[4 * VECTORS], scaled[4 * VECTORS];
+    __m512 sums[VECTORS], scaled[VECTORS];
     for (__m512& sum : sums) sum = _mm512_setzero_ps();
-    for (size_t pair = 0; pair < steps * TILE; pair += 4) {
-        for (size_t v = 0; v < 4 * VECTORS; v++) {
-            const __m512 features = _mm512_load_ps(wide + (pair * VECTORS + v) * TILE);
-            sums[v] = _mm512_fmadd_ps(features, pair_of(minima, pair + v / VECTORS), sums[v]);
-            scaled[v] = _mm512_mul_ps(features, pair_of(scales, pair + v / VECTORS));
+    for (size_t at = 0; at < steps * STEP; at += 4, wide += 4 * WIDTH, out += 4 * WIDTH) {
+        for (size_t v = 0; v < VECTORS; v++) {
+            const __m512 features = _mm512_load_ps(wide + v * TILE);
+            sums[v] = _mm512_fmadd_ps(features, spread(minima + at, v), sums[v]);
+            scaled[v] = _mm512_mul_ps(features, spread(scales + at, v));
         }
-        for (size_t v = 0; v < 4 * VECTORS; v += 2)
-            split<COUNT>(scaled[v], scaled[v + 1], out + (pair * VECTORS + v) * TILE, steps * STEP * WIDTH);
+        for (size_t v = 0; v < VECTORS / 2; v++)
+            split<COUNT>(scaled[v], scaled[v + VECTORS / 2], out + v * STEP, steps * STEP * WIDTH);
     }
-    for (size_t v = 0; v < VECTORS; v++) {
-        alignas(64) float both[TILE];
-        _mm512_store_ps(both, _mm512_add_ps(_mm512_add_ps(sums[v], sums[VECTORS + v]),
-                                            _mm512_add_ps(sums[2 * VECTORS + v], sums[3 * VECTORS + v])));
-        for (size_t i = 0; i < 8; i++) constants[v * 8 + i] = both[2 * i] + both[2 * i + 1];
-    }
+    _mm512_store_ps(constants, combine_four(sums, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); }));
 }
 
 // scores = constants + queries . keys of a step of tokens.
@@ -280,17 +285,6 @@ inline void score(const BF16* queries, size_t parts, const uint8_t* keys, size_t
 }
 
 // ---- the softmax ----
-
-// The vectors of four tokens combined, for each column; with 8 columns, twice.
-template <class Combine>
-inline __m512 combine_four(const __m512 (&four)[4], Combine combine) {
-    return combine(combine(four[0], four[1]), combine(four[2], four[3]));
-}
-template <class Combine>
-inline __m512 combine_four(const __m512 (&four)[2], Combine combine) {
-    const auto both = [&](__m512 x) { return combine(x, _mm512_shuffle_f32x4(x, x, 0x4e)); };
-    return combine(both(four[0]), both(four[1]));
-}
 
 inline void limit(float* scores, size_t count, float softcap) {
     const __m512 cap = _mm512_set1_ps(softcap);
@@ -362,13 +356,14 @@ inline void turn(const float* weights, float* out) {
 
 // Numbers of group g of the tokens in `seen`, of a page that has those of all `groups` token by token.
 inline void load_numbers_of_group(const F16* numbers, size_t groups, size_t g, uint32_t seen, float* out) {
-    alignas(64) uint16_t places[STEP];
-    for (size_t t = 0; t < STEP; t++) places[t] = static_cast<uint16_t>(t * groups + g);
-    __m512i at = _mm512_load_si512(places), found = _mm512_setzero_si512();
+    const auto every = [](size_t number) { return _mm512_set1_epi16(static_cast<int16_t>(number)); };
+    const __m512i tokens = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16,
+                                                                 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31));
+    __m512i at = _mm512_add_epi16(_mm512_mullo_epi16(tokens, every(groups)), every(g)), found = _mm512_setzero_si512();
     for (size_t v = 0; v < groups; v++) {
-        const __mmask32 here = seen & _mm512_cmplt_epu16_mask(at, _mm512_set1_epi16(STEP));
+        const __mmask32 here = seen & _mm512_cmplt_epu16_mask(at, every(STEP));
         found = _mm512_mask_permutexvar_epi16(found, here, at, _mm512_loadu_si512(numbers + v * STEP));
-        at = _mm512_sub_epi16(at, _mm512_set1_epi16(STEP));
+        at = _mm512_sub_epi16(at, every(STEP));
     }
     _mm512_store_ps(out, _mm512_cvtph_ps(_mm512_castsi512_si256(found)));
     _mm512_store_ps(out + TILE, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(found, 1)));
