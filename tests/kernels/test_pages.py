@@ -1,6 +1,6 @@
-"""Pages of keys and values hold what was kept of which token, whatever was evicted, coded and moved to a file in between,
-and attention over them is the softmax written out: on every instruction set, with the same bits whatever else is
-computed."""
+"""Pages of keys and values hold what was kept of which token, whatever was evicted, coded and moved to a file in
+between, and attention over them is the softmax written out: on every instruction set, with the same bits whatever else
+is computed."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ def cases(draw: st.DrawFn) -> Case:
 
 @dataclass
 class Tokens:
-    """What the certain tokens of one head must hold, as it is multiplied; and how many pages are coded and in the file."""
+    """What the certain tokens of one head must hold, as it is multiplied; and how many pages are coded and in the
+    file."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -280,8 +281,8 @@ class Store:
             assert sorted(used + listed) == list(range(len(free) - 1))
 
     def grow(self, sequence: int, most: int = 400) -> None:
-        """Some chunks of a prompt, and some tokens that decode; each time heads may let go of tokens of their choice, or of
-        none."""
+        """Some chunks of a prompt, and some tokens that decode; each time heads may let go of tokens of their choice,
+        or of none."""
         for _ in range(self.random.randint(1, 4)):
             decodes = self.random.random() < 0.4 and len(self.held[sequence][0]) > 0
             run = self.run(0 if decodes else self.random.randint(1, 130))

@@ -19,7 +19,9 @@ def test_a_method_as_the_page_adds_it(prefill: str) -> None:
     try:
         # As a module: dataclasses look up where they come from.
         exec(compile(code, "docs/kv.md", "exec"), {"__name__": __name__})
-        with tightfit.load("nano", "4GiB", context=1024, kv="sparse(keep=128)+int4(recent=32)", prefill=prefill) as model:
+        with tightfit.load(
+            "nano", "4GiB", context=1024, kv="sparse(keep=128)+int4(recent=32)", prefill=prefill
+        ) as model:
             prompt = "#" + "7" * 700
             completion = model.generate(prompt, max_new_tokens=40, temperature=0, ignore_eos=True)
             cache = model._generator.engine.cache
@@ -29,4 +31,6 @@ def test_a_method_as_the_page_adds_it(prefill: str) -> None:
         del TECHNIQUES["kv", "sparse"]
     assert len(completion.tokens) == 40
     assert all(128 <= length < 160 for layer in lengths for length in layer.tolist())
-    assert kept[:4] == [0, 1, 2, 3] and 512 in kept and 301 not in kept
+    assert kept[:4] == [0, 1, 2, 3]
+    assert 512 in kept
+    assert 301 not in kept

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from tightfit.budget.ledger import Arena, Workspace
+from tightfit.errors import TightfitError
 from tightfit.kernels import attention, ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Codec, Looking, Pages, Rows, Run
@@ -326,9 +327,9 @@ class PagedCache(BaseCache):
     # ---- tokens that are certain ----
 
     def begin(self, slot: int, start: int) -> None:
-        if self._begun[slot] and start == int(self.tokens[slot]):
+        if start and self._begun[slot] and start == int(self.tokens[slot]):
             return
-        if start != 0:
+        if start:
             raise ValueError(f"sequence {slot} has {int(self.tokens[slot])} tokens, and goes on at {start}")
         self._begun[slot], self._pruned[slot] = True, False
         self.tokens[slot] = 0
@@ -435,7 +436,13 @@ class PagedCache(BaseCache):
         resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
 
         def keep(run: Run, indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
-            pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self._ahead)
+            try:
+                pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self._ahead)
+            except RuntimeError as error:
+                if tier is None:
+                    raise
+                hint = "Make room on it, or name a folder on another: host(folder=...)."
+                raise TightfitError(str(error), hint) from error
 
         if kept.positions is None or ops.is_dry():
             if pruner is not None and q is not None and not ops.is_dry() and not self._pruned[slot]:
