@@ -222,6 +222,10 @@ class PagedCache(BaseCache):
             return positions.clamp(max=int(self.evictor.keep) - 1)
         return positions
 
+    def _anchors(self, layer: int) -> int:
+        """How many first tokens queries always see: none where the model itself has a window."""
+        return 0 if self.layouts[layer].window is not None else self.anchors
+
     def update(
         self,
         layer: int,
@@ -234,7 +238,7 @@ class PagedCache(BaseCache):
     ) -> Held:
         kept, anchor_q = self.layers[layer], None
         if turn is not None and q_ is not None:
-            if turn.anchors is not None:
+            if turn.anchors is not None and self._anchors(layer):
                 anchor_q = ws.empty(*q_.shape)
                 ops.copy_(anchor_q, q_)
                 attention.rotate_(anchor_q, *turn.anchors, turn.interleaved, ws)
@@ -260,7 +264,7 @@ class PagedCache(BaseCache):
         self, layer: int, step: Step, held: Held, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
     ) -> None:
         if isinstance(self.evictor, Window):
-            visible = self.evictor.visible
+            visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
         kept, rows, heads = self.layers[layer], step.vector, q.shape[1]
         if rows:
@@ -277,7 +281,7 @@ class PagedCache(BaseCache):
                     pages.weigh_rows(kept, which, looking, lse, self.mass[layer], ws, scoring)
         for (segment, a, b), (run, at) in zip(step.prefills, held.runs, strict=True):
             with ws.frame():
-                looking = Looking(q[a:b], _part(held.anchor_q, a, b), self.anchors)
+                looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
                 lse = ws.empty(b - a, heads) if self.mass else None
                 bf16 = self.gemm_dtype == torch.bfloat16
                 pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
@@ -297,7 +301,7 @@ class PagedCache(BaseCache):
         if selector is not None and self.selects(layer):
             chosen = ws.empty(q.shape[0], self.layouts[layer].kv_heads, selector.tokens // PAGE, dtype=torch.int32)
             pages.select(self.layers[layer], rows, q, chosen, ws)
-        return Looking(q, anchor_q, self.anchors, chosen)
+        return Looking(q, anchor_q, self._anchors(layer), chosen)
 
     def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor:
         """Zeros (kv_heads, tokens), for what the certain tokens and ``count`` others receive."""
@@ -601,6 +605,8 @@ class PagedCache(BaseCache):
             mass = torch.zeros(positions.shape) if given is None else given[:, :width].clone()
             scores = evictor.scores(Seen(mass, positions, counts, tokens))
             first, last = evictor.protected(limit)
+            if window is not None:  # which hides the first tokens sooner or later
+                first, last = 0, first + last
             for head, count in enumerate(counts):
                 scores[head, : min(first, count)] = torch.inf
                 scores[head, max(count - last, 0) : count] = torch.inf
