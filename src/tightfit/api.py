@@ -119,6 +119,7 @@ class Model:
     def close(self) -> None:
         """Closes the checkpoint's files. The memory goes with the object."""
         self._generator.engine.decoder.weights.close()
+        self._generator.engine.cache.close()
         self.checkpoint.close()
 
     def __enter__(self) -> Model:
@@ -162,6 +163,8 @@ def load(
     chunk: int | None = None,
     activations: str | None = None,
     experts: str | None = None,
+    kv: str | None = None,
+    prefill: str | None = None,
     threads: int | None = None,
     plan: Plan | None = None,
     chat: bool = False,
@@ -170,14 +173,15 @@ def load(
     """Opens a model and loads it inside ``memory``.
 
     ``model`` is a folder, a hub name, or an embedded model; ``memory`` bounds the peak resident set of the whole
-    process (``"600MiB"``, ``"4GB"``, ``"50%"``, bytes; default: what is available less a margin). ``context``
-    tokens are reserved for each of ``batch`` sequences at once (one). ``weights`` is a format (``"int4"``; default:
-    the most precise that fits), ``chunk`` how many prompt tokens are computed at once, ``activations`` whether
-    decoding rounds what low-bit weights are multiplied with (``"int8"``, the default) or not (``"float32"``),
-    ``experts`` which of a mixture stay in memory where not all fit (``"score+gate"``), ``threads`` how many cores
-    are used. A ``plan`` made before is followed to the letter, and fixes all of these but the model. With ``chat``,
-    a model without a chat template is refused at once. ``progress(done, total)`` is called with bytes while weights
-    are loaded.
+    process (``"600MiB"``, ``"4GB"``, ``"50%"``, bytes; default: what is available less a margin). ``context`` tokens
+    are reserved for each of ``batch`` sequences at once (one). ``weights`` is a format (``"int4"``; default: the most
+    precise that fits), ``chunk`` how many prompt tokens are computed at once, ``activations`` whether decoding rounds
+    what low-bit weights are multiplied with (``"int8"``, the default) or not (``"float32"``), ``experts`` which of a
+    mixture stay in memory where not all fit (``"score+gate"``), ``kv`` how keys and values are kept
+    (``"snapkv(keep=512)+int4"``, or bytes, ``"64MiB"``; default: all as they are), ``prefill`` whether prompts are
+    computed in chunks (``"chunked"``) or layer by layer (``"layered"``), ``threads`` how many cores are used. A
+    ``plan`` made before is followed to the letter, and fixes all of these but the model. With ``chat``, a model without
+    a chat template is refused at once. ``progress(done, total)`` is called with bytes while weights are loaded.
 
     Raises BudgetError if it does not fit (``smallest_bytes`` says what would), CheckpointError for a model that cannot
     be opened, UsageError for arguments that make no sense.
@@ -185,7 +189,7 @@ def load(
     from tightfit.engine.following import planned
     from tightfit.engine.opening import Wish, open_model
 
-    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts)
+    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts, kv, prefill)
     if plan is not None:
         wish = planned(wish, plan)
     opened = open_model(wish)

@@ -161,7 +161,8 @@ def _format_one(item: object) -> str:
         value = getattr(item, key)
         if value == default:
             continue
-        text = str(value).lower() if isinstance(value, bool) else str(value)
+        whole = isinstance(value, float) and value.is_integer()
+        text = str(value).lower() if isinstance(value, bool) else str(int(value) if whole else value)
         if not _writable(text):
             raise ValueError(f"{key}={value!r} of {entry.name} cannot be written in a spec string")
         arguments.append(f"{key}={text}")

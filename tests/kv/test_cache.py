@@ -9,6 +9,7 @@ from tightfit.budget.ledger import ALIGNMENT, Arena, Workspace
 from tightfit.kernels.attention import Scoring, append, attend, attend_rows, rotate_append
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.cache import Cache, window_slots
+from tightfit.kv.make import kv_nbytes
 from tightfit.model.batch import Batch, Segment
 
 HEADS, DIM = 2, 4
@@ -16,12 +17,10 @@ HEADS, DIM = 2, 4
 
 def test_nbytes_is_what_an_arena_needs() -> None:
     layouts = [LayerLayout(2, 8, 6, 31), LayerLayout(1, 5, 5, 7), LayerLayout(1, 12, 9, 31, shared=True)]
-    for dtype, itemsize in ((torch.float32, 4), (torch.bfloat16, 2)):
-        arena = Arena(1 << 20)
-        Cache(layouts, 3, dtype, arena)
+    for name, itemsize in (("float32", 4), ("bfloat16", 2)):
         exact = 3 * itemsize * (2 * 31 * (8 + 6) + 7 * (5 + 5) + 31 * 12)
-        promised = Cache.nbytes(layouts, 3, itemsize)
-        assert exact <= arena.used <= promised <= exact + 2 * ALIGNMENT * len(layouts)
+        promised = kv_nbytes("none", layouts, 31, 3, name)
+        assert exact <= promised <= exact + 2 * ALIGNMENT * len(layouts)
 
 
 def test_a_layer_with_a_window_keeps_the_window_and_a_chunk() -> None:

@@ -45,6 +45,24 @@ Experts = Annotated[
         "next layer's are read ahead. Default: score+gate.",
     ),
 ]
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="METHODS",
+        help="How keys and values are kept: int4, snapkv(keep=512)+int4+host, ..., or bytes such as 64MiB, for which "
+        "methods are chosen. Default: none, all of them as they are.",
+    ),
+]
+Prefill = Annotated[
+    str | None,
+    typer.Option(
+        "--prefill",
+        metavar="SCHEDULE",
+        help="chunked: each chunk of a prompt goes through all layers (the default); layered: the whole prompt goes "
+        "through one layer after the other.",
+    ),
+]
 Chunk = Annotated[
     int | None,
     typer.Option(

@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.cli.options import Activations, Chunk, Context, Debug, Experts, Json, Memory, Model, Threads, Weights
+from tightfit.cli.options import (
+    Activations,
+    Chunk,
+    Context,
+    Debug,
+    Experts,
+    Json,
+    Kv,
+    Memory,
+    Model,
+    Prefill,
+    Threads,
+    Weights,
+)
 from tightfit.cli.output import print_json, write
 from tightfit.cli.prompts import read_prompts
 from tightfit.errors import UsageError
@@ -91,6 +104,8 @@ def run(
     chunk: Chunk = None,
     activations: Activations = None,
     experts: Experts = None,
+    kv: Kv = None,
+    prefill: Prefill = None,
     threads: Threads = None,
     plan: PlanFile = None,
     json: Json = False,
@@ -129,7 +144,7 @@ def run(
     from tightfit.engine.following import planned
     from tightfit.engine.opening import Wish, open_model
 
-    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts)
+    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts, kv, prefill)
     followed = None if plan is None else read_plan(plan)
     if followed is not None:
         wish = planned(wish, followed)

@@ -27,7 +27,9 @@ from tightfit.errors import BudgetError, UsageError
 from tightfit.experts.store import LEAST_SLOTS, CachedExperts, on_disk
 from tightfit.kernels import cpu, ops
 from tightfit.kernels.layout import TILE_ROWS
-from tightfit.kv.cache import Cache
+from tightfit.kv.base import BaseCache
+from tightfit.kv.compose import EXACT
+from tightfit.kv.make import make_cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
@@ -58,11 +60,15 @@ class Shape:
     sequences: int
     chunk: int
     numerics: Numerics
+    cache: str
+    layered: bool
 
     @staticmethod
     def of(plan: Plan) -> Shape:
         formats = tuple(layer.format for layer in plan.layers)
-        return Shape(plan.outer.format, formats, plan.context, plan.sequences, plan.chunk, plan.numerics)
+        layered = plan.prefill == "layered"
+        sizes = plan.context, plan.sequences, plan.chunk
+        return Shape(plan.outer.format, formats, *sizes, plan.numerics, plan.cache, layered)
 
 
 def different_layers(checkpoint: Checkpoint, spec: ModelSpec, formats: Sequence[str]) -> list[int]:
@@ -83,7 +89,7 @@ def build(
     kv: Arena,
     plan: Plan | None = None,
     slots: Arena | None = None,
-) -> tuple[Placement, Decoder, Cache]:
+) -> tuple[Placement, Decoder, BaseCache]:
     """Weights, decoder and cache of the given layers in their arenas; nothing is read or written. Parameters are all
     resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts."""
     formats = {index: shape.formats[index] for index in layers}
@@ -104,7 +110,7 @@ def build(
         placement = Resident(checkpoint, spec, shape.outer, formats, gemm, weights, activations)
     spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
     layouts = cache_layouts(spec, shape.context, shape.chunk)
-    cache = Cache(layouts, shape.sequences, kv_type, kv, gemm, shape.chunk)
+    cache = make_cache(shape.cache, layouts, shape.context, shape.sequences, kv_type, kv, gemm, shape.chunk)
     return placement, Decoder(spec, placement), cache
 
 
@@ -131,6 +137,11 @@ def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     ws = Workspace(Arena(VIRTUAL))
     with ops.dry(), ws.frame():
         decoder.logits(decoder.hidden(largest_step(shape), cache, ws), ws)
+    if shape.layered:
+        with ops.dry(), ws.frame():
+            prompt = Segment(0, 0, [0] * shape.context, length=shape.context)
+            decoder.logits(decoder.hidden_layered(prompt, shape.chunk, cache, ws), ws)
+    cache.close()
     return align(ws.high_water, PAGE)
 
 
@@ -152,11 +163,26 @@ def rehearse(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=0))
     one = Batch((Segment(0, min(length, shape.context - 1), [0], decode=True),))
     # The largest last: libraries keep the code of the latest shapes, and whole chunks come first in a run.
-    for batch in (*_buckets(length), largest_step(shape), one):
+    largest = largest_step(shape)
+    if shape.cache != EXACT:  # a cache that is not full takes as much scratch as one that is
+        parts = [replace(segment, start=0) for segment in largest.segments]
+        largest, one = Batch(tuple(parts)), Batch((replace(one.segments[0], start=0),))
+    for batch in (*_buckets(length), largest, one):
         use_threads(batch, plan.threads, cache.gemm_dtype)
+        for segment in batch.segments:
+            cache.begin(segment.slot, segment.start)
         with ws.frame():
             logits = decoder.logits(decoder.hidden(batch, cache, ws), ws)
             sampler.sample(logits[0], [0])
+        for segment in batch.segments:
+            cache.prefilled(segment.slot, segment.start, segment.stop)
+    if shape.layered:
+        prompt = Segment(0, 0, [0] * min(2 * shape.chunk, shape.context), length=shape.context)
+        cache.begin(0, 0)
+        with ws.frame():
+            decoder.logits(decoder.hidden_layered(prompt, shape.chunk, cache, ws), ws)
+    cache.rehearse(shape.context if shape.layered else length)
+    cache.close()
     kv.release()
     scratch.release()
     return resident_set().current
@@ -221,7 +247,16 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, el
 def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     """``plan`` with the bytes that its choices take here. Raises BudgetError if they exceed the budget it names."""
     experts = None if plan.experts is None else plan.experts.policy
-    constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, plan.numerics, experts=experts)
+    constraints = Constraints(
+        plan.budget,
+        plan.context,
+        plan.sequences,
+        plan.threads,
+        plan.numerics,
+        experts=experts,
+        kv=plan.cache,
+        prefill=plan.prefill,
+    )
     search = search_for(checkpoint, spec, constraints)
     kept = _kept(search, plan) if plan.streamed else None
     formats = [layer.format for layer in plan.layers]
@@ -301,4 +336,5 @@ def start(
     if seen.peak > before:  # what converting took, in the place of cache and scratch
         ledger.note("workspace", seen.peak - seen.current)
     drop_code_pages()
-    return Engine(decoder, cache, Workspace(scratch), plan.context, plan.chunk, plan.threads), ledger
+    engine = Engine(decoder, cache, Workspace(scratch), plan.context, plan.chunk, plan.threads, shape.layered)
+    return engine, ledger

@@ -409,7 +409,7 @@ def _keep_head(
             _release(pages, sequence, head, j)
         elif found != place(j):
             _store(pages, sequence, head, j, place(j), *_load(pages, sequence, head, j))
-            if not pages.key_codec.dense:
+            if not pages.key_codec.dense or pages.channels is not None:
                 changed = min(changed, j)
     # A token's place never lies behind where it was: what a page overwrites was read before.
     for j in range(first, used):

@@ -31,9 +31,6 @@ class LayerLayout:
     window: int | None = None
     heads: int = 1
 
-    def nbytes(self, itemsize: int) -> int:
-        return self.kv_heads * self.slots * itemsize * (self.key_dim + (0 if self.shared else self.value_dim))
-
 
 class SegmentLike(Protocol):
     """A segment of a batch (:class:`tightfit.model.batch.Segment`)."""
@@ -125,6 +122,12 @@ class BaseCache(ABC):
     def reusable(self, slot: int, common: int) -> int:
         """How many of the first ``common`` tokens that a sequence has had can be kept when it goes on differently."""
         return common
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to give back)
+        """Gives back what is not memory."""
+
+    def rehearse(self, count: int) -> None:  # noqa: B027
+        """Does what ``count`` prompt tokens cost beside the ledger's memory, once."""
 
     @contextmanager
     def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tightfit.budget.ledger import ALIGNMENT, Arena, Workspace
+from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import attention
 from tightfit.kernels.attention import KeysValues, Scoring
 from tightfit.kv.base import BaseCache, LayerLayout, Step, Turn
@@ -41,11 +41,6 @@ class Cache(BaseCache):
             shared = keys[..., : layout.value_dim]
             values = shared if layout.shared else place(arena, (*shape, layout.value_dim), dtype)
             self.layers.append(KeysValues(keys, values))
-
-    @staticmethod
-    def nbytes(layouts: list[LayerLayout], sequences: int, itemsize: int) -> int:
-        """Bytes that a cache of these layouts takes."""
-        return sum(sequences * layout.nbytes(itemsize) + 2 * ALIGNMENT for layout in layouts)
 
     def update(
         self,

@@ -115,8 +115,8 @@ class Merger(Evictor):
 
 @dataclass(frozen=True)
 class Quantizer(Method):
-    """Codes of few bits for all tokens but the last ``recent`` ones, which stay as they are. ``of`` says whether that is
-    for keys, values or both."""
+    """Codes of few bits for all tokens but the last ``recent`` ones, which stay as they are. ``of`` says whether that
+    is for keys, values or both."""
 
     recent: int = 128
     of: str = "both"

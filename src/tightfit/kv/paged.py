@@ -2,14 +2,16 @@
 
 All of these are the same store of pages (:mod:`tightfit.kernels.pages`) with another list of tokens or another kind of
 page. What a prompt's chunk adds lies in scratch memory while its layer is computed; then it is certain, methods judge
-it, and what stays is written. What decoding adds is tentative until :meth:`PagedCache.commit`; tokens are judged, coded and
-moved when their sequence has a multiple of 32 tokens, never between, so that drafts which are refused leave no trace.
+it, and what stays is written. What decoding adds is tentative until :meth:`PagedCache.commit`; tokens are judged, coded
+and moved when their sequence has a multiple of 32 tokens, never between, so that drafts which are refused leave no
+trace.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +93,7 @@ class PagedCache(BaseCache):
         self.anchors = 0 if evictor is None else evictor.anchors
         self.sizes = [self._size(layout, kept) for layout, kept in zip(layouts, self._kept(context), strict=True)]
         self._file = -1 if composition.tier is None else composition.tier.open()
+        self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
         self._file_size = 0
         self.tokens = _numbers(arena, sequences)
         self.layers = [self._pages(index, arena) for index in range(len(layouts))]
@@ -102,7 +105,11 @@ class PagedCache(BaseCache):
         self.mass: list[torch.Tensor] = []
         self.drafts: list[_Drafts] = []
         if self.observes != "nothing":
-            self.mass = [place(arena, tuple(pages.positions.shape), torch.float32) for pages in self.layers]  # type: ignore[union-attr]
+            shapes = [
+                (sequences, layout.kv_heads, size.table_pages * PAGE)
+                for layout, size in zip(layouts, self.sizes, strict=True)
+            ]
+            self.mass = [place(arena, shape, torch.float32) for shape in shapes]
             self.drafts = [_Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
@@ -110,10 +117,8 @@ class PagedCache(BaseCache):
         self._whole: Whole | None = None
 
     def close(self) -> None:
-        """Gives the file back."""
         if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+            self._closing()
 
     # ---- what is reserved ----
 
@@ -553,6 +558,17 @@ class PagedCache(BaseCache):
         if layout.shared:
             return Run(keys, keys[..., : layout.value_dim], count)
         return Run(keys, ws.empty(layout.kv_heads, slots, layout.value_dim, dtype=self.dtype), count)
+
+    def rehearse(self, count: int) -> None:
+        for layer, layout in enumerate(self.layouts):
+            kept = self.layers[layer].positions
+            if kept is None:
+                continue
+            width = kept.shape[2] + count
+            given = torch.zeros(layout.kv_heads, width)
+            positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
+            limit = self._limit(layer, width)
+            self._judge(layer, given, positions, [width] * layout.kv_heads, width, limit)
 
     def _remembers(self, count: int) -> bool:
         """Whether tokens keep what they received before: where all queries count, and where a chunk has fewer than are

@@ -12,6 +12,7 @@ Bytes = Annotated[int, Field(ge=0)]
 GemmType = Literal["bfloat16", "float32", "int8"]
 ActivationType = Literal["int8", "float32"]
 KvType = Literal["bfloat16", "float16", "float32"]
+Schedule = Literal["chunked", "layered"]  # all layers for each chunk of a prompt, or all chunks in each layer
 
 
 class Strict(BaseModel):
@@ -86,8 +87,8 @@ class Plan(Strict):
     accounts: dict[str, Bytes]
     outer: OuterPlan = Field(description="embeddings, head and final norm")
     layers: tuple[LayerPlan, ...]
-    cache: Literal["exact"] = "exact"
-    prefill: Literal["chunked"] = "chunked"
+    cache: str = Field(default="none", description="methods of the cache, a spec string; none keeps everything")
+    prefill: Schedule = "chunked"
     buffers: int = Field(default=0, ge=0, description="that streamed layers are read into, ahead of their use")
     experts: ExpertsPlan | None = Field(default=None, description="where the experts of mixtures are on the disk")
     chunk: int = Field(ge=1, description="prompt tokens computed at once")

@@ -107,7 +107,7 @@ inline size_t fold_scratch(size_t rows, size_t key_dim, size_t value_dim, bool m
     size_t tiles = 0;
 #ifdef TIGHTFIT_X86
     const size_t keys = round_up(key_dim, 32), values = round_up(value_dim, 32);
-    tiles = (round_up(rows, 16) * 5 + 4) * keys / 2 + KEY_BLOCK * ((keys + values) / 2 + 16 * 3) + 1024;
+    tiles = round_up(rows, 16) * (keys * 5 / 2 + KEY_BLOCK) + 2 * keys + KEY_BLOCK * ((keys + values) / 2 + 16 * 7) + 1024;
 #endif
     return rows * KEY_BLOCK + page_scratch(key_dim, value_dim, made) + tiles;
 }

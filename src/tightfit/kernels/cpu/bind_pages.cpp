@@ -152,6 +152,8 @@ void tightfit::bind_pages(nb::module_& m) {
         .def("read", [](const Pages& p, size_t sequence, size_t head, const RunOf& run, size_t from, size_t to, uintptr_t k,
                         uintptr_t v, uintptr_t scratch) {
             check_sequence(p, sequence);
+            if (head >= p.kv_heads || to > static_cast<size_t>(p.lengths[p.at(sequence, head)]) + run_of(run).count)
+                throw nb::index_error("tokens outside of the cache");
             nb::gil_scoped_release release;
             read(p, sequence, head, run_of(run), from, to, at<float>(k), at<float>(v), at<uint8_t>(scratch));
         })

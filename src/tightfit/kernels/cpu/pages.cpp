@@ -435,7 +435,7 @@ void keep_head(const Head& head, const Run& run, const Keeping& keeping, uint8_t
         }
         load_page(head, j, source);
         store_page(head, j, to, source, PAGE);
-        if (!p.key_codec.dense()) changed = std::min(changed, j);
+        if (!p.key_codec.dense() || p.channels) changed = std::min(changed, j);
     }
     // The others are filled token by token, in order: the place of a token never lies behind where it comes from, so
     // that of each page that is written everything that is still wanted was read before.

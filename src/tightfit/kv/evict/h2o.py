@@ -26,8 +26,8 @@ class H2O(Evictor):
     summed over all queries since they came.
 
     ``normalize`` divides by how many queries could see a token. Heads that share keys and values sum up what they give,
-    since a token can only be kept for all of them (the paper has a key for each head). The paper lets go of one token for
-    each that comes; here that happens in blocks.
+    since a token can only be kept for all of them (the paper has a key for each head). The paper lets go of one token
+    for each that comes; here that happens in blocks.
     """
 
     recent: float = 0.5

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 class Window(Evictor):
     """The first ``sinks`` tokens and the last ``keep - sinks``, the query's own included (StreamingLLM).
 
-    With ``positions=cache`` a query stands at its place in the cache, as in the paper, so that no distance is longer than
-    ``keep``: since rotary embeddings only see distances, it is enough to turn the queries that look at the sinks. With
-    ``positions=original`` it stands where it stands in the text. What a query sees is exact for every token, whatever the
-    chunks; memory is given back in blocks of 32.
+    With ``positions=cache`` a query stands at its place in the cache, as in the paper, so that no distance is longer
+    than ``keep``: since rotary embeddings only see distances, it is enough to turn the queries that look at the sinks.
+    With ``positions=original`` it stands where it stands in the text. What a query sees is exact for every token,
+    whatever the chunks; memory is given back in blocks of 32.
     """
 
     sinks: int = 4

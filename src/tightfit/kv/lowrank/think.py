@@ -49,8 +49,8 @@ class ThinK(Method):
         return channels - int(channels * self.prune)
 
     def choose(self, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """The channels (kv_heads, kept) int32 that stay, ascending, judged by the last queries ``q`` (n, heads, dim) and
-        by ``keys`` (kv_heads, tokens, dim)."""
+        """The channels (kv_heads, kept) int32 that stay, ascending, judged by the last queries ``q`` (n, heads, dim)
+        and by ``keys`` (kv_heads, tokens, dim)."""
         import torch
 
         kv_heads, _, dim = keys.shape

@@ -1,0 +1,40 @@
+"""The cache that a plan names."""
+
+from __future__ import annotations
+
+import torch
+
+from tightfit.budget.ledger import Arena
+from tightfit.kv.base import BaseCache, LayerLayout
+from tightfit.kv.cache import Cache
+from tightfit.kv.compose import compose
+from tightfit.kv.paged import PagedCache
+
+VIRTUAL = 1 << 38  # address space of an arena that is never written
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def make_cache(
+    kv: str,
+    layouts: list[LayerLayout],
+    context: int,
+    sequences: int,
+    dtype: torch.dtype,
+    arena: Arena,
+    gemm_dtype: torch.dtype,
+    chunk: int,
+) -> BaseCache:
+    """The cache of the methods that ``kv`` names, for prompts of up to ``context`` tokens in chunks of ``chunk``.
+    Raises UsageError if the model cannot use one of them."""
+    composition = compose(kv)
+    if not composition.methods:
+        return Cache(layouts, sequences, dtype, arena, gemm_dtype, chunk)
+    return PagedCache(layouts, composition, context, sequences, dtype, arena, gemm_dtype)
+
+
+def kv_nbytes(kv: str, layouts: list[LayerLayout], context: int, sequences: int, dtype: str) -> int:
+    """Bytes that such a cache takes, as its own allocation says."""
+    arena = Arena(VIRTUAL)
+    cache = make_cache(kv, layouts, context, sequences, TYPES[dtype], arena, torch.float32, 1)
+    cache.close()
+    return arena.used

@@ -1,0 +1,788 @@
+"""Pages of keys and values hold what was kept of which token, whatever was evicted, coded and moved to a file in between,
+and attention over them is the softmax written out: on every instruction set, with the same bits whatever else is
+computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tightfit.budget.ledger import Arena, Workspace
+from tightfit.kernels import cpu, ops, pages, pages_reference
+from tightfit.kernels.attention import Scoring
+from tightfit.kernels.codec import PAGE, Codec
+from tightfit.kernels.pages import Looking, Pages, Rows, Run
+
+LEVELS = [level for level in cpu.supported() if not level.endswith("vnni")]  # these have no attention of their own
+COMPILED = LEVELS[:-1]
+levels = pytest.mark.parametrize("level", LEVELS)
+compiled = pytest.mark.parametrize("level", COMPILED)
+SEQUENCES = 2
+TABLE_PAGES = 32
+TAIL = 40  # tokens that may follow before the next are kept
+
+
+@pytest.fixture(autouse=True)
+def restore() -> Iterator[None]:
+    chosen, threads = cpu.features()["chosen"], cpu.threads()
+    yield
+    cpu.use(chosen)
+    cpu.set_threads(threads)
+
+
+def scratch() -> Workspace:
+    return Workspace(Arena(64 << 20))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A store of pages, and how queries look at it."""
+
+    kv_heads: int = 2
+    groups: int = 2
+    key_dim: int = 40
+    value_dim: int = 24
+    shared: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    pool: bool = False  # whether there are coded pages in memory
+    key_bits: int = 16
+    value_bits: int = 16
+    channels: int | None = None  # how many of the keys' channels coded pages have
+    file: bool = False
+    positions: bool = False
+    recent: int = 0
+    resident: int = pages.EVERYTHING
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    anchors: int = 0
+    turned: bool = False  # whether anchors are seen by other queries
+    seed: int = 0
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.groups
+
+    def codecs(self) -> tuple[Codec, Codec]:
+        as_it_is = 8 * self.dtype.itemsize
+        bits = [as_it_is if bits >= 16 else bits for bits in (self.key_bits, self.value_bits)]
+        return Codec(bits[0], self.channels or self.key_dim, True), Codec(bits[1], self.value_dim, False)
+
+    def scoring(self) -> Scoring:
+        torch.manual_seed(self.seed)
+        sinks = torch.randn(self.heads) if self.sinks else None
+        return Scoring(1 / math.sqrt(self.key_dim), self.window, self.softcap, sinks)
+
+    def looking(self, n: int, chosen: torch.Tensor | None = None) -> Looking:
+        """Queries with gaps between tokens and between heads, as parts of larger tensors have."""
+        q, anchor_q = torch.randn(2, n, self.heads, self.key_dim + 3)[..., : self.key_dim]
+        return Looking(q, anchor_q if self.turned else None, self.anchors, chosen)
+
+    def results(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.full((n, self.heads, self.value_dim + 1), math.nan)[..., : self.value_dim]
+        return out, torch.full((n, self.heads + 1), math.nan)[:, : self.heads]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    key_dim = draw(st.sampled_from([1, 7, 33, 64, 72]))
+    shared, pool, file = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    codes = pool or file
+    return Case(
+        kv_heads=draw(st.integers(1, 3)),
+        groups=draw(st.integers(1, 4)),
+        key_dim=key_dim,
+        value_dim=draw(st.integers(1, key_dim)) if shared else draw(st.sampled_from([1, 9, 40, 64, 70])),
+        shared=shared,
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        pool=pool,
+        key_bits=draw(st.sampled_from([2, 4, 8, 16])) if codes else 16,
+        value_bits=draw(st.sampled_from([2, 4, 8, 16])) if codes else 16,
+        channels=draw(st.none() | st.integers(1, key_dim)) if codes and not shared else None,
+        file=file,
+        positions=draw(st.booleans()),
+        recent=draw(st.integers(0, 100)),
+        resident=draw(st.integers(0, 6)) if file else pages.EVERYTHING,
+        window=draw(st.none() | st.integers(1, 300)),
+        softcap=draw(st.none() | st.just(2.0)),
+        sinks=draw(st.booleans()),
+        anchors=draw(st.sampled_from([0, 0, 4, 40])),
+        turned=draw(st.booleans()),
+        seed=draw(st.integers(0, 1 << 30)),
+    )
+
+
+@dataclass
+class Tokens:
+    """What the certain tokens of one head must hold, as it is multiplied; and how many pages are coded and in the file."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    positions: torch.Tensor
+    coded: int = 0
+    cold: int = 0
+
+    def __len__(self) -> int:
+        return len(self.k)
+
+
+class Store:
+    """Pages, and of each sequence and head the tokens that they must hold."""
+
+    def __init__(self, case: Case, dense_pages: int | None = None) -> None:
+        self.case, self.random = case, random.Random(case.seed)
+        torch.manual_seed(case.seed)
+        dense_pages = dense_pages or case.kv_heads * TABLE_PAGES
+        coded_pages = case.kv_heads * TABLE_PAGES if case.pool else 0
+        key_codec, value_codec = case.codecs()
+        per_head = SEQUENCES, case.kv_heads
+        # What was never written must not be seen: it is no number.
+        keys = torch.full((SEQUENCES, dense_pages, PAGE, case.key_dim), math.nan, dtype=case.dtype)
+        values = torch.full((SEQUENCES, dense_pages, PAGE, case.value_dim), math.nan, dtype=case.dtype)
+        channels = [torch.randperm(case.key_dim)[: key_codec.dim].sort().values for _ in range(math.prod(per_head))]
+        self.file = tempfile.TemporaryFile() if case.file else None  # noqa: SIM115 (as long as the store)
+        file_pages = math.prod(per_head) * TABLE_PAGES
+        self.pages = Pages(
+            keys=keys,
+            values=keys[..., : case.value_dim] if case.shared else values,
+            table=torch.empty(*per_head, TABLE_PAGES, dtype=torch.int32),
+            lengths=torch.empty(per_head, dtype=torch.int32),
+            coded=torch.empty(per_head, dtype=torch.int32),
+            cold=torch.empty(per_head, dtype=torch.int32),
+            bounded=torch.empty(per_head, dtype=torch.int32),
+            dense_free=torch.empty(SEQUENCES, 1 + dense_pages, dtype=torch.int32),
+            coded_free=torch.empty(SEQUENCES, 1 + coded_pages, dtype=torch.int32),
+            tokens=torch.zeros(SEQUENCES, dtype=torch.int32),
+            key_codec=key_codec,
+            value_codec=value_codec,
+            coded_keys=_bytes(SEQUENCES, coded_pages, key_codec.page_bytes) if case.pool else None,
+            coded_values=_bytes(SEQUENCES, coded_pages, value_codec.page_bytes)
+            if case.pool and not case.shared
+            else None,
+            positions=torch.zeros(*per_head, TABLE_PAGES * PAGE, dtype=torch.int32) if case.positions else None,
+            channels=torch.stack(channels).view(*per_head, -1).int() if case.channels else None,
+            bounds=torch.full((*per_head, TABLE_PAGES, 2, case.key_dim), math.nan, dtype=case.dtype),
+            file=self.file.fileno() if self.file else -1,
+            keys_at=4096,
+            values_at=4096 + file_pages * key_codec.page_bytes,
+        )
+        for sequence in range(SEQUENCES):
+            self.pages.reset(sequence)
+        nothing = torch.empty(0, case.key_dim), torch.empty(0, case.value_dim), torch.empty(0, dtype=torch.int32)
+        self.held = [[Tokens(*nothing) for _ in range(case.kv_heads)] for _ in range(SEQUENCES)]
+
+    def run(self, n: int) -> Run:
+        """With slots to spare, as a prompt's chunk has that is not the longest."""
+        keys = torch.randn(self.case.kv_heads, n + 3, self.case.key_dim).to(self.case.dtype)
+        if self.case.shared:
+            return Run(keys, keys[..., : self.case.value_dim], n)
+        return Run(keys, torch.randn(self.case.kv_heads, n + 3, self.case.value_dim).to(self.case.dtype), n)
+
+    def run_tokens(self, run: Run, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return run.keys[head, : run.count].float(), run.values[head, : run.count].float()
+
+    def keep(self, sequence: int, run: Run, kept: list[torch.Tensor] | None = None, tail: int = TAIL) -> None:
+        """What :func:`pages.keep` does, and what must come of it; then checks that it did."""
+        case, indices, counts = self.case, None, None
+        if kept is not None:
+            counts = torch.tensor([len(one) for one in kept], dtype=torch.int32)
+            indices = torch.full((case.kv_heads, int(counts.max()) + 1), -1, dtype=torch.int32)
+            for head, one in enumerate(kept):
+                indices[head, : len(one)] = one
+        pages.keep(self.pages, sequence, run, scratch(), indices, counts, case.recent, case.resident, tail)
+        start = int(self.pages.tokens[sequence])
+        self.pages.tokens[sequence] += run.count
+        for head, tokens in enumerate(self.held[sequence]):
+            k, v = self.run_tokens(run, head)
+            positions = torch.arange(start, start + run.count, dtype=torch.int32)
+            one = torch.arange(len(tokens) + run.count) if kept is None else kept[head]
+            self.held[sequence][head] = self.outcome(sequence, head, tokens, Tokens(k, v, positions), one)
+            if self.pages.positions is not None:
+                self.pages.positions[sequence, head, : len(one)] = self.held[sequence][head].positions
+        self.check(sequence, tail)
+
+    def outcome(self, sequence: int, head: int, old: Tokens, new: Tokens, kept: torch.Tensor) -> Tokens:
+        case = self.case
+        k, v, positions = (
+            torch.cat(both)[kept] for both in ((old.k, new.k), (old.v, new.v), (old.positions, new.positions))
+        )
+        same = next((i for i, index in enumerate(kept.tolist()) if i != index), len(kept))
+        first = min(same, len(old)) // PAGE
+        coded = max(len(kept) - case.recent, 0) // PAGE if case.pool else 0
+        coded = max(coded, min(old.coded, first))
+        cold = min(max(-(-len(kept) // PAGE) - case.resident, 0), coded if case.pool else len(kept) // PAGE)
+        cold = max(cold if case.file else 0, min(old.cold, first))
+        for j in range(max(coded, cold)):
+            if j >= first or j >= max(old.coded, old.cold):
+                page = slice(j * PAGE, (j + 1) * PAGE)
+                k[page], v[page] = self.rounded(sequence, head, k[page], v[page])
+        rest = max(coded, cold, first) * PAGE
+        k[rest:], v[rest:] = k[rest:].to(case.dtype).float(), v[rest:].to(case.dtype).float()
+        if case.shared:
+            v = k[:, : case.value_dim]
+        return Tokens(k, v, positions, coded, cold)
+
+    def rounded(self, sequence: int, head: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a page of codes holds. What codes are is checked elsewhere."""
+        (key_codec, value_codec), dtype = self.case.codecs(), self.case.dtype
+        channels = torch.arange(self.case.key_dim)
+        if self.pages.channels is not None:
+            channels = self.pages.channels[sequence, head].long()
+        key = torch.zeros_like(k)
+        for codec, numbers, out in ((key_codec, k[:, channels], key), (value_codec, v, v)):
+            decoded = pages_reference.decode(codec, dtype, pages_reference.encode(codec, dtype, numbers))
+            out[:, channels if out is key else slice(None)] = decoded
+        return key, v
+
+    def check(self, sequence: int, tail: int) -> None:
+        """Every token holds what it must, and each page is either free or one head's, of which there are as many as are
+        needed."""
+        p, in_pages = self.pages, ([], [])  # type: tuple[Pages, tuple[list[int], list[int]]]
+        for head, tokens in enumerate(self.held[sequence]):
+            assert int(p.lengths[sequence, head]) == len(tokens)
+            ws = scratch()
+            k, v = pages.read(p, sequence, head, self.run(0), 0, len(tokens), ws)
+            assert torch.equal(k, tokens.k)
+            if self.case.shared:
+                v = k[:, : self.case.value_dim]
+            assert torch.equal(v, tokens.v)
+            coded = p.coded_keys is not None
+            assert int(p.coded[sequence, head]) == tokens.coded
+            assert int(p.cold[sequence, head]) == tokens.cold
+            table = p.table[sequence, head].tolist()
+            needed = -(-(len(tokens) + tail) // PAGE)
+            assert all(page < 0 for page in table[: tokens.cold] + table[needed:])
+            split = max(tokens.cold, tokens.coded if coded else 0)
+            in_pages[0].extend(table[split:needed])
+            in_pages[1].extend(table[tokens.cold : split])
+            whole = len(tokens) // PAGE
+            assert int(p.bounded[sequence, head]) == whole
+            assert p.bounds is not None
+            low, high = p.bounds[sequence, head, :whole].float().unbind(1)
+            paged = tokens.k[: whole * PAGE].view(whole, PAGE, self.case.key_dim)
+            assert (low <= paged.amin(1)).all()
+            assert (high >= paged.amax(1)).all()
+            # They are no wider than the type needs: half and bfloat16 have 8 bits and more.
+            assert torch.allclose(low, paged.amin(1), rtol=2**-7, atol=1e-7)
+            assert torch.allclose(high, paged.amax(1), rtol=2**-7, atol=1e-7)
+        for used, free in zip(in_pages, (p.dense_free[sequence], p.coded_free[sequence]), strict=True):
+            listed = free[1 : 1 + free[0]].tolist()
+            assert sorted(used + listed) == list(range(len(free) - 1))
+
+    def grow(self, sequence: int, most: int = 400) -> None:
+        """Some chunks of a prompt, and some tokens that decode; each time heads may let go of tokens of their choice, or of
+        none."""
+        for _ in range(self.random.randint(1, 4)):
+            decodes = self.random.random() < 0.4 and len(self.held[sequence][0]) > 0
+            run = self.run(0 if decodes else self.random.randint(1, 130))
+            if decodes:
+                self.decode(sequence, self.random.randint(1, TAIL))
+            kept = None
+            lengths = [len(tokens) + run.count for tokens in self.held[sequence]]
+            if max(lengths) > most or self.random.random() < 0.7:
+                kept = [self.some(length, most) for length in lengths]
+            self.keep(sequence, run, kept)
+
+    def some(self, length: int, most: int) -> torch.Tensor:
+        share, whole = self.random.random(), self.random.choice([0, 40, 100, length])  # the first stay, as sinks do
+        picked = [i for i in range(length) if i < whole or self.random.random() < share]
+        return torch.tensor(picked[:most] or [length - 1])
+
+    def append(self, sequence: int, n: int) -> tuple[Rows, torch.Tensor, torch.Tensor]:
+        """``n`` tokens behind the certain ones, and what they hold (kv_heads, n, dim)."""
+        case = self.case
+        k, v = torch.randn(n, case.kv_heads, case.key_dim), torch.randn(n, case.kv_heads, case.value_dim + 2)[..., 2:]
+        start = int(self.pages.tokens[sequence])
+        rows = Rows(torch.tensor([[sequence, start + i] for i in range(n)], dtype=torch.int32))
+        pages.append(self.pages, rows, k, None if case.shared else v)
+        k, v = (k if case.shared and x is v else x for x in (k, v))
+        stored = [x.to(case.dtype).float().transpose(0, 1) for x in (k, v[..., : case.value_dim])]
+        return rows, stored[0], stored[1]
+
+    def commit(self, sequence: int, path: list[int], k: torch.Tensor, v: torch.Tensor) -> None:
+        """The tokens that ``path`` names are certain now."""
+        pages.straighten(self.pages, sequence, torch.tensor(path, dtype=torch.int32))
+        start = int(self.pages.tokens[sequence])
+        positions = torch.arange(start, start + len(path), dtype=torch.int32)
+        for head, old in enumerate(self.held[sequence]):
+            length = len(old)
+            both = torch.cat([old.k, k[head, path]]), torch.cat([old.v, v[head, path]])
+            together = torch.cat([old.positions, positions])
+            self.held[sequence][head] = Tokens(*both, together, old.coded, old.cold)
+            if self.pages.positions is not None:
+                self.pages.positions[sequence, head, length : length + len(path)] = positions
+        self.pages.lengths[sequence] += len(path)
+        self.pages.tokens[sequence] += len(path)
+
+    def decode(self, sequence: int, n: int) -> None:
+        _, k, v = self.append(sequence, n)
+        self.commit(sequence, sorted(self.random.sample(range(n), self.random.randint(1, n))), k, v)
+
+    def expected(
+        self,
+        looking: Looking,
+        row: int,
+        sequence: int,
+        head: int,
+        behind: tuple[torch.Tensor, torch.Tensor],
+        listed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The definition in float64, of one row and key-value head that sees the certain tokens, or those ``listed`` of
+        them, and those ``behind``, its own being the last: out (groups, value_dim), lse (groups), mass (tokens,)."""
+        case, scoring, tokens = self.case, self.case.scoring(), self.held[sequence][head]
+        own = int(self.pages.tokens[sequence]) + len(behind[0]) - 1
+        positions = tokens.positions if case.positions else torch.arange(len(tokens))
+        positions = torch.cat([positions, torch.arange(own - len(behind[0]) + 1, own + 1)])
+        keys, values = torch.cat([tokens.k, behind[0]]).double(), torch.cat([tokens.v, behind[1]]).double()
+        anchors = torch.arange(len(keys)) < looking.anchors
+        seen = anchors | (positions > own - (scoring.window or math.inf))
+        if listed is not None:
+            anchors, seen = torch.zeros(2, len(keys), dtype=torch.bool)
+            seen[listed], seen[len(tokens) // PAGE * PAGE :] = True, True
+        heads = slice(head * case.groups, (head + 1) * case.groups)
+        q = looking.q[row, heads].double()
+        turned = q if looking.anchor_q is None else looking.anchor_q[row, heads].double()
+        scores = torch.where(anchors, turned @ keys.T, q @ keys.T) * scoring.scale
+        if scoring.softcap is not None:
+            scores = scoring.softcap * (scores / scoring.softcap).tanh()
+        scores = scores.masked_fill(~seen, -math.inf)
+        sinks = torch.full((case.groups, 1), -math.inf, dtype=torch.double)
+        if scoring.sinks is not None:
+            sinks = scoring.sinks[heads].double().view(-1, 1)
+        lse = torch.cat([scores, sinks], 1).logsumexp(1, keepdim=True)
+        weights = (scores - lse).exp()
+        return weights @ values, lse[:, 0] / math.log(2), weights.sum(0)
+
+
+def _bytes(*shape: int) -> torch.Tensor:
+    return torch.full(shape, 255, dtype=torch.uint8)
+
+
+def copied(p: Pages) -> Pages:
+    """Another store that holds the same; of the file only one is written to."""
+    tensors = {f.name: getattr(p, f.name) for f in dataclasses.fields(p) if f.init}
+    copies = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
+    if p.shared:
+        copies["values"] = copies["keys"][..., : p.values.shape[3]]
+    return Pages(**copies)
+
+
+def together(*rows: Rows) -> Rows:
+    return Rows(torch.cat([one.places for one in rows]))
+
+
+# ---- codes ----
+
+
+@given(bits=st.sampled_from([2, 4, 8]), dim=st.integers(1, 70), per_channel=st.booleans(), seed=st.integers(0, 1 << 30))
+@settings(max_examples=60, deadline=None)
+def test_codes_are_within_half_a_step(bits: int, dim: int, per_channel: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    codec = Codec(bits, dim, per_channel)
+    numbers = torch.randn(PAGE, dim) * torch.rand(dim) * 10 + torch.randn(dim)
+    page = pages_reference.encode(codec, torch.bfloat16, numbers)
+    assert len(page) == codec.page_bytes
+    decoded = pages_reference.decode(codec, torch.bfloat16, page)
+    parts = [(numbers, decoded)] if per_channel else zip(numbers.split(32, 1), decoded.split(32, 1), strict=True)
+    for before, after in parts:
+        axis = 0 if per_channel else 1
+        low, high = before.amin(axis, keepdim=True), before.amax(axis, keepdim=True)
+        step = (high - low) / (2**bits - 1)
+        # The minimum is rounded by 2**-11 of itself, and so is the step, which is taken up to 2**bits - 1 times.
+        assert ((after - before).abs() <= step / 2 + 2**-11 * (low.abs() + high - low) + 1e-6).all()
+
+
+def test_codes_of_a_page_lie_where_the_format_says() -> None:
+    """By hand: 2 bits, 5 channels; each channel counts 0 1 2 3 over the tokens in steps of its own."""
+    codec = Codec(2, 5, True)
+    assert (codec.row_bytes, codec.page_bytes) == (2, 128)
+    steps, minima = torch.tensor([1.0, 2, 4, 8, 0]), torch.tensor([0.0, -1, 2, -3, 7])
+    page = pages_reference.encode(codec, torch.bfloat16, torch.arange(PAGE).view(-1, 1) % 4 * steps + minima)
+    rows = page[: 2 * PAGE].view(PAGE, 2)
+    for token in range(PAGE):  # four codes in a byte, the first in the lowest bits; what does not vary has code 0
+        assert rows[token].tolist() == [(token % 4) * 0b01010101, 0]
+    assert page[64:74].view(torch.float16).tolist() == steps.tolist()
+    assert page[74:84].view(torch.float16).tolist() == minima.tolist()
+    values = Codec(4, 33, False)  # 17 bytes a row, two groups
+    numbers = torch.arange(33).float().repeat(PAGE, 1)
+    page = pages_reference.encode(values, torch.bfloat16, numbers)
+    assert page[16].item() == 0  # the last channel is alone in its group, and the row's last nibble is none
+    scales, minima = page[17 * PAGE : 17 * PAGE + 8 * PAGE].view(torch.float16).view(2, PAGE, 2)
+    assert scales[5].tolist() == [torch.tensor(31 / 15).half().item(), 0]
+    assert minima[5].tolist() == [0, 32]
+
+
+@compiled
+@given(case=cases())
+@settings(max_examples=25, deadline=None)
+def test_compiled_pages_have_the_bits_of_the_reference(level: str, case: Case) -> None:
+    stores = []
+    for kernels in (level, cpu.REFERENCE):
+        cpu.use(kernels)
+        stores.append(Store(case))
+        stores[-1].grow(1)
+    one, other = (store.pages for store in stores)
+    key_codec, value_codec = case.codecs()
+    for head in range(case.kv_heads):
+        for j in range(int(one.coded[1, head]) if case.pool else 0):
+            numbers = one.table[1, head, j], other.table[1, head, j]
+            if j >= int(one.cold[1, head]):
+                for codec, name in ((key_codec, "coded_keys"), (value_codec, "coded_values")):
+                    if getattr(one, name) is not None:
+                        used = PAGE * codec.row_bytes + 4 * codec.scales
+                        a, b = (getattr(p, name)[1, n, :used] for p, n in zip((one, other), numbers, strict=True))
+                        assert torch.equal(a, b)
+    if case.file:
+        size = os.fstat(one.file).st_size
+        assert size == os.fstat(other.file).st_size
+    assert torch.equal(one.bounds.nan_to_num(7), other.bounds.nan_to_num(7))  # type: ignore[union-attr]
+
+
+# ---- what is kept ----
+
+
+@levels
+@given(case=cases())
+@settings(max_examples=25, deadline=None)
+def test_pages_hold_what_was_kept_and_none_is_lost(level: str, case: Case) -> None:
+    cpu.use(level)
+    store = Store(case)
+    for _ in range(4):
+        for sequence in range(SEQUENCES):
+            store.grow(sequence)
+        store.pages.reset(0)
+        store.pages.tokens[0] = 0
+        store.held[0] = [
+            dataclasses.replace(t, k=t.k[:0], v=t.v[:0], positions=t.positions[:0], coded=0, cold=0)
+            for t in store.held[0]
+        ]
+
+
+# ---- attention ----
+
+
+@levels
+@given(case=cases(), threads=st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_rows_that_decode_see_what_is_kept(level: str, case: Case, threads: int) -> None:
+    """Rows of two sequences at once: attention, what its softmax divides by, and what each token is given."""
+    cpu.use(level)
+    cpu.set_threads(threads)
+    store, counts = Store(case), (3, 2)
+    for sequence in range(SEQUENCES):
+        store.grow(sequence)
+    appended = [store.append(sequence, n) for sequence, n in enumerate(counts)]
+    rows, n = together(*(one[0] for one in appended)), sum(counts)
+    looking, (out, lse) = case.looking(n), case.results(n)
+    mass = torch.zeros(SEQUENCES, case.kv_heads, TABLE_PAGES * PAGE)
+    given = torch.zeros_like(mass, dtype=torch.double)
+    pages.attend_rows(store.pages, rows, looking, out, lse, scratch(), case.scoring())
+    pages.weigh_rows(store.pages, rows, looking, lse, mass, scratch(), case.scoring())
+    row = 0
+    for sequence, (_, k, v) in enumerate(appended):
+        for i in range(counts[sequence]):
+            for head in range(case.kv_heads):
+                heads = slice(head * case.groups, (head + 1) * case.groups)
+                behind = k[head, : i + 1], v[head, : i + 1]
+                result, total, weights = store.expected(looking, row, sequence, head, behind)
+                # Float32 against float64, for values of up to 5.
+                torch.testing.assert_close(out[row, heads].double(), result, rtol=0, atol=2e-5)
+                torch.testing.assert_close(lse[row, heads].double(), total, rtol=0, atol=2e-5)
+                given[sequence, head, : len(weights)] += weights
+            row += 1
+    torch.testing.assert_close(mass.double(), given, rtol=0, atol=2e-5)
+
+
+@levels
+@given(case=cases(), threads=st.integers(1, 3), bf16=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_tokens_of_a_run_see_what_is_kept_and_the_run(level: str, case: Case, threads: int, bf16: bool) -> None:
+    cpu.use(level)
+    cpu.set_threads(threads)
+    store = Store(case)
+    if case.seed % 5:  # else the run is the first of its sequence
+        store.grow(1)
+    run = store.run(store.random.randint(1, 200))
+    start = store.random.randint(0, run.count - 1)
+    n = store.random.randint(1, min(run.count - start, 50))
+    looking, (out, lse) = case.looking(n), case.results(n)
+    longest = max(len(tokens) for tokens in store.held[1]) + run.count
+    mass = torch.zeros(case.kv_heads, longest + 5)
+    given = torch.zeros_like(mass, dtype=torch.double)
+    pages.attend(store.pages, 1, run, start, looking, out, lse, scratch(), case.scoring(), bf16)
+    # Products in bfloat16 round queries, keys, weights and values by 2**-9: scores of up to 15 and values up to 5.
+    tolerance = 0.15 if bf16 and level == "amx" else 2e-5
+    exact = torch.empty_like(lse)
+    for head in range(case.kv_heads):
+        heads = slice(head * case.groups, (head + 1) * case.groups)
+        k, v = store.run_tokens(run, head)
+        for row in range(n):
+            behind = k[: start + row + 1], v[: start + row + 1]
+            result, total, weights = store.expected(looking, row, 1, head, behind)
+            torch.testing.assert_close(out[row, heads].double(), result, rtol=0, atol=tolerance)
+            torch.testing.assert_close(lse[row, heads].double(), total, rtol=0, atol=tolerance)
+            exact[row, heads] = total.float()
+            given[head, : len(weights)] += weights
+    pages.weigh(store.pages, 1, run, start, looking, exact, mass, scratch(), case.scoring())
+    torch.testing.assert_close(mass.double(), given, rtol=0, atol=1e-4)
+
+
+@levels
+@given(case=cases(), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_a_node_of_a_tree_gets_what_plain_decoding_of_its_path_does(
+    level: str, case: Case, data: st.DataObject
+) -> None:
+    cpu.use(level)
+    cpu.set_threads(data.draw(st.integers(1, 3)))
+    if not case.positions:  # tokens that were let go leave those behind them at other positions
+        case = dataclasses.replace(case, window=None)
+    store, scoring = Store(case), case.scoring()
+    store.grow(1)
+    n = data.draw(st.integers(1, 10))
+    paths: list[list[int]] = []
+    for node in range(n):
+        parent = data.draw(st.integers(-1, node - 1))
+        paths.append([*(paths[parent] if parent >= 0 else []), node])
+    chain = copied(store.pages)
+    rows, k, v = store.append(1, n)
+    listed = torch.full((n, n + 1), -1, dtype=torch.int32)
+    for node, path in enumerate(paths):
+        listed[node, : len(path)] = torch.tensor(path)
+    looking, (out, lse) = case.looking(n), case.results(n)
+    pages.attend_rows(store.pages, Rows(rows.places, listed), looking, out, lse, scratch(), scoring)
+
+    node = data.draw(st.integers(0, n - 1))
+    start, lengths = int(chain.tokens[1]), chain.lengths[1].clone()
+    for i, step in enumerate(paths[node]):  # committed one by one, as plain decoding does
+        one = Rows(torch.tensor([[1, start + i]], dtype=torch.int32))
+        pages.append(chain, one, k[:, step].unsqueeze(0), None if case.shared else v[:, step].unsqueeze(0))
+        alone = Looking(
+            looking.q[step : step + 1],
+            None if looking.anchor_q is None else looking.anchor_q[step : step + 1],
+            looking.anchors,
+        )
+        plain, total = case.results(1)
+        pages.attend_rows(chain, one, alone, plain, total, scratch(), scoring)
+        assert torch.equal(plain[0], out[step])
+        assert torch.equal(total[0], lse[step])
+        if chain.positions is not None:
+            for head, length in enumerate(lengths.tolist()):
+                chain.positions[1, head, length + i] = start + i
+        chain.lengths[1] += 1
+        chain.tokens[1] += 1
+
+    store.commit(1, paths[node], k, v)  # and in one piece, from the tree
+    for head in range(case.kv_heads):
+        for p in (chain, store.pages):
+            ws, length = scratch(), len(store.held[1][head])
+            keys, values = pages.read(p, 1, head, store.run(0), 0, length, ws)
+            assert torch.equal(keys, store.held[1][head].k)
+            assert case.shared or torch.equal(values, store.held[1][head].v)
+
+
+@levels
+@given(case=cases(), threads=st.integers(1, 3), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_rows_see_the_pages_that_were_chosen(level: str, case: Case, threads: int, data: st.DataObject) -> None:
+    case = dataclasses.replace(case, window=None, anchors=0)
+    cpu.use(level)
+    cpu.set_threads(threads)
+    store = Store(case)
+    store.grow(1)
+    rows, k, v = store.append(1, 2)
+    bounded = [len(tokens) // PAGE for tokens in store.held[1]]
+    chosen = torch.full((2, case.kv_heads, data.draw(st.integers(1, max(bounded) + 2))), -1, dtype=torch.int32)
+    for row in range(2):
+        for head in range(case.kv_heads):
+            some = sorted(store.random.sample(range(bounded[head]), min(bounded[head], chosen.shape[2])))
+            some = some[: store.random.randint(0, len(some))]
+            chosen[row, head, : len(some)] = torch.tensor(some)
+    looking, (out, lse) = case.looking(2, chosen), case.results(2)
+    mass = torch.zeros(SEQUENCES, case.kv_heads, TABLE_PAGES * PAGE)
+    given = torch.zeros_like(mass, dtype=torch.double)
+    pages.attend_rows(store.pages, rows, looking, out, lse, scratch(), case.scoring())
+    pages.weigh_rows(store.pages, rows, looking, lse, mass, scratch(), case.scoring())
+    for row in range(2):
+        for head in range(case.kv_heads):
+            listed = [page * PAGE + i for page in chosen[row, head].tolist() if page >= 0 for i in range(PAGE)]
+            behind = k[head, : row + 1], v[head, : row + 1]
+            result, total, weights = store.expected(
+                looking, row, 1, head, behind, torch.tensor(listed, dtype=torch.long)
+            )
+            heads = slice(head * case.groups, (head + 1) * case.groups)
+            torch.testing.assert_close(out[row, heads].double(), result, rtol=0, atol=2e-5)
+            torch.testing.assert_close(lse[row, heads].double(), total, rtol=0, atol=2e-5)
+            given[1, head, : len(weights)] += weights
+    torch.testing.assert_close(mass.double(), given, rtol=0, atol=2e-5)
+
+
+@levels
+@given(case=cases(), threads=st.integers(1, 3), count=st.integers(1, 14))
+@settings(max_examples=20, deadline=None)
+def test_the_pages_with_the_largest_bounds_are_selected(level: str, case: Case, threads: int, count: int) -> None:
+    cpu.use(level)
+    cpu.set_threads(threads)
+    store = Store(case)
+    for sequence in range(SEQUENCES):
+        store.grow(sequence)
+    rows = together(store.append(0, 2)[0], store.append(1, 1)[0])
+    looking = case.looking(3)
+    chosen = torch.full((3, case.kv_heads, count), 99, dtype=torch.int32)
+    pages.select(store.pages, rows, looking.q, chosen, scratch())
+    assert store.pages.bounds is not None
+    for row, (sequence, _) in enumerate(rows.places.tolist()):
+        for head, tokens in enumerate(store.held[sequence]):
+            whole = len(tokens) // PAGE
+            picked = [page for page in chosen[row, head].tolist() if page >= 0]
+            assert chosen[row, head].tolist() == picked + [-1] * (count - len(picked))
+            assert len(picked) == min(count, whole)
+            assert picked == sorted(set(picked) & set(range(whole)))
+            q = looking.q[row, head * case.groups : (head + 1) * case.groups].double()
+            sides = q[:, None, None] * store.pages.bounds[sequence, head, :whole].double()
+            largest = sides.amax(2).sum(-1).amax(0)
+            scores = (tokens.k[: whole * PAGE].double() @ q.T).view(whole, PAGE, case.groups).amax((1, 2))
+            assert (scores <= largest + 1e-6).all()
+            others = [page for page in range(whole) if page not in picked]
+            if others and picked:
+                assert largest[picked].min() >= largest[others].max() - 1e-4  # float32: sums of up to 72 products
+
+
+@compiled
+@given(case=cases(), bf16=st.booleans(), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_bits_depend_on_the_query_and_what_it_sees_only(
+    level: str, case: Case, bf16: bool, data: st.DataObject
+) -> None:
+    """Not on the other rows of the call, nor on threads."""
+    cpu.use(level)
+    store, scoring = Store(case), case.scoring()
+    for sequence in range(SEQUENCES):
+        store.grow(sequence, 900)
+    rows = together(store.append(0, 4)[0], store.append(1, 3)[0])
+    run = store.run(data.draw(st.integers(7, 300)))
+    start = data.draw(st.integers(0, run.count - 7))
+    looking, results = case.looking(7), {}
+    chosen = torch.full((7, case.kv_heads, 5), -1, dtype=torch.int32)
+
+    def part(a: int, b: int) -> list[torch.Tensor]:
+        seen = Looking(
+            looking.q[a:b], None if looking.anchor_q is None else looking.anchor_q[a:b], looking.anchors, None
+        )
+        out, lse = case.results(b - a)
+        pages.attend_rows(store.pages, Rows(rows.places[a:b].contiguous()), seen, out, lse, scratch(), scoring)
+        found = [out, lse]
+        out, lse = case.results(b - a)
+        pages.attend(store.pages, 1, run, start + a, seen, out, lse, scratch(), scoring, bf16)
+        picked = chosen[a:b].clone()
+        pages.select(store.pages, Rows(rows.places[a:b].contiguous()), seen.q, picked, scratch())
+        return [*found, out, lse, picked]
+
+    cpu.set_threads(1)
+    results = part(0, 7)
+    cpu.set_threads(data.draw(st.integers(2, 4)))
+    a = data.draw(st.integers(0, 6))
+    b = data.draw(st.integers(a + 1, 7))
+    for whole, cut in zip(results, part(a, b), strict=True):
+        assert torch.equal(whole[a:b], cut)
+
+
+# ---- room ----
+
+
+@levels
+def test_a_window_of_recent_tokens_needs_no_room_but_its_own(level: str) -> None:
+    """Thirty-two tokens are let go each time as many decoded, and the last stay: as many pages as before and after will
+    do, though all are written anew."""
+    case = Case(pool=True, key_bits=4, value_bits=4, recent=40)
+    cpu.use(level)
+    store = Store(case, dense_pages=case.kv_heads * 5)
+    store.keep(1, store.run(320), tail=PAGE)
+    for _ in range(6):
+        _, k, v = store.append(1, PAGE)
+        store.commit(1, list(range(PAGE)), k, v)
+        length = len(store.held[1][0])
+        evicted = [set(store.random.sample(range(length - 70), 48)) for _ in range(case.kv_heads)]
+        store.keep(
+            1, store.run(0), [torch.tensor([i for i in range(length) if i not in out]) for out in evicted], tail=PAGE
+        )
+
+
+@levels
+def test_a_store_that_is_too_small_says_so(level: str) -> None:
+    cpu.use(level)
+    store = Store(Case(kv_heads=1), dense_pages=2)
+    store.keep(0, store.run(40), tail=10)
+    with pytest.raises(RuntimeError, match="no page is left"):
+        store.keep(0, store.run(40), tail=10)
+
+
+@levels
+@given(case=cases(), bf16=st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_a_dry_run_of_an_empty_store_foresees_the_scratch_of_every_step(level: str, case: Case, bf16: bool) -> None:
+    cpu.use(level)
+
+    def used(store: Store, n: int) -> list[int]:
+        looking, (out, lse), scoring = case.looking(n), case.results(n), case.scoring()
+        p, run, needed = store.pages, store.run(n), []
+        rows = Rows(torch.tensor([[1, int(p.tokens[1])]] * n, dtype=torch.int32))
+        chosen, mass = torch.empty(n, case.kv_heads, 4, dtype=torch.int32), torch.zeros(SEQUENCES, case.kv_heads, 1100)
+        for call in (
+            lambda ws: pages.attend_rows(p, rows, looking, out, lse, ws, scoring),
+            lambda ws: pages.attend(p, 1, run, 0, looking, out, lse, ws, scoring, bf16),
+            lambda ws: pages.weigh_rows(p, rows, looking, lse, mass, ws, scoring),
+            lambda ws: pages.weigh(p, 1, run, 0, looking, lse, mass[1], ws, scoring),
+            lambda ws: pages.select(p, rows, looking.q, chosen, ws),
+            lambda ws: pages.keep(p, 1, run, ws, recent=case.recent, resident=case.resident),
+        ):
+            ws = scratch()
+            call(ws)
+            needed.append(ws.high_water)
+        return needed
+
+    with ops.dry():
+        foreseen = used(Store(case), 9)
+    store = Store(case)
+    store.grow(1)
+    for n in (9, 4, 1):
+        for needed, expected in zip(used(store, n), foreseen, strict=True):
+            assert needed <= expected
+        store.pages.tokens[1] += n
+
+
+@compiled
+def test_what_compiled_kernels_would_read_or_write_elsewhere_is_refused(level: str) -> None:
+    cpu.use(level)
+    case = Case()
+    store = Store(case)
+    store.keep(0, store.run(10), tail=10)
+    looking, (out, lse), ws = case.looking(1), case.results(1), scratch()
+    k, v = torch.zeros(1, case.kv_heads, case.key_dim), torch.zeros(1, case.kv_heads, case.value_dim)
+    for place in ([SEQUENCES, 10], [-1, 10], [0, 9], [0, 32], [1, 0]):
+        rows = Rows(torch.tensor([place], dtype=torch.int32))
+        with pytest.raises(IndexError):
+            pages.append(store.pages, rows, k, v)
+        with pytest.raises(IndexError):
+            pages.attend_rows(store.pages, rows, looking, out, lse, ws, case.scoring())
+    good = Rows(torch.tensor([[0, 10]], dtype=torch.int32))
+    with pytest.raises(ValueError, match="expected"):
+        pages.append(store.pages, good, k.half(), v)
+    with pytest.raises(ValueError, match="expected"):
+        pages.append(store.pages, Rows(good.places.long()), k, v)
+    with pytest.raises(IndexError):
+        pages.keep(store.pages, SEQUENCES, store.run(1), ws)
+    with pytest.raises(IndexError):
+        pages.read(store.pages, 0, case.kv_heads, store.run(0), 0, 5, ws)
+    with pytest.raises(IndexError):
+        pages.read(store.pages, 0, 0, store.run(0), 0, 11, ws)
