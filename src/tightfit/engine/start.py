@@ -30,6 +30,7 @@ from tightfit.kernels.layout import TILE_ROWS
 from tightfit.kv.base import BaseCache
 from tightfit.kv.compose import EXACT
 from tightfit.kv.make import make_cache
+from tightfit.kv.share.sharing import owners_for
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
@@ -91,7 +92,8 @@ def build(
     slots: Arena | None = None,
 ) -> tuple[Placement, Decoder, BaseCache]:
     """Weights, decoder and cache of the given layers in their arenas; nothing is read or written. Parameters are all
-    resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts."""
+    resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts. Layers share
+    keys and values only if all are there."""
     formats = {index: shape.formats[index] for index in layers}
     gemm, kv_type = DTYPES[shape.numerics.gemm], DTYPES[shape.numerics.kv]
     activations = shape.numerics.activations
@@ -110,8 +112,13 @@ def build(
         placement = Resident(checkpoint, spec, shape.outer, formats, gemm, weights, activations)
     spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
     layouts = cache_layouts(spec, shape.context, shape.chunk)
-    cache = make_cache(shape.cache, layouts, shape.context, shape.sequences, kv_type, kv, gemm, shape.chunk)
+    owners = _owners(checkpoint, spec, shape) if len(layers) == len(shape.formats) else None
+    cache = make_cache(shape.cache, layouts, shape.context, shape.sequences, kv_type, kv, gemm, shape.chunk, owners)
     return placement, Decoder(spec, placement), cache
+
+
+def _owners(checkpoint: Checkpoint, spec: ModelSpec, shape: Shape) -> list[int] | None:
+    return owners_for(shape.cache, checkpoint.name, checkpoint.fingerprint, len(spec.layers))
 
 
 def head_rows(spec: ModelSpec, plan: Plan) -> int:
@@ -132,7 +139,9 @@ def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     """Bytes of scratch that the largest step of ``plan`` takes, found by running it dry."""
     shape = Shape.of(plan)
     cpu.set_threads(plan.threads)  # each of them has scratch
-    layers = different_layers(checkpoint, spec, shape.formats)
+    layers = list(range(len(spec.layers)))  # what some read of others lies in scratch memory
+    if _owners(checkpoint, spec, shape) is None:
+        layers = different_layers(checkpoint, spec, shape.formats)
     _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), Arena(VIRTUAL))
     ws = Workspace(Arena(VIRTUAL))
     with ops.dry(), ws.frame():

@@ -19,6 +19,7 @@ from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.errors import BudgetError
 from tightfit.experts.store import LEAST_SLOTS, caching_nbytes, expert_count, on_disk
 from tightfit.kv.make import kv_nbytes
+from tightfit.kv.share.sharing import owners_for
 from tightfit.model.decoder import cache_layouts
 from tightfit.model.spec import ModelSpec, MoeSpec
 from tightfit.plan.schema import OWN, ExpertsPlan, LayerPlan, ModelRef, Numerics, OuterPlan, Plan, Schedule
@@ -374,7 +375,8 @@ class Search:
         if (kv, chunk) not in self._caches:
             c = self.constraints
             layouts = cache_layouts(self.spec, c.context, chunk)
-            self._caches[kv, chunk] = kv_nbytes(kv, layouts, c.context, c.sequences, c.numerics.kv)
+            owners = owners_for(kv, self.checkpoint.name, self.checkpoint.fingerprint, len(layouts))
+            self._caches[kv, chunk] = kv_nbytes(kv, layouts, c.context, c.sequences, c.numerics.kv, owners)
         return self._caches[kv, chunk]
 
     def outer(self, level: str) -> Outer:
