@@ -137,7 +137,7 @@ class Model:
         """What was promised, what the operating system saw, and how fast it was. Sizes in bytes, times in seconds."""
         from tightfit.engine.receipt import receipt
 
-        return receipt(self.plan, self._ledger, self._generator.timing)
+        return receipt(self.plan, self._ledger, self._generator.timing, self._generator.engine.prompts)
 
     def close(self) -> None:
         """Closes the checkpoint's files. The memory goes with the object."""
@@ -188,6 +188,9 @@ def load(
     experts: str | None = None,
     kv: str | None = None,
     prefill: str | None = None,
+    prompt_cache: str | int | None = None,
+    prompt_cache_disk: str | int | None = None,
+    prompt_cache_dir: str | None = None,
     threads: int | None = None,
     plan: Plan | None = None,
     chat: bool = False,
@@ -202,7 +205,9 @@ def load(
     what low-bit weights are multiplied with (``"int8"``, the default) or not (``"float32"``), ``experts`` which of a
     mixture stay in memory where not all fit (``"score+gate"``), ``kv`` how keys and values are kept
     (``"snapkv(keep=512)+int4"``, or bytes, ``"64MiB"``; default: all as they are), ``prefill`` whether prompts are
-    computed in chunks (``"chunked"``) or layer by layer (``"layered"``), ``threads`` how many cores are used. A
+    computed in chunks (``"chunked"``) or layer by layer (``"layered"``), ``threads`` how many cores are used.
+    ``prompt_cache`` bytes of memory (``"64MiB"``), and ``prompt_cache_disk`` bytes of files in ``prompt_cache_dir`` (a
+    folder; default: in the user's cache folder), keep beginnings of prompts for prompts that begin alike. A
     ``plan`` made before is followed to the letter, and fixes all of these but the model. With ``chat``, a model without
     a chat template is refused at once. ``progress(done, total)`` is called with bytes while weights are loaded.
 
@@ -212,7 +217,22 @@ def load(
     from tightfit.engine.following import planned
     from tightfit.engine.opening import Wish, open_model
 
-    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts, kv, prefill)
+    wish = Wish(
+        model,
+        memory,
+        context,
+        batch,
+        weights,
+        chunk,
+        threads,
+        activations,
+        experts,
+        kv,
+        prefill,
+        prompt_cache,
+        prompt_cache_disk,
+        prompt_cache_dir,
+    )
     if plan is not None:
         wish = planned(wish, plan)
     opened = open_model(wish)

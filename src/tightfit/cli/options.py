@@ -63,6 +63,30 @@ Prefill = Annotated[
         "through one layer after the other.",
     ),
 ]
+PromptCache = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-cache",
+        metavar="SIZE",
+        help="Memory, part of the budget, in which beginnings of prompts are kept, for prompts that begin alike.",
+    ),
+]
+PromptCacheDisk = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-cache-disk",
+        metavar="SIZE",
+        help="Keep beginnings of prompts in files too, for later runs; SIZE is what these take at most.",
+    ),
+]
+PromptCacheDir = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-cache-dir",
+        metavar="FOLDER",
+        help="Where these files are. Default: the folder prompts in the user's cache folder.",
+    ),
+]
 Chunk = Annotated[
     int | None,
     typer.Option(

@@ -18,6 +18,9 @@ from tightfit.cli.options import (
     Memory,
     Model,
     Prefill,
+    PromptCache,
+    PromptCacheDir,
+    PromptCacheDisk,
     Threads,
     Weights,
 )
@@ -42,6 +45,9 @@ def plan(
     experts: Experts = None,
     kv: Kv = None,
     prefill: Prefill = None,
+    prompt_cache: PromptCache = None,
+    prompt_cache_disk: PromptCacheDisk = None,
+    prompt_cache_dir: PromptCacheDir = None,
     threads: Threads = None,
     out: Out = None,
     json: Json = False,
@@ -55,7 +61,22 @@ def plan(
     from tightfit.cli.planfile import write_plan
     from tightfit.engine.opening import Wish, open_model, survey
 
-    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts, kv, prefill)
+    wish = Wish(
+        model,
+        memory,
+        context,
+        batch,
+        weights,
+        chunk,
+        threads,
+        activations,
+        experts,
+        kv,
+        prefill,
+        prompt_cache,
+        prompt_cache_disk,
+        prompt_cache_dir,
+    )
     opened = open_model(wish, headers_only=True)
     with opened.checkpoint:
         answer = survey(wish, opened, followed=out is not None)

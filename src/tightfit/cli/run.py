@@ -19,6 +19,9 @@ from tightfit.cli.options import (
     Memory,
     Model,
     Prefill,
+    PromptCache,
+    PromptCacheDir,
+    PromptCacheDisk,
     Threads,
     Weights,
 )
@@ -106,6 +109,9 @@ def run(
     experts: Experts = None,
     kv: Kv = None,
     prefill: Prefill = None,
+    prompt_cache: PromptCache = None,
+    prompt_cache_disk: PromptCacheDisk = None,
+    prompt_cache_dir: PromptCacheDir = None,
     threads: Threads = None,
     plan: PlanFile = None,
     json: Json = False,
@@ -144,7 +150,22 @@ def run(
     from tightfit.engine.following import planned
     from tightfit.engine.opening import Wish, open_model
 
-    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts, kv, prefill)
+    wish = Wish(
+        model,
+        memory,
+        context,
+        batch,
+        weights,
+        chunk,
+        threads,
+        activations,
+        experts,
+        kv,
+        prefill,
+        prompt_cache,
+        prompt_cache_disk,
+        prompt_cache_dir,
+    )
     followed = None if plan is None else read_plan(plan)
     if followed is not None:
         wish = planned(wish, followed)
@@ -203,6 +224,7 @@ def _print_json(model: api.Model, prompts: list[str], options: dict[str, Any]) -
             "text": completion.text,
             "finish": completion.finish,
             "prompt_tokens": completion.prompt_tokens,
+            "reused_tokens": completion.reused_tokens,
             "new_tokens": len(completion.tokens),
         }
         for completion in model.generate(prompts, **options)

@@ -31,6 +31,7 @@ def show_receipt(receipt: dict[str, Any]) -> None:
         f"weights {_formats(plan)}{_in_memory(plan)}{_cache(plan)}, context {plan['context']}, chunks of "
         f"{plan['chunk']}, {plan['threads']} threads",
         *_streamed(receipt),
+        *_prompts(receipt["prompt_cache"]),
     )
 
 
@@ -50,6 +51,18 @@ def _streamed(receipt: dict[str, Any]) -> list[str]:
                 f"way, {experts['foreseen_rate']:.1%} foreseen"
             )
     return lines
+
+
+def _prompts(kept: dict[str, Any] | None) -> list[str]:
+    """What the prompt cache did, if there is one."""
+    if kept is None:
+        return []
+    line = (
+        f"prompt cache: {kept['reused_tokens']} tokens not computed again, {kept['memory_hits']} entries found in "
+        f"memory, {kept['disk_hits']} on the disk; {kept['entries']} in {format_bytes(kept['bytes'])} of memory"
+    )
+    trouble = [f"{kept[name]} {name}" for name in ("damaged", "unwritten") if kept[name]]
+    return [", ".join([line, *trouble])]
 
 
 def show_plan(answer: dict[str, Any]) -> None:

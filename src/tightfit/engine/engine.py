@@ -9,15 +9,18 @@ from tightfit.engine.scheduler import Scheduler
 from tightfit.engine.sequence import Sequence
 from tightfit.kernels import cpu
 from tightfit.kv.base import BaseCache
+from tightfit.kv.reuse.prompts import PromptCache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder
+from tightfit.model.rope import dependence
 
 
 class Engine:
     """Runs several sequences at once on one decoder, one cache and one workspace.
 
     Prompts are computed in chunks of ``chunk`` tokens, or if ``layered`` all chunks in one layer after the other.
-    ``last_prefill_tokens`` is how many prompt tokens the last step computed.
+    What ``prompts`` finds of them is not computed. ``last_prefill_tokens`` is how many prompt tokens the last step
+    computed.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class Engine:
         chunk: int,
         threads: int,
         layered: bool = False,
+        prompts: PromptCache | None = None,
     ) -> None:
         self.decoder = decoder
         self.cache = cache
@@ -37,7 +41,8 @@ class Engine:
         self.chunk = chunk
         self.threads = threads
         self.layered = layered
-        self.scheduler = Scheduler(cache.sequences, chunk, layered)
+        self.prompts = prompts
+        self.scheduler = Scheduler(cache.sequences, chunk, layered, self._recall)
         self.last_prefill_tokens = 0
 
     @torch.inference_mode()
@@ -59,6 +64,8 @@ class Engine:
                 sequence.computed = segment.stop
                 if segment.decode:
                     self.cache.commit(segment.slot, range(len(segment.tokens)), self.ws)
+                elif self.prompts is not None and sequence.prefix is not None:
+                    self.prompts.computed(segment.slot, sequence.prefix, segment.start, segment.stop)
                 if segment.logits == "none":
                     continue
                 token = sequence.sampler.sample(logits[row], sequence.tokens)
@@ -81,6 +88,15 @@ class Engine:
         for segment, _, _ in batch.prefills:
             self.cache.prefilled(segment.slot, segment.start, segment.stop)
         return hidden
+
+    def _recall(self, sequence: Sequence) -> None:
+        """Finds the beginning of a prompt of which nothing was computed yet."""
+        if self.prompts is not None:
+            # Frequencies of rotary embeddings may follow the length of the whole prompt.
+            ropes = dict.fromkeys(layer.attention.rope for layer in self.decoder.spec.layers)
+            kind = [dependence(rope, len(sequence.tokens)) for rope in ropes if rope is not None]
+            sequence.prefix = self.prompts.prefix(sequence.tokens, repr(kind).encode())
+            sequence.computed = sequence.reused = self.prompts.restore(sequence.slot, sequence.prefix)
 
     def _accept(self, sequence: Sequence, token: int) -> None:
         sequence.tokens.append(token)

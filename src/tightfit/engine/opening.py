@@ -24,7 +24,7 @@ from tightfit.kv.compose import EXACT, compose
 from tightfit.kv.share.sharing import owners_for
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec, MoeSpec
-from tightfit.plan.schema import ActivationType, Plan, Schedule
+from tightfit.plan.schema import ActivationType, Plan, PromptCachePlan, Schedule
 
 if TYPE_CHECKING:
     from tightfit.engine.start import Settled
@@ -54,6 +54,9 @@ class Wish:
     experts: str | None = None
     kv: str | None = None
     prefill: str | None = None
+    prompt_cache: str | int | None = None
+    prompt_cache_disk: str | int | None = None
+    prompt_cache_dir: str | None = None
 
     @property
     def sequences(self) -> int:
@@ -122,6 +125,7 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
         known = " or ".join(get_args(Schedule))
         raise UsageError(f"there is no schedule {wish.prefill!r}", f"Use --prefill {known}.")
     kv, _ = wanted_cache(wish.kv)
+    wanted_prompt_cache(wish)
     how = None if wish.experts is None else scheme(wish.experts)
     checkpoint = _open(wish.model, headers_only)
     try:
@@ -246,6 +250,7 @@ def _constraints(wish: Wish, opened: Opened) -> Constraints:
         kv=kv,
         kv_bytes=kv_bytes,
         prefill=cast(Schedule, wish.prefill or "chunked"),
+        prompt_cache=wanted_prompt_cache(wish),
     )
 
 
@@ -256,6 +261,18 @@ def wanted_cache(wish: str | None) -> tuple[str | None, int | None]:
     if wish.strip()[:1].isdigit():
         return None, parse_bytes(wish)
     return str(compose(wish)), None
+
+
+def wanted_prompt_cache(wish: Wish) -> PromptCachePlan | None:
+    """Where beginnings of prompts are to be kept. Raises UsageError."""
+    if wish.prompt_cache_dir is not None and wish.prompt_cache_disk is None:
+        raise UsageError("how much may be kept in that folder is not said", "Add --prompt-cache-disk SIZE.")
+    memory, disk = (
+        parse_bytes(limit) if isinstance(limit, str) else limit for limit in (wish.prompt_cache, wish.prompt_cache_disk)
+    )
+    if memory is None and disk is None:
+        return None
+    return PromptCachePlan(memory=memory, disk=disk, folder=wish.prompt_cache_dir or "")
 
 
 def _plan_in_child(wish: Wish) -> Plan:

@@ -9,14 +9,18 @@ system says what is resident. Only then are weights loaded.
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from tightfit.budget import malloc
 from tightfit.budget.code import drop_code_pages
 from tightfit.budget.ledger import PAGE, Arena, Ledger, Workspace, align
+from tightfit.budget.machine import cache_folder, processor, versions
 from tightfit.budget.meter import resident_set
 from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
@@ -29,7 +33,10 @@ from tightfit.kernels import cpu, ops
 from tightfit.kernels.layout import TILE_ROWS
 from tightfit.kv.base import BaseCache
 from tightfit.kv.compose import EXACT
-from tightfit.kv.make import make_cache
+from tightfit.kv.make import entry_nbytes, make_cache
+from tightfit.kv.reuse.disk import Disk
+from tightfit.kv.reuse.memory import Memory, unit_of
+from tightfit.kv.reuse.prompts import PromptCache
 from tightfit.kv.share.sharing import owners_for
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
@@ -144,8 +151,10 @@ def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
         layers = different_layers(checkpoint, spec, shape.formats)
     _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), Arena(VIRTUAL))
     ws = Workspace(Arena(VIRTUAL))
-    with ops.dry(), ws.frame():
-        decoder.logits(decoder.hidden(largest_step(shape), cache, ws), ws)
+    everyone = [Segment(slot, shape.context - 1, [0], decode=True) for slot in range(shape.sequences)]
+    for step in (largest_step(shape), Batch(tuple(everyone))):  # small chunks take less than rows that decode
+        with ops.dry(), ws.frame():
+            decoder.logits(decoder.hidden(step, cache, ws), ws)
     if shape.layered:
         with ops.dry(), ws.frame():
             prompt = Segment(0, 0, [0] * shape.context, length=shape.context)
@@ -265,8 +274,12 @@ def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
         experts=experts,
         kv=plan.cache,
         prefill=plan.prefill,
+        prompt_cache=plan.prompt_cache,
     )
     search = search_for(checkpoint, spec, constraints)
+    refusal = search.no_prompts(plan.chunk)
+    if refusal is not None:
+        raise refusal
     kept = _kept(search, plan) if plan.streamed else None
     formats = [layer.format for layer in plan.layers]
     slots = 0 if plan.experts is None else plan.experts.slots
@@ -326,7 +339,10 @@ def start(
     ledger.reserve("runtime", plan.accounts["runtime"])
     weights = ledger.arena("weights", plan.accounts["weights"])
     weights.use_large_pages()
-    kv = ledger.arena("kv", plan.accounts["kv"])
+    disk = _prompts_on_disk(plan)
+    kept = 0 if plan.prompt_cache is None else align(plan.prompt_cache.memory or 0, PAGE)
+    kv = ledger.arena("kv", plan.accounts["kv"] - kept)
+    prompts = ledger.arena("kv", kept) if kept else None
     scratch = ledger.arena("workspace", plan.accounts["workspace"])
     slots = None
     if plan.experts is not None:
@@ -345,5 +361,45 @@ def start(
     if seen.peak > before:  # what converting took, in the place of cache and scratch
         ledger.note("workspace", seen.peak - seen.current)
     drop_code_pages()
-    engine = Engine(decoder, cache, Workspace(scratch), plan.context, plan.chunk, plan.threads, shape.layered)
+    found = None
+    if plan.prompt_cache is not None:
+        found = PromptCache(cache, plan.chunk, bits_of(plan), _prompts_in_memory(plan, spec, cache, prompts), disk)
+    engine = Engine(decoder, cache, Workspace(scratch), plan.context, plan.chunk, plan.threads, shape.layered, found)
     return engine, ledger
+
+
+def bits_of(plan: Plan) -> bytes:
+    """A hash of everything that fixes the bits of keys and values beside the tokens: of the model, of what the plan
+    says about how it is computed, and of what computes."""
+    facts = {
+        "model": plan.model.fingerprint,
+        "formats": [plan.outer.format, *(layer.format for layer in plan.layers)],
+        "numerics": plan.numerics.model_dump(),
+        "cache": plan.cache,
+        "context": None if plan.cache == EXACT else plan.context,  # methods keep shares of it
+        "prefill": plan.prefill,
+        "chunk": plan.chunk,
+        "threads": plan.threads,  # libraries share products out by it
+        "kernels": cpu.features()["chosen"],
+        "processor": processor(),  # they choose by it
+        "versions": versions(),
+    }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=32).digest()
+
+
+def _prompts_on_disk(plan: Plan) -> Disk | None:
+    """Raises UsageError for a folder that cannot be used."""
+    kept = plan.prompt_cache
+    if kept is None or kept.disk is None:
+        return None
+    folder = Path(kept.folder).expanduser() if kept.folder else cache_folder() / "prompts"
+    return Disk(folder, kept.disk, bits_of(plan))
+
+
+def _prompts_in_memory(plan: Plan, spec: ModelSpec, cache: BaseCache, arena: Arena | None) -> Memory | None:
+    kept = plan.prompt_cache
+    if arena is None or kept is None or kept.memory is None:
+        return None
+    layouts = cache_layouts(spec, plan.context, plan.chunk)
+    largest = entry_nbytes(plan.cache, layouts, plan.context, plan.numerics.kv, plan.chunk)
+    return Memory(arena, kept.memory, unit_of(largest, cache.whole_entries))

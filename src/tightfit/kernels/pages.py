@@ -86,6 +86,13 @@ class Pages:
         """Whether values are part of the keys."""
         return self.values.data_ptr() == self.keys.data_ptr()
 
+    def file_places(self, sequence: int, head: int, j: int) -> list[tuple[int, int]]:
+        """Where the keys and the values of a page are in the file, and how many bytes they take."""
+        kv_heads, table_pages = self.table.shape[1:]
+        page = (sequence * kv_heads + head) * table_pages + j
+        places = [(self.keys_at, self.key_codec.page_bytes), (self.values_at, self.value_codec.page_bytes)]
+        return [(at + page * nbytes, nbytes) for at, nbytes in places[: 1 if self.shared else 2]]
+
     def reset(self, sequence: int) -> None:
         """Lets go of everything of a sequence."""
         for counts in (self.lengths, self.coded, self.cold, self.bounded):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +13,7 @@ import torch
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels.attention import Scoring
 
+Move = Callable[[torch.Tensor], None]  # writes a flat uint8 tensor somewhere, or fills it from there
 BLOCK = 32  # tokens that become certain between two moments at which a cache lets go of tokens or codes them
 
 
@@ -76,6 +77,7 @@ class BaseCache(ABC):
     gemm_dtype: torch.dtype
     owners: list[int]  # of each layer the one whose keys and values it reads: itself, or an earlier one
     anchors = 0  # first tokens that queries see from another position than their own
+    whole_entries = False  # whether what is saved is all of a sequence, or what some tokens of it added
 
     def anchor_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """The positions from which queries at ``positions`` look at the anchors."""
@@ -138,6 +140,25 @@ class BaseCache(ABC):
     def reusable(self, slot: int, common: int) -> int:
         """How many of the first ``common`` tokens that a sequence has had can be kept when it goes on differently."""
         return common
+
+    @abstractmethod
+    def largest_entry(self, chunk: int) -> int:
+        """The most bytes that :meth:`save` puts for a chunk of ``chunk`` tokens."""
+
+    @abstractmethod
+    def entry_nbytes(self, slot: int, start: int, stop: int) -> int:
+        """The bytes that :meth:`save` would put now; 0 where some of these tokens are no longer kept."""
+
+    @abstractmethod
+    def save(self, slot: int, start: int, stop: int, put: Move) -> None:
+        """Gives to ``put``, part by part, what tokens ``start`` to ``stop`` added to a sequence; with
+        ``whole_entries`` all of the sequence, which has ``stop`` tokens and none that are tentative."""
+
+    @abstractmethod
+    def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
+        """Has ``get`` fill what :meth:`save` gave, in the same order: the sequence has ``stop`` tokens afterwards, and
+        goes on with the same bits. Tokens before ``start`` must be there. What ``get`` raises leaves a sequence that
+        can only begin anew, or where it was before."""
 
     def close(self) -> None:  # noqa: B027 (most have nothing to give back)
         """Gives back what is not memory."""

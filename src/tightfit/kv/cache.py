@@ -7,14 +7,14 @@ are a view of its keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import attention
 from tightfit.kernels.attention import KeysValues, Scoring
-from tightfit.kv.base import BaseCache, LayerLayout, Step, Turn
+from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn
 
 
 class Cache(BaseCache):
@@ -102,6 +102,34 @@ class Cache(BaseCache):
         wrapped = any(layout.slots < cached for layout in self.layouts)
         return 0 if wrapped and cached - common > self.chunk else common
 
+    def largest_entry(self, chunk: int) -> int:
+        return sum(part.nbytes for part in self._parts(0, 0, chunk))
+
+    def entry_nbytes(self, slot: int, start: int, stop: int) -> int:
+        overwritten = any(layout.slots < self.tokens[slot] - start for layout in self.layouts)
+        return 0 if overwritten else sum(part.nbytes for part in self._parts(slot, start, stop))
+
+    def save(self, slot: int, start: int, stop: int, put: Move) -> None:
+        for part in self._parts(slot, start, stop):
+            put(part)
+
+    def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
+        for part in self._parts(slot, start, stop):
+            get(part)
+        self.tokens[slot] = stop
+
+    def _parts(self, slot: int, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """The bytes of some tokens in all layers, as flat uint8 tensors."""
+        for layout, kept in zip(self.layouts, self.layers, strict=True):
+            first = start % layout.slots
+            last = first + stop - start
+            pieces = [(first, min(last, layout.slots)), (0, last - layout.slots)]  # a ring may go round
+            for stored in (kept.keys,) if layout.shared else (kept.keys, kept.values):
+                for head in stored[slot]:
+                    for a, b in pieces:
+                        if b > a:
+                            yield as_bytes(head[a:b])
+
 
 def place(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A tensor in the next bytes of ``arena``."""
@@ -109,6 +137,11 @@ def place(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Ten
     for size in shape:
         nbytes *= size
     return arena.take(nbytes).view(dtype).view(shape)
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor without gaps, flat."""
+    return x.view(-1).view(torch.uint8)
 
 
 def window_slots(context: int, window: int | None, chunk: int) -> int:

@@ -45,3 +45,10 @@ def kv_nbytes(
     cache = make_cache(kv, layouts, context, sequences, TYPES[dtype], arena, torch.float32, 1, owners)
     cache.close()
     return arena.used
+
+
+def entry_nbytes(kv: str, layouts: list[LayerLayout], context: int, dtype: str, chunk: int) -> int:
+    """The most bytes that what such a cache saves of a prompt takes at the end of a chunk."""
+    cache = make_cache(kv, layouts, context, 1, TYPES[dtype], Arena(VIRTUAL), torch.float32, chunk)
+    cache.close()
+    return cache.largest_entry(chunk)

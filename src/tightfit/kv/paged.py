@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -25,8 +25,8 @@ from tightfit.kernels import attention, ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Codec, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Step, Turn
-from tightfit.kv.cache import place
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kv.cache import as_bytes, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.evict.window import Window
 from tightfit.kv.method import Merger, Seen, Tokens
@@ -76,8 +76,17 @@ class Whole:
     given: torch.Tensor | None
 
 
+class InFile(NamedTuple):
+    """A page that lies in the file."""
+
+    at: int
+    nbytes: int
+
+
 class PagedCache(BaseCache):
     """The cache of a composition; ``tail`` tokens of each sequence may be tentative at once."""
+
+    whole_entries = True
 
     def __init__(
         self,
@@ -108,6 +117,7 @@ class PagedCache(BaseCache):
         self._file = -1 if composition.tier is None else composition.tier.open()
         self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
         self._file_size = 0
+        before = arena.used
         self.tokens = _numbers(arena, sequences)
         self.layers = self._of_owners(lambda layer: self._pages(layer, arena))
         self.merger = evictor if isinstance(evictor, Merger) else None
@@ -126,6 +136,7 @@ class PagedCache(BaseCache):
             ]
             self.mass = self._of_owners(lambda layer: place(arena, shapes[layer], torch.float32))
             self.drafts = [_Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
+        self._nbytes = arena.used - before
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
         self._pruned = [False] * sequences
@@ -387,15 +398,21 @@ class PagedCache(BaseCache):
             return
         if start:
             raise ValueError(f"sequence {slot} has {int(self.tokens[slot])} tokens, and goes on at {start}")
-        self._begun[slot], self._pruned[slot] = True, False
-        self.tokens[slot] = 0
+        self._clear(slot)
+        self._begun[slot] = True
         for kept in self._stores:
-            kept.reset(slot)
             for head in range(kept.table.shape[1]):  # room for what decodes without a prompt
                 for page in range(-(-self._ahead // PAGE)):
                     free = kept.dense_free[slot]
                     kept.table[slot, head, page] = free[int(free[0])]
                     free[0] -= 1
+
+    def _clear(self, slot: int) -> None:
+        """Forgets a sequence."""
+        self._begun[slot] = self._pruned[slot] = False
+        self.tokens[slot] = 0
+        for kept in self._stores:
+            kept.reset(slot)
         for mass in self.mass:
             mass[slot] = 0.0
         for memory in self.memory:
@@ -410,6 +427,72 @@ class PagedCache(BaseCache):
 
     def reusable(self, slot: int, common: int) -> int:
         return common if common == int(self.tokens[slot]) else 0
+
+    # ---- what is kept of prompts ----
+
+    def largest_entry(self, chunk: int) -> int:
+        in_file = self._file_size if self._file >= 0 else 0
+        return -(-(self._nbytes + in_file) // self.sequences)
+
+    def entry_nbytes(self, slot: int, start: int, stop: int) -> int:
+        return sum(part.nbytes for part in self._parts(slot)) if int(self.tokens[slot]) == stop else 0
+
+    def save(self, slot: int, start: int, stop: int, put: Move) -> None:
+        for part in self._parts(slot):
+            if isinstance(part, InFile):
+                page = bytearray(part.nbytes)
+                os.preadv(self._file, [page], part.at)
+                put(torch.frombuffer(page, dtype=torch.uint8))
+            else:
+                put(part)
+
+    def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
+        self._clear(slot)
+        for part in self._parts(slot):
+            if isinstance(part, InFile):
+                page = bytearray(part.nbytes)
+                get(torch.frombuffer(page, dtype=torch.uint8))
+                os.pwritev(self._file, [page], part.at)
+            else:
+                get(part)
+        self.tokens[slot] = stop
+        self._begun[slot] = self._pruned[slot] = True
+
+    def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
+        """All that is kept of a sequence, as flat uint8 tensors and pages in the file. What comes later follows from
+        what came before, so that the same walk fills a sequence that is restored."""
+        for layer, kept in enumerate(self.layers):
+            for numbers in (kept.lengths, kept.coded, kept.cold, kept.bounded, kept.dense_free, kept.coded_free):
+                yield as_bytes(numbers[slot])
+            yield as_bytes(kept.table[slot])
+            if kept.channels is not None:
+                yield as_bytes(kept.channels[slot])
+            if self.memory:
+                yield as_bytes(self.memory[layer][slot])
+            for head, length in enumerate(kept.lengths[slot].tolist()):
+                if kept.positions is not None:  # those of the next tokens are there too
+                    yield as_bytes(kept.positions[slot, head, : length + self._ahead])
+                if self.mass:
+                    yield as_bytes(self.mass[layer][slot, head, :length])
+                if kept.bounds is not None:
+                    yield as_bytes(kept.bounds[slot, head, : int(kept.bounded[slot, head])])
+                yield from self._pages_of(kept, slot, head, -(-length // PAGE))
+
+    @staticmethod
+    def _pages_of(kept: Pages, slot: int, head: int, count: int) -> Iterator[torch.Tensor | InFile]:
+        """Keys and values of a head's first ``count`` pages."""
+        cold, coded = int(kept.cold[slot, head]), int(kept.coded[slot, head])
+        for j, number in enumerate(kept.table[slot, head, :count].tolist()):
+            if j < cold:
+                yield from (InFile(*where) for where in kept.file_places(slot, head, j))
+                continue
+            keys: torch.Tensor = kept.keys
+            values: torch.Tensor | None = kept.values
+            if kept.coded_keys is not None and j < coded:
+                keys, values = kept.coded_keys, kept.coded_values
+            yield as_bytes(keys[slot, number])
+            if values is not None and not kept.shared:
+                yield as_bytes(values[slot, number])
 
     def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
         if self.drafts and self._drafting[slot]:
@@ -550,6 +633,17 @@ class PagedCache(BaseCache):
                 mass[:] = 0.0
                 if self.observes == "all" or run.count:  # else the last queries were judged, and others come
                     mass[:length] = given[head, :length]
+
+    def rehearse(self, count: int) -> None:
+        for layer, layout in enumerate(self.layouts):
+            kept = self.layers[layer].positions
+            if kept is None:
+                continue
+            width = kept.shape[2] + count
+            given = torch.zeros(layout.kv_heads, width)
+            positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
+            limit = self._limit(layer, width)
+            self._judge(layer, given, positions, [width] * layout.kv_heads, width, limit)
 
     def _merge(
         self,

@@ -63,6 +63,14 @@ def frequencies(rope: RopeSpec, length: int) -> tuple[torch.Tensor, float]:
     return plain, 1.0
 
 
+def dependence(rope: RopeSpec, length: int) -> int:
+    """What of a sequence's length its frequencies depend on: they are the same where this is."""
+    original = rope.parameters.original_max_position_embeddings
+    if rope.parameters.rope_type == "dynamic":
+        return max(length, original)
+    return int(rope.parameters.rope_type == "longrope" and length > original)
+
+
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     """YaRN's temperature: ``0.1 * mscale * ln(factor) + 1``."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0

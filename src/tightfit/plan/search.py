@@ -16,13 +16,26 @@ from typing import Any
 from tightfit.budget.ledger import PAGE, align
 from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
-from tightfit.errors import BudgetError
+from tightfit.errors import BudgetError, UsageError
 from tightfit.experts.store import LEAST_SLOTS, caching_nbytes, expert_count, on_disk
-from tightfit.kv.make import kv_nbytes
+from tightfit.kv.compose import EXACT
+from tightfit.kv.make import entry_nbytes, kv_nbytes
+from tightfit.kv.reuse.disk import OVERHEAD
+from tightfit.kv.reuse.memory import smallest_memory
 from tightfit.kv.share.sharing import owners_for
 from tightfit.model.decoder import cache_layouts
 from tightfit.model.spec import ModelSpec, MoeSpec
-from tightfit.plan.schema import OWN, ExpertsPlan, LayerPlan, ModelRef, Numerics, OuterPlan, Plan, Schedule
+from tightfit.plan.schema import (
+    OWN,
+    ExpertsPlan,
+    LayerPlan,
+    ModelRef,
+    Numerics,
+    OuterPlan,
+    Plan,
+    PromptCachePlan,
+    Schedule,
+)
 from tightfit.weights.placement.base import EXPERT_OBJECTS
 from tightfit.weights.placement.fill import scratch_bytes
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, Place, group_of, layer_name, params_of
@@ -61,6 +74,7 @@ class Constraints:
     kv: str | None = "none"
     kv_bytes: int | None = None
     prefill: Schedule = "chunked"
+    prompt_cache: PromptCachePlan | None = None
 
 
 WorkspaceBytes = Callable[[Plan], int]
@@ -82,6 +96,7 @@ class Search:
         self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
         self._groups: dict[tuple[str, str], Group] = {}
         self._caches: dict[tuple[str, int], int] = {}
+        self._entries: dict[tuple[str, int], int] = {}
         self._workspaces: dict[tuple[str, tuple[str, ...], int, str], int] = {}  # what is resident does not change them
 
     def best(self, runtime: int) -> Plan:
@@ -224,11 +239,46 @@ class Search:
         return levels
 
     def chunks(self) -> list[int]:
-        """Chunk sizes from large to small; one that holds the whole context is enough."""
-        if self.constraints.chunk is not None:
-            return [self.constraints.chunk]
-        useful = [chunk for chunk in CHUNKS if chunk < 2 * self.constraints.context]
-        return useful or [CHUNKS[-1]]
+        """Chunk sizes from large to small; one that holds the whole context is enough. Raises UsageError where no
+        entry of the prompt cache is as small as its limit."""
+        constraints = self.constraints
+        useful = [chunk for chunk in CHUNKS if chunk < 2 * constraints.context] or [CHUNKS[-1]]
+        chunks = useful if constraints.chunk is None else [constraints.chunk]
+        refusals = [self.no_prompts(chunk) for chunk in chunks]
+        fitting = [chunk for chunk, refusal in zip(chunks, refusals, strict=True) if refusal is None]
+        if not fitting and refusals[-1] is not None:  # that of the smallest entries
+            raise refusals[-1]
+        return fitting
+
+    def no_prompts(self, chunk: int) -> UsageError | None:
+        """Why there can be no prompt cache with such chunks, if one is asked for."""
+        c = self.constraints
+        if c.prompt_cache is None:
+            return None
+        if chunk + 2 > c.context:  # a whole chunk, a token that is computed, and its answer
+            return UsageError(
+                f"chunks of {chunk} tokens leave nothing to find again in a context of {c.context}",
+                "Prompts are kept chunk by chunk: use smaller ones (--chunk) or a longer context (--context).",
+            )
+        kv, _ = self.cache(chunk)
+        if kv != EXACT and c.prefill == "layered":
+            return UsageError(
+                f"of prompts that are computed layer by layer in a cache of {kv} nothing can be found again",
+                "Leave out --prefill layered, or the prompt cache.",
+            )
+        largest = self._entry_bytes(kv, chunk)
+        places = {
+            "--prompt-cache": (c.prompt_cache.memory, smallest_memory(largest, whole=kv != EXACT)),
+            "--prompt-cache-disk": (c.prompt_cache.disk, largest + OVERHEAD),
+        }
+        for option, (limit, needed) in places.items():
+            if limit is not None and limit < needed:
+                what = f"{chunk} tokens" if kv == EXACT else f"a prompt in a cache of {kv}"
+                return UsageError(
+                    f"a prompt cache of {format_bytes(limit)} does not hold one entry, {what}",
+                    f"The smallest that works is {option} {format_bytes(needed, ceil=True).replace(' ', '')}.",
+                )
+        return None
 
     def uniform(self, level: str, chunk: int, runtime: int) -> Plan:
         """The plan with every matrix in ``level``, whether it fits or not."""
@@ -272,6 +322,7 @@ class Search:
         disk."""
         spec, constraints = self.spec, self.constraints
         cache, kv = self.cache(chunk)
+        prompts = 0 if constraints.prompt_cache is None else constraints.prompt_cache.memory or 0
         outer_sizes = [self._size(group, outer) for group in (EMBEDDINGS, HEAD)]
         layer_sizes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
         outer_bytes, layer_bytes = sum(size for size, _ in outer_sizes), [size for size, _ in layer_sizes]
@@ -317,13 +368,14 @@ class Search:
                 "runtime": runtime,
                 "weights": align(weights, PAGE),
                 **accounts,
-                "kv": align(kv, PAGE),
+                "kv": align(kv, PAGE) + align(prompts, PAGE),
                 "workspace": 0,
             },
             outer=outer_plan,
             layers=tuple(layers),
             cache=cache,
             prefill=constraints.prefill,
+            prompt_cache=constraints.prompt_cache,
             buffers=buffers,
             experts=cached,
             chunk=chunk,
@@ -378,6 +430,14 @@ class Search:
             owners = owners_for(kv, self.checkpoint.name, self.checkpoint.fingerprint, len(layouts))
             self._caches[kv, chunk] = kv_nbytes(kv, layouts, c.context, c.sequences, c.numerics.kv, owners)
         return self._caches[kv, chunk]
+
+    def _entry_bytes(self, kv: str, chunk: int) -> int:
+        """The most bytes of an entry of the prompt cache."""
+        if (kv, chunk) not in self._entries:
+            c = self.constraints
+            layouts = cache_layouts(self.spec, c.context, chunk)
+            self._entries[kv, chunk] = entry_nbytes(kv, layouts, c.context, c.numerics.kv, chunk)
+        return self._entries[kv, chunk]
 
     def outer(self, level: str) -> Outer:
         """The parameters outside of the layers, stored as ``level`` says."""
