@@ -19,7 +19,7 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Pages
 from tightfit.kv.base import BaseCache, LayerLayout
 from tightfit.kv.cache import Cache
-from tightfit.kv.compose import EXACT, compose
+from tightfit.kv.compose import compose
 from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
@@ -94,15 +94,24 @@ class Run:
     """Sequences of a model in a cache of the composition ``kv``, prefilled ``chunk`` tokens at a time."""
 
     def __init__(
-        self, tiny: Tiny, kv: str, *, context: int = 512, sequences: int = 1, chunk: int = 64, tail: int = 1
+        self,
+        tiny: Tiny,
+        kv: str,
+        *,
+        context: int = 512,
+        sequences: int = 1,
+        chunk: int = 64,
+        tail: int = 1,
+        owners: Sequence[int] | None = None,
     ) -> None:
         self.tiny, self.chunk = tiny, chunk
         self.ws, self.arena = Workspace(Arena(ROOM)), Arena(ROOM)
         layouts, common = cache_layouts(tiny.spec, context, chunk), (sequences, tiny.dtype, self.arena, tiny.dtype)
+        methods = [method for method in compose(kv).methods if method.name != "kvsharer"]
         self.cache: BaseCache = (
-            Cache(layouts, *common, chunk)
-            if kv == EXACT
-            else PagedCache(layouts, compose(kv), context, *common, tail=tail)
+            PagedCache(layouts, compose(kv), context, *common, tail=tail, owners=owners)
+            if methods
+            else Cache(layouts, *common, chunk, owners)
         )
         self.lengths = [0] * sequences
 

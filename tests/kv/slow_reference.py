@@ -19,7 +19,7 @@ from tightfit.kv.compose import compose
 from tightfit.kv.method import Method
 
 PAGE = 32
-KNOWN = {"window", "h2o", "snapkv", "int8", "int4", "int2", "think", "quest", "host", "d2o"}
+KNOWN = {"window", "h2o", "snapkv", "int8", "int4", "int2", "think", "quest", "host", "d2o", "kvsharer"}
 
 
 @dataclass
@@ -52,7 +52,10 @@ class Slow:
         self.groups = config.num_attention_heads // self.kv_heads
         self.theta = config.rope_parameters["rope_theta"]
         self.windows = [attention.window for attention in (layer.attention for layer in tiny.spec.layers)]
-        self.layers = [[Head() for _ in range(self.kv_heads)] for _ in self.windows]
+        self.owners = owners(kv, len(self.windows))
+        self.own = sorted(set(self.owners))
+        of_owners = {layer: [Head() for _ in range(self.kv_heads)] for layer in self.own}
+        self.layers = [of_owners[owner] for owner in self.owners]
         methods: dict[str, Method] = {method.name: method for method in compose(kv).methods}
         unknown = set(methods) - KNOWN
         if unknown:
@@ -85,11 +88,16 @@ class Slow:
             k = attention.k_proj(normed).view(n, -1, self.dim)
             v = attention.v_proj(normed).view(n, -1, self.dim)
             x = x + attention.o_proj(self.attend(index, q, k, v, decode).flatten(1))
+            if not decode:
+                owner = self.owners[index]
+                if index == max(layer for layer, of in enumerate(self.owners) if of == owner):  # all have read it
+                    self.settle(owner, self.count + n)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         self.count += n
         if decode and self.count % PAGE == 0:
-            for index, heads in enumerate(self.layers):
+            for index in self.own:
                 self.settle(index, self.count)
+                heads = self.layers[index]
                 if self.snapkv:  # these queries have judged
                     for token in (token for head in heads for token in head.tokens):
                         token.mass = 0.0
@@ -102,7 +110,8 @@ class Slow:
         return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decode: bool) -> torch.Tensor:
-        """Attention (n, heads, dim) of new tokens, which are in their heads' lists afterwards."""
+        """Attention (n, heads, dim) of new tokens, which are in their heads' lists afterwards: a layer that reads what
+        another keeps adds nothing of its own."""
         n, window, out = len(q), self.windows[layer], torch.empty_like(q)
         own = torch.arange(self.count, self.count + n)
         sinks, reach, standing = 0, window, own
@@ -116,9 +125,10 @@ class Slow:
         k = self.turn(k, own)
         for number, head in enumerate(self.layers[layer]):
             group = slice(number * self.groups, (number + 1) * self.groups)
-            head.tokens += [Token(int(own[i]), k[i, number], v[i, number]) for i in range(n)]
+            if self.owners[layer] == layer:
+                head.tokens += [Token(int(own[i]), k[i, number], v[i, number]) for i in range(n)]
             seen = head.tokens
-            if decode and self.quest and layer >= self.quest.full and window is None:
+            if decode and self.quest and self.owners[layer] >= self.quest.full and window is None:
                 seen = self.select(head, q[0, group])
             positions = torch.tensor([token.position for token in seen])
             keys, values = (torch.stack([getattr(token, name) for token in seen]) for name in ("key", "value"))
@@ -129,11 +139,9 @@ class Slow:
                 hidden |= (positions <= own.view(-1, 1) - reach) & ~is_sink
             weights = scores.masked_fill(hidden[:, None], -math.inf).softmax(-1)  # (n, groups, tokens)
             out[:, group] = weights @ values
-            self.observe(seen, weights, decode)
-        if not decode:
-            if self.think and self.layers[layer][0].channels is None:
-                self.prune(layer, q, k)
-            self.settle(layer, self.count + n)
+            self.observe(seen, weights, decode, first=self.owners[layer] == layer)
+        if not decode and self.think and self.layers[layer][0].channels is None:
+            self.prune(layer, q, k)
         return out
 
     def select(self, head: Head, q: torch.Tensor) -> list[Token]:
@@ -145,9 +153,10 @@ class Slow:
 
     # ---- methods ----
 
-    def observe(self, seen: list[Token], weights: torch.Tensor, decode: bool) -> None:
+    def observe(self, seen: list[Token], weights: torch.Tensor, decode: bool, first: bool) -> None:
+        """Notes what tokens receive; ``first`` says that no other layer has looked at them in this step."""
         if self.snapkv and not decode:
-            if len(weights) >= self.snapkv.window:
+            if len(weights) >= self.snapkv.window and first:
                 for token in seen:
                     token.mass = 0.0
             weights = weights[-self.snapkv.window :]
@@ -232,7 +241,7 @@ class Slow:
 
     def limit(self, layer: int, count: int) -> int:
         """How many tokens each head of a layer keeps on average of ``count``."""
-        evictor, last = self.evictor, len(self.layers) - 1
+        evictor, last = self.evictor, len(self.own) - 1
         keep = (
             int(evictor.keep) if evictor.keep >= 1 else max(math.ceil(evictor.keep * count), sum(self.protected(1)), 2)
         )
@@ -246,7 +255,7 @@ class Slow:
                 high = count - safe
                 low = 2 * (keep - safe) - high
             if 0 <= low <= high:
-                keep = safe + round(high - (high - low) / last * layer)
+                keep = safe + round(high - (high - low) / last * self.own.index(layer))
         return max(keep, 1)
 
     def protected(self, keep: int) -> tuple[int, int]:
@@ -298,6 +307,11 @@ class Slow:
                 values = torch.cat([rounded(part, self.value_bits, 1) for part in values.split(32, 1)], 1)
             for token, key, value in zip(tokens, keys, values, strict=True):
                 token.key, token.value = key, value
+
+
+def owners(kv: str, layers: int) -> list[int]:
+    """Of each layer the one whose keys and values it reads: where layers share, the last one reads the first one's."""
+    return [*range(layers - 1), 0 if "kvsharer" in kv else layers - 1]
 
 
 def rounded(x: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
