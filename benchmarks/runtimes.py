@@ -118,9 +118,10 @@ def tightfit_system(
     threads: int,
     weights: str | None = None,
     env: dict[str, str] | None = None,
+    kv: str | None = None,
 ) -> System:
     """tightfit with the smallest budget in which it is as fast as it can be."""
-    options = [] if weights is None else ["--weights", weights]
+    options = ([] if weights is None else ["--weights", weights]) + ([] if kv is None else ["--kv", kv])
     plan = _plan(folder, options, section, threads)
     needed = sum(plan["accounts"].values()) + NOISE
     budget = -(-needed // BUDGET_STEP) * BUDGET_STEP
@@ -176,20 +177,24 @@ class Compressed:
 
 
 def tightfit_systems(
-    name: str, model: Path, compressed: Compressed, formats: list[str], levels: list[str], threads: int
+    name: str, model: Path, compressed: Compressed, formats: list[str], levels: list[str], kvs: list[str], threads: int
 ) -> Iterator[System]:
-    """tightfit's part in section ``name``: the first of ``formats`` stands for all where formats are not compared."""
+    """tightfit's part in section ``name``: the first of ``formats`` stands for all where formats are not compared.
+    Methods of the cache (``kvs``) are compared where prompts are long."""
     section, first = SECTIONS[name], formats[0]
 
-    def stored(weights: str, suffix: str = "", env: dict[str, str] | None = None) -> System:
+    def stored(weights: str, suffix: str = "", env: dict[str, str] | None = None, kv: str | None = None) -> System:
         if TECHNIQUES["weights", parse_one("weights", weights).name].exact:  # the checkpoint itself
-            return tightfit_system(weights + suffix, model, section, threads, weights, env)
-        return tightfit_system(weights + suffix, compressed.folder(weights), section, threads, env=env)
+            return tightfit_system(weights + suffix, model, section, threads, weights, env, kv)
+        return tightfit_system(weights + suffix, compressed.folder(weights), section, threads, env=env, kv=kv)
 
     if name == "decode":
         yield from map(stored, formats)
     else:
         yield stored(first)
+    if name == "long":
+        for kv in kvs:
+            yield stored(first, f", cache {kv}", kv=kv)
     if name == "levels":
         for level in levels:
             yield stored(first, f", TIGHTFIT_CPU={level}", {"TIGHTFIT_CPU": level, **HELD_BACK})
@@ -376,6 +381,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder of a llama in bfloat16")
     parser.add_argument("--preset", default="1b", choices=sorted(random_model.PRESETS))
     parser.add_argument("--weights", nargs="+", default=["int4", "int8", "bf16", "ternary"], metavar="FORMAT")
+    parser.add_argument("--kv", nargs="*", default=["int4"], metavar="METHODS", help="caches for the long prompt")
     parser.add_argument("--levels", nargs="+", default=["avx2", "portable"], metavar="LEVEL")
     parser.add_argument("--folders", type=Path, help="where compressed models are, and stay")
     parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=list(SECTIONS), metavar="SECTION")
@@ -395,7 +401,9 @@ def main() -> None:
         peers = peer_systems(arguments.peers) if arguments.peers else {}
         tables: dict[str, list[Row]] = {}
         for name in arguments.only:
-            systems = [*tightfit_systems(name, model, compressed, arguments.weights, arguments.levels, threads)]
+            systems = [
+                *tightfit_systems(name, model, compressed, arguments.weights, arguments.levels, arguments.kv, threads)
+            ]
             systems += peers.get(name, [])
             if name == "start":
                 systems = [

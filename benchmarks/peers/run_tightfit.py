@@ -1,6 +1,6 @@
 """Measures tightfit through its Python interface; see harness.py for what is printed.
 
-    python benchmarks/peers/run_tightfit.py MODEL [--prompt 512] ... [--memory SIZE] [--weights FORMAT]
+    python benchmarks/peers/run_tightfit.py MODEL [--prompt 512] ... [--memory SIZE] [--weights FORMAT] [--kv METHODS]
 
 The tokenizer must make a token of each digit, as the embedded model's does, which the random models of the benchmarks
 share. What it would measure is told by `tightfit plan`, so it has no --describe.
@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--memory")
     parser.add_argument("--weights")
+    parser.add_argument("--kv")
     arguments = parse(parser)
     model = tightfit.load(
         arguments.model,
@@ -26,6 +27,7 @@ def main() -> None:
         context=max(arguments.prompt + arguments.new + 1, arguments.warm + 2),
         batch=arguments.batch,
         weights=arguments.weights,
+        kv=arguments.kv,
         threads=arguments.threads,
     )
 

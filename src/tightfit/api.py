@@ -110,15 +110,39 @@ class Model:
         file = write_census(self.checkpoint.fingerprint, census)
         return {"tokens": census.tokens, "file": str(file), "most_used_half": census.most_used_half()}
 
+    def fit(
+        self, kv: str, text: str, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, Any]:
+        """Finds with ``text`` which layers share keys and values, and keeps that for this ``kv="kvsharer(...)"``:
+        ``kv``, ``tokens``, ``file``, ``owners`` (of each layer the one whose it reads) and ``similarity`` of the final
+        hidden states to those of the model as it is. ``progress(done, total)`` is called with pairs of layers."""
+        from tightfit.catalog import spec_string
+        from tightfit.engine.fit import find_sharing
+        from tightfit.kv.compose import fitted
+        from tightfit.kv.share.sharing import write_sharing
+
+        sharer = fitted(kv)
+        tokens = self.tokenizer.encode(text)
+        found = find_sharing(self._generator.engine, self.checkpoint.name, sharer, tokens, progress)
+        file = write_sharing(self.checkpoint.fingerprint, sharer, found)
+        return {
+            "kv": spec_string(sharer),
+            "tokens": found.tokens,
+            "file": str(file),
+            "owners": found.owners,
+            "similarity": found.similarity,
+        }
+
     def receipt(self) -> dict[str, Any]:
         """What was promised, what the operating system saw, and how fast it was. Sizes in bytes, times in seconds."""
         from tightfit.engine.receipt import receipt
 
-        return receipt(self.plan, self._ledger, self._generator.timing)
+        return receipt(self.plan, self._ledger, self._generator.timing, self._generator.engine.prompts)
 
     def close(self) -> None:
         """Closes the checkpoint's files. The memory goes with the object."""
         self._generator.engine.decoder.weights.close()
+        self._generator.engine.cache.close()
         self.checkpoint.close()
 
     def __enter__(self) -> Model:
@@ -162,6 +186,11 @@ def load(
     chunk: int | None = None,
     activations: str | None = None,
     experts: str | None = None,
+    kv: str | None = None,
+    prefill: str | None = None,
+    prompt_cache: str | int | None = None,
+    prompt_cache_disk: str | int | None = None,
+    prompt_cache_dir: str | None = None,
     threads: int | None = None,
     plan: Plan | None = None,
     chat: bool = False,
@@ -170,14 +199,17 @@ def load(
     """Opens a model and loads it inside ``memory``.
 
     ``model`` is a folder, a hub name, or an embedded model; ``memory`` bounds the peak resident set of the whole
-    process (``"600MiB"``, ``"4GB"``, ``"50%"``, bytes; default: what is available less a margin). ``context``
-    tokens are reserved for each of ``batch`` sequences at once (one). ``weights`` is a format (``"int4"``; default:
-    the most precise that fits), ``chunk`` how many prompt tokens are computed at once, ``activations`` whether
-    decoding rounds what low-bit weights are multiplied with (``"int8"``, the default) or not (``"float32"``),
-    ``experts`` which of a mixture stay in memory where not all fit (``"score+gate"``), ``threads`` how many cores
-    are used. A ``plan`` made before is followed to the letter, and fixes all of these but the model. With ``chat``,
-    a model without a chat template is refused at once. ``progress(done, total)`` is called with bytes while weights
-    are loaded.
+    process (``"600MiB"``, ``"4GB"``, ``"50%"``, bytes; default: what is available less a margin). ``context`` tokens
+    are reserved for each of ``batch`` sequences at once (one). ``weights`` is a format (``"int4"``; default: the most
+    precise that fits), ``chunk`` how many prompt tokens are computed at once, ``activations`` whether decoding rounds
+    what low-bit weights are multiplied with (``"int8"``, the default) or not (``"float32"``), ``experts`` which of a
+    mixture stay in memory where not all fit (``"score+gate"``), ``kv`` how keys and values are kept
+    (``"snapkv(keep=512)+int4"``, or bytes, ``"64MiB"``; default: all as they are), ``prefill`` whether prompts are
+    computed in chunks (``"chunked"``) or layer by layer (``"layered"``), ``threads`` how many cores are used.
+    ``prompt_cache`` bytes of memory (``"64MiB"``), and ``prompt_cache_disk`` bytes of files in ``prompt_cache_dir`` (a
+    folder; default: in the user's cache folder), keep beginnings of prompts for prompts that begin alike. A
+    ``plan`` made before is followed to the letter, and fixes all of these but the model. With ``chat``, a model without
+    a chat template is refused at once. ``progress(done, total)`` is called with bytes while weights are loaded.
 
     Raises BudgetError if it does not fit (``smallest_bytes`` says what would), CheckpointError for a model that cannot
     be opened, UsageError for arguments that make no sense.
@@ -185,7 +217,22 @@ def load(
     from tightfit.engine.following import planned
     from tightfit.engine.opening import Wish, open_model
 
-    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts)
+    wish = Wish(
+        model,
+        memory,
+        context,
+        batch,
+        weights,
+        chunk,
+        threads,
+        activations,
+        experts,
+        kv,
+        prefill,
+        prompt_cache,
+        prompt_cache_disk,
+        prompt_cache_dir,
+    )
     if plan is not None:
         wish = planned(wish, plan)
     opened = open_model(wish)

@@ -19,6 +19,15 @@ from tightfit.errors import UsageError
 SEAMS = {
     "weights": ("tightfit.weights.formats",),
     "experts": ("tightfit.experts",),
+    "kv": (
+        "tightfit.kv.evict",
+        "tightfit.kv.merge",
+        "tightfit.kv.quantize",
+        "tightfit.kv.lowrank",
+        "tightfit.kv.select",
+        "tightfit.kv.offload",
+        "tightfit.kv.share",
+    ),
 }
 
 VALUE_TYPES: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -153,7 +162,8 @@ def _format_one(item: object) -> str:
         value = getattr(item, key)
         if value == default:
             continue
-        text = str(value).lower() if isinstance(value, bool) else str(value)
+        whole = isinstance(value, float) and value.is_integer()
+        text = str(value).lower() if isinstance(value, bool) else str(int(value) if whole else value)
         if not _writable(text):
             raise ValueError(f"{key}={value!r} of {entry.name} cannot be written in a spec string")
         arguments.append(f"{key}={text}")

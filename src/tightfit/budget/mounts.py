@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
+
 
 @dataclass(frozen=True)
 class Mount:
@@ -35,3 +37,11 @@ def mounts(root: Path = Path("/")) -> list[Mount]:
 def _unescape(field: str) -> str:
     """Spaces and the like are written as a backslash and three octal digits."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def in_memory(folder: str | Path) -> bool:
+    """Whether files of ``folder`` lie in memory and not on a disk."""
+    path = Path(folder).resolve()
+    holding = [mount for mount in mounts() if path.is_relative_to(mount.point)]
+    last = max(holding, key=lambda mount: len(mount.point.parts), default=None)
+    return last is not None and last.filesystem in MEMORY_FILESYSTEMS

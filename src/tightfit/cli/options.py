@@ -45,6 +45,48 @@ Experts = Annotated[
         "next layer's are read ahead. Default: score+gate.",
     ),
 ]
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="METHODS",
+        help="How keys and values are kept: int4, snapkv(keep=512)+int4+host, ..., or bytes such as 64MiB, for which "
+        "methods are chosen. Default: none, all of them as they are.",
+    ),
+]
+Prefill = Annotated[
+    str | None,
+    typer.Option(
+        "--prefill",
+        metavar="SCHEDULE",
+        help="chunked: each chunk of a prompt goes through all layers (the default); layered: the whole prompt goes "
+        "through one layer after the other.",
+    ),
+]
+PromptCache = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-cache",
+        metavar="SIZE",
+        help="Memory, part of the budget, in which beginnings of prompts are kept, for prompts that begin alike.",
+    ),
+]
+PromptCacheDisk = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-cache-disk",
+        metavar="SIZE",
+        help="Keep beginnings of prompts in files too, for later runs; SIZE is what these take at most.",
+    ),
+]
+PromptCacheDir = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-cache-dir",
+        metavar="FOLDER",
+        help="Where these files are. Default: the folder prompts in the user's cache folder.",
+    ),
+]
 Chunk = Annotated[
     int | None,
     typer.Option(

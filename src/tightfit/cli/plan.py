@@ -7,7 +7,23 @@ from typing import Annotated
 
 import typer
 
-from tightfit.cli.options import Activations, Chunk, Context, Debug, Experts, Json, Memory, Model, Threads, Weights
+from tightfit.cli.options import (
+    Activations,
+    Chunk,
+    Context,
+    Debug,
+    Experts,
+    Json,
+    Kv,
+    Memory,
+    Model,
+    Prefill,
+    PromptCache,
+    PromptCacheDir,
+    PromptCacheDisk,
+    Threads,
+    Weights,
+)
 from tightfit.cli.output import print_json
 from tightfit.errors import BudgetError
 
@@ -27,6 +43,11 @@ def plan(
     chunk: Chunk = None,
     activations: Activations = None,
     experts: Experts = None,
+    kv: Kv = None,
+    prefill: Prefill = None,
+    prompt_cache: PromptCache = None,
+    prompt_cache_disk: PromptCacheDisk = None,
+    prompt_cache_dir: PromptCacheDir = None,
     threads: Threads = None,
     out: Out = None,
     json: Json = False,
@@ -40,7 +61,22 @@ def plan(
     from tightfit.cli.planfile import write_plan
     from tightfit.engine.opening import Wish, open_model, survey
 
-    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts)
+    wish = Wish(
+        model,
+        memory,
+        context,
+        batch,
+        weights,
+        chunk,
+        threads,
+        activations,
+        experts,
+        kv,
+        prefill,
+        prompt_cache,
+        prompt_cache_disk,
+        prompt_cache_dir,
+    )
     opened = open_model(wish, headers_only=True)
     with opened.checkpoint:
         answer = survey(wish, opened, followed=out is not None)

@@ -8,7 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.cli.options import Activations, Chunk, Context, Debug, Experts, Json, Memory, Model, Threads, Weights
+from tightfit.cli.options import (
+    Activations,
+    Chunk,
+    Context,
+    Debug,
+    Experts,
+    Json,
+    Kv,
+    Memory,
+    Model,
+    Prefill,
+    PromptCache,
+    PromptCacheDir,
+    PromptCacheDisk,
+    Threads,
+    Weights,
+)
 from tightfit.cli.output import print_json, write
 from tightfit.cli.prompts import read_prompts
 from tightfit.errors import UsageError
@@ -91,6 +107,11 @@ def run(
     chunk: Chunk = None,
     activations: Activations = None,
     experts: Experts = None,
+    kv: Kv = None,
+    prefill: Prefill = None,
+    prompt_cache: PromptCache = None,
+    prompt_cache_disk: PromptCacheDisk = None,
+    prompt_cache_dir: PromptCacheDir = None,
     threads: Threads = None,
     plan: PlanFile = None,
     json: Json = False,
@@ -129,7 +150,22 @@ def run(
     from tightfit.engine.following import planned
     from tightfit.engine.opening import Wish, open_model
 
-    wish = Wish(model, memory, context, batch, weights, chunk, threads, activations, experts)
+    wish = Wish(
+        model,
+        memory,
+        context,
+        batch,
+        weights,
+        chunk,
+        threads,
+        activations,
+        experts,
+        kv,
+        prefill,
+        prompt_cache,
+        prompt_cache_disk,
+        prompt_cache_dir,
+    )
     followed = None if plan is None else read_plan(plan)
     if followed is not None:
         wish = planned(wish, followed)
@@ -188,6 +224,7 @@ def _print_json(model: api.Model, prompts: list[str], options: dict[str, Any]) -
             "text": completion.text,
             "finish": completion.finish,
             "prompt_tokens": completion.prompt_tokens,
+            "reused_tokens": completion.reused_tokens,
             "new_tokens": len(completion.tokens),
         }
         for completion in model.generate(prompts, **options)

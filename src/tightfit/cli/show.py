@@ -28,9 +28,10 @@ def show_receipt(receipt: dict[str, Any]) -> None:
         f"\nReceipt: peak {format_bytes(peak)} of {format_bytes(budget)}, {kept} the budget",
         accounts,
         ", ".join(parts),
-        f"weights {_formats(plan)}{_in_memory(plan)}, context {plan['context']}, chunks of {plan['chunk']}, "
-        f"{plan['threads']} threads",
+        f"weights {_formats(plan)}{_in_memory(plan)}{_cache(plan)}, context {plan['context']}, chunks of "
+        f"{plan['chunk']}, {plan['threads']} threads",
         *_streamed(receipt),
+        *_prompts(receipt["prompt_cache"]),
     )
 
 
@@ -52,6 +53,18 @@ def _streamed(receipt: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _prompts(kept: dict[str, Any] | None) -> list[str]:
+    """What the prompt cache did, if there is one."""
+    if kept is None:
+        return []
+    line = (
+        f"prompt cache: {kept['reused_tokens']} tokens not computed again, {kept['memory_hits']} entries found in "
+        f"memory, {kept['disk_hits']} on the disk; {kept['entries']} in {format_bytes(kept['bytes'])} of memory"
+    )
+    trouble = [f"{kept[name]} {name}" for name in ("damaged", "unwritten") if kept[name]]
+    return [", ".join([line, *trouble])]
+
+
 def show_plan(answer: dict[str, Any]) -> None:
     """What `tightfit plan` found, on standard output."""
     model, plan, budget = answer["model"], answer["plan"], format_bytes(answer["budget_bytes"])
@@ -67,8 +80,8 @@ def show_plan(answer: dict[str, Any]) -> None:
             accounts.add_row(name, format_bytes(nbytes))
         accounts.add_row("sum", format_bytes(sum(plan["accounts"].values())))
         show(
-            f"fits into {budget}, weights {_formats(plan)}{_in_memory(plan)}, room for {plan['sequences']} x "
-            f"{plan['context']} tokens, chunks of {plan['chunk']}",
+            f"fits into {budget}, weights {_formats(plan)}{_in_memory(plan)}{_cache(plan)}, room for "
+            f"{plan['sequences']} x {plan['context']} tokens, chunks of {plan['chunk']}",
             accounts,
         )
     needs = table("weights", "needs", "of which weights", "kv")
@@ -94,6 +107,12 @@ def _in_memory(plan: dict[str, Any]) -> str:
     of_head = "" if rows is None else f" (of the head {rows:,} rows)"
     slots = "" if experts is None else f" with {experts['slots']} experts ({experts['policy']})"
     return f", {format_bytes(held)} of {format_bytes(whole)} in memory{of_head}{slots}"
+
+
+def _cache(plan: dict[str, Any]) -> str:
+    """How the cache is kept and filled, where that is not the usual way."""
+    kept = "" if plan["cache"] == "none" else f", cache {plan['cache']}"
+    return kept + (", prompts layer by layer" if plan["prefill"] == "layered" else "")
 
 
 def _speed(rate: float | None) -> str:

@@ -8,25 +8,41 @@ from tightfit.budget.ledger import Workspace
 from tightfit.engine.scheduler import Scheduler
 from tightfit.engine.sequence import Sequence
 from tightfit.kernels import cpu
-from tightfit.kv.cache import Cache
+from tightfit.kv.base import BaseCache
+from tightfit.kv.reuse.prompts import PromptCache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder
+from tightfit.model.rope import dependence
 
 
 class Engine:
     """Runs several sequences at once on one decoder, one cache and one workspace.
 
-    ``last_prefill_tokens`` is how many prompt tokens the last step computed.
+    Prompts are computed in chunks of ``chunk`` tokens, or if ``layered`` all chunks in one layer after the other.
+    What ``prompts`` finds of them is not computed. ``last_prefill_tokens`` is how many prompt tokens the last step
+    computed.
     """
 
-    def __init__(self, decoder: Decoder, cache: Cache, ws: Workspace, context: int, chunk: int, threads: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: BaseCache,
+        ws: Workspace,
+        context: int,
+        chunk: int,
+        threads: int,
+        layered: bool = False,
+        prompts: PromptCache | None = None,
+    ) -> None:
         self.decoder = decoder
         self.cache = cache
         self.ws = ws
         self.context = context
         self.chunk = chunk
         self.threads = threads
-        self.scheduler = Scheduler(cache.sequences, chunk)
+        self.layered = layered
+        self.prompts = prompts
+        self.scheduler = Scheduler(cache.sequences, chunk, layered, self._recall)
         self.last_prefill_tokens = 0
 
     @torch.inference_mode()
@@ -40,13 +56,16 @@ class Engine:
         if not sequences:
             return []
         sampled = []
-        use_threads(batch, self.threads, self.cache.gemm_dtype)
         with self.ws.frame():
-            hidden = self.decoder.hidden(batch, self.cache, self.ws)
+            hidden = self._hidden(batch)
             logits = self.decoder.logits(hidden, self.ws)
             row = 0
             for segment, sequence in zip(batch.segments, sequences, strict=True):
                 sequence.computed = segment.stop
+                if segment.decode:
+                    self.cache.commit(segment.slot, range(len(segment.tokens)), self.ws)
+                elif self.prompts is not None and sequence.prefix is not None:
+                    self.prompts.computed(segment.slot, sequence.prefix, segment.start, segment.stop)
                 if segment.logits == "none":
                     continue
                 token = sequence.sampler.sample(logits[row], sequence.tokens)
@@ -56,11 +75,28 @@ class Engine:
             self._accept(sequence, token)
         return sampled
 
-    def reusable(self, cached: int, common: int) -> int:
-        """How many of the first ``common`` tokens of a sequence of which ``cached`` tokens were computed can be kept
-        when it is continued differently: a ring that has wrapped can only go back by one chunk."""
-        wrapped = any(layout.slots < cached for layout in self.cache.layouts)
-        return 0 if wrapped and cached - common > self.chunk else common
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """Computes a batch; its prompt tokens are certain then."""
+        use_threads(batch, self.threads, self.cache.gemm_dtype)
+        for segment, _, _ in batch.prefills:
+            self.cache.begin(segment.slot, segment.start)
+        if self.layered and batch.prefills:
+            [segment] = batch.segments
+            hidden = self.decoder.hidden_layered(segment, self.chunk, self.cache, self.ws)
+        else:
+            hidden = self.decoder.hidden(batch, self.cache, self.ws)
+        for segment, _, _ in batch.prefills:
+            self.cache.prefilled(segment.slot, segment.start, segment.stop)
+        return hidden
+
+    def _recall(self, sequence: Sequence) -> None:
+        """Finds the beginning of a prompt of which nothing was computed yet."""
+        if self.prompts is not None:
+            # Frequencies of rotary embeddings may follow the length of the whole prompt.
+            ropes = dict.fromkeys(layer.attention.rope for layer in self.decoder.spec.layers)
+            kind = [dependence(rope, len(sequence.tokens)) for rope in ropes if rope is not None]
+            sequence.prefix = self.prompts.prefix(sequence.tokens, repr(kind).encode())
+            sequence.computed = sequence.reused = self.prompts.restore(sequence.slot, sequence.prefix)
 
     def _accept(self, sequence: Sequence, token: int) -> None:
         sequence.tokens.append(token)
@@ -77,16 +113,16 @@ class Engine:
         has room for. ``slot`` must be free.
         """
         result: list[float] = []
-        for start in range(0, len(tokens), self.chunk):
-            part = tokens[start : start + self.chunk]
+        at_once = len(tokens) if self.layered else self.chunk
+        for start in range(0, len(tokens), at_once):
+            part = tokens[start : start + at_once]
             batch = Batch((Segment(slot, start, part, logits="all", length=len(tokens)),))
-            use_threads(batch, self.threads, self.cache.gemm_dtype)
             with self.ws.frame():
-                hidden = self.decoder.hidden(batch, self.cache, self.ws)
+                hidden = self._hidden(batch)
                 following = torch.tensor(tokens[start + 1 : start + len(part) + 1])
                 free = self.ws.arena.capacity - self.ws.top
-                at_once = max(1, min(SCORED_AT_ONCE, free // 2 // (4 * self.decoder.spec.vocab_size)))
-                for wanted, rows in zip(following.split(at_once), hidden.split(at_once), strict=False):
+                rows_at_once = max(1, min(SCORED_AT_ONCE, free // 2 // (4 * self.decoder.spec.vocab_size)))
+                for wanted, rows in zip(following.split(rows_at_once), hidden.split(rows_at_once), strict=False):
                     with self.ws.frame():
                         logits = self.decoder.logits(rows[: len(wanted)], self.ws)
                         result += log_probabilities(logits, wanted)

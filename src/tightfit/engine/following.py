@@ -7,6 +7,7 @@ from dataclasses import fields
 from tightfit.catalog import parse_one
 from tightfit.engine.opening import Opened, Wish
 from tightfit.errors import UsageError
+from tightfit.kv.compose import compose
 from tightfit.plan.schema import OWN, Plan
 
 MAKE_A_PLAN = "Make a new one with `tightfit plan MODEL --out FILE`."
@@ -20,7 +21,9 @@ def planned(wish: Wish, plan: Plan) -> Wish:
                 f"both the plan and {field.name} = {getattr(wish, field.name)} were given, and the plan fixes that",
                 "Leave one out, or edit the plan.",
             )
-    return Wish(wish.model, plan.budget, plan.context, plan.sequences, None, plan.chunk, plan.threads)
+    return Wish(
+        wish.model, plan.budget, plan.context, plan.sequences, chunk=plan.chunk, threads=plan.threads, kv=plan.cache
+    )
 
 
 def follow(plan: Plan, opened: Opened) -> Plan:
@@ -46,6 +49,7 @@ def follow(plan: Plan, opened: Opened) -> Plan:
             )
         if part.format != OWN:
             parse_one("weights", part.format)
+    compose(plan.cache)
 
     from tightfit.engine.start import fit_plan
 

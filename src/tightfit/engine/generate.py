@@ -86,7 +86,6 @@ class Generator:
         ]
         for item in active:
             completions[item.index].prompt_tokens = item.sequence.prompt_length
-            completions[item.index].reused_tokens = item.sequence.computed
             self.timing.prompt_tokens += item.sequence.prompt_length
             self.engine.scheduler.add(item.sequence)
         running = {id(item.sequence): item for item in active}
@@ -99,6 +98,7 @@ class Generator:
                         self.timing.first_token_seconds = time.perf_counter() - started
                     completion = completions[item.index]
                     completion.tokens.append(token)
+                    completion.reused_tokens = sequence.reused
                     text = "" if token in sequence.stop_tokens else item.text.push(token)
                     if item.text.stopped:
                         sequence.finish = "stop"
@@ -166,7 +166,7 @@ class Generator:
                     break
                 common += 1
             sequence.slot = kept.slot
-            sequence.computed = self.engine.reusable(len(kept.tokens), common)
+            sequence.computed = sequence.reused = self.engine.cache.reusable(kept.slot, common)
         return sequence
 
     def _end(self, sequence: Sequence, conversation: bool) -> None:

@@ -12,7 +12,7 @@ from tightfit import child, zoo
 from tightfit.budget import malloc
 from tightfit.budget.machine import usable_cores
 from tightfit.budget.meter import machine_memory, resident_set
-from tightfit.budget.units import format_bytes, parse_budget
+from tightfit.budget.units import format_bytes, parse_budget, parse_bytes
 from tightfit.catalog import parse_one, spec_string
 from tightfit.checkpoints.checkpoint import HUB_NAME, Checkpoint, open_checkpoint
 from tightfit.checkpoints.config import Config
@@ -20,9 +20,11 @@ from tightfit.engine.request import Requests
 from tightfit.errors import CheckpointError, UsageError
 from tightfit.experts.census import read_census
 from tightfit.experts.policy import Scheme, scheme
+from tightfit.kv.compose import EXACT, compose
+from tightfit.kv.share.sharing import owners_for
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec, MoeSpec
-from tightfit.plan.schema import ActivationType, Plan
+from tightfit.plan.schema import ActivationType, Plan, PromptCachePlan, Schedule
 
 if TYPE_CHECKING:
     from tightfit.engine.start import Settled
@@ -50,6 +52,11 @@ class Wish:
     threads: int | None = None
     activations: str | None = None
     experts: str | None = None
+    kv: str | None = None
+    prefill: str | None = None
+    prompt_cache: str | int | None = None
+    prompt_cache_disk: str | int | None = None
+    prompt_cache_dir: str | None = None
 
     @property
     def sequences(self) -> int:
@@ -114,6 +121,11 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
     if wish.activations is not None and wish.activations not in get_args(ActivationType):
         known = " or ".join(get_args(ActivationType))
         raise UsageError(f"there are no activations {wish.activations!r}", f"Use --activations {known}.")
+    if wish.prefill is not None and wish.prefill not in get_args(Schedule):
+        known = " or ".join(get_args(Schedule))
+        raise UsageError(f"there is no schedule {wish.prefill!r}", f"Use --prefill {known}.")
+    kv, _ = wanted_cache(wish.kv)
+    wanted_prompt_cache(wish)
     how = None if wish.experts is None else scheme(wish.experts)
     checkpoint = _open(wish.model, headers_only)
     try:
@@ -126,6 +138,8 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
                 f"{checkpoint.name} was trained for {spec.context} tokens of context, {context} were asked for",
                 f"Use --context {spec.context} or less.",
             )
+        if kv is not None:
+            owners_for(kv, checkpoint.name, checkpoint.fingerprint, len(spec.layers))
         opened = Opened(checkpoint, spec, budget, context)
         if how is not None:
             opened.check_experts(how)
@@ -222,6 +236,7 @@ def _constraints(wish: Wish, opened: Opened) -> Constraints:
     from tightfit.plan.search import Constraints
 
     compressed = opened.checkpoint.compressed
+    kv, kv_bytes = wanted_cache(wish.kv)
     types = set(compressed.types if compressed else (info.dtype for info in opened.checkpoint.tensors.values()))
     return Constraints(
         budget=opened.budget,
@@ -232,7 +247,32 @@ def _constraints(wish: Wish, opened: Opened) -> Constraints:
         weights=compressed.weights if compressed else wish.weights,
         chunk=wish.chunk,
         experts=wish.experts,
+        kv=kv,
+        kv_bytes=kv_bytes,
+        prefill=cast(Schedule, wish.prefill or "chunked"),
+        prompt_cache=wanted_prompt_cache(wish),
     )
+
+
+def wanted_cache(wish: str | None) -> tuple[str | None, int | None]:
+    """What ``--kv`` asks for: methods as a spec string, or how many bytes the cache may take. Raises UsageError."""
+    if wish is None:
+        return EXACT, None
+    if wish.strip()[:1].isdigit():
+        return None, parse_bytes(wish)
+    return str(compose(wish)), None
+
+
+def wanted_prompt_cache(wish: Wish) -> PromptCachePlan | None:
+    """Where beginnings of prompts are to be kept. Raises UsageError."""
+    if wish.prompt_cache_dir is not None and wish.prompt_cache_disk is None:
+        raise UsageError("how much may be kept in that folder is not said", "Add --prompt-cache-disk SIZE.")
+    memory, disk = (
+        parse_bytes(limit) if isinstance(limit, str) else limit for limit in (wish.prompt_cache, wish.prompt_cache_disk)
+    )
+    if memory is None and disk is None:
+        return None
+    return PromptCachePlan(memory=memory, disk=disk, folder=wish.prompt_cache_dir or "")
 
 
 def _plan_in_child(wish: Wish) -> Plan:

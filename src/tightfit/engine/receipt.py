@@ -8,10 +8,11 @@ from typing import Any
 from tightfit.budget.ledger import Ledger
 from tightfit.budget.meter import resident_set
 from tightfit.engine.generate import Timing
+from tightfit.kv.reuse.prompts import PromptCache
 from tightfit.plan.schema import Plan
 
 
-def receipt(plan: Plan, ledger: Ledger, timing: Timing) -> dict[str, Any]:
+def receipt(plan: Plan, ledger: Ledger, timing: Timing, prompts: PromptCache | None = None) -> dict[str, Any]:
     """JSON-ready; keys are stable. Sizes in bytes, times in seconds; a rate is None before there is one."""
     seen = resident_set()
     ledger.measure(seen.current)
@@ -29,6 +30,7 @@ def receipt(plan: Plan, ledger: Ledger, timing: Timing) -> dict[str, Any]:
         "decode_streamed_bytes_per_token": rate(timing.decode_streamed, timing.decode_tokens),
         "prefill_experts": experts(timing.prefill_experts),
         "decode_experts": experts(timing.decode_experts),
+        "prompt_cache": None if prompts is None else prompts.receipt(),
         "plan": plan.model_dump(),
     }
 

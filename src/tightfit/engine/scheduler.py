@@ -8,6 +8,7 @@ whatever else runs, so that its bits do not depend on its neighbours.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from tightfit.engine.sequence import Sequence
 from tightfit.kernels.matmul import bucket
@@ -16,10 +17,19 @@ from tightfit.model.batch import Batch, Segment
 
 class Scheduler:
     """Holds ``slots`` sequences at once and computes at most ``chunk`` prompt tokens in a step, padding included;
-    others wait."""
+    others wait. If ``layered``, a step computes one whole prompt and nothing else. ``recall`` is called with a sequence
+    before its first token is computed: it may find some of them in a cache."""
 
-    def __init__(self, slots: int, chunk: int) -> None:
+    def __init__(
+        self,
+        slots: int,
+        chunk: int,
+        layered: bool = False,
+        recall: Callable[[Sequence], None] = lambda sequence: None,
+    ) -> None:
         self.chunk = chunk
+        self.layered = layered
+        self._recall = recall
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._free = list(range(slots - 1, -1, -1))
@@ -34,18 +44,33 @@ class Scheduler:
             if sequence.slot < 0:
                 sequence.slot = self._free.pop()
             self.running.append(sequence)
+        if self.layered:
+            for sequence in self.running:
+                if not sequence.decoding:
+                    if sequence.computed == 0:
+                        self._recall(sequence)
+                    return Batch((self._prefill(sequence, len(sequence.tokens)),)), [sequence]
         picked = [(self._decode(s), s) for s in self.running if s.decoding]
         room = bucket(self.chunk)  # rows, with those that gemm is padded with: scratch and time go by them
         for sequence in self.running:
             if sequence.decoding:
                 continue
-            stop = min((sequence.computed // self.chunk + 1) * self.chunk, len(sequence.tokens))
-            rows = bucket(stop - sequence.computed)
-            if rows > room:
+            if self._rows(sequence) > room:
                 continue
-            room -= rows
+            if sequence.computed == 0:  # as late as can be: others may have computed the same beginning
+                self._recall(sequence)
+            room -= self._rows(sequence)
+            stop = self._stop(sequence)
             picked.append((self._prefill(sequence, stop), sequence))
         return Batch(tuple(segment for segment, _ in picked)), [sequence for _, sequence in picked]
+
+    def _stop(self, sequence: Sequence) -> int:
+        """Where the next chunk of a prompt ends."""
+        return min((sequence.computed // self.chunk + 1) * self.chunk, len(sequence.tokens))
+
+    def _rows(self, sequence: Sequence) -> int:
+        """What the next chunk of a prompt takes of a step."""
+        return bucket(self._stop(sequence) - sequence.computed)
 
     def finish(self, sequence: Sequence, keep_slot: bool = False) -> None:
         """Takes a sequence out; its slot is free again unless a conversation keeps it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tightfit.decode.sample import Sampler
+from tightfit.kv.reuse.prompts import Prefix
 
 
 @dataclass
@@ -12,7 +13,8 @@ class Sequence:
     """``tokens`` is the prompt and what was generated; ``computed`` of them are in the cache, at ``slot``.
 
     ``finish`` is why it ended: ``stop`` (a stop token or string), ``length`` (as many tokens as were asked for, or a
-    full context), or empty while it runs.
+    full context), or empty while it runs. ``reused`` tokens of the prompt were in a cache already; ``prefix`` is what
+    the prompt cache knows it by.
     """
 
     tokens: list[int]
@@ -22,6 +24,8 @@ class Sequence:
     sampler: Sampler
     slot: int = -1
     computed: int = 0
+    reused: int = 0
+    prefix: Prefix | None = None
     finish: str = ""
     counts: dict[int, int] = field(default_factory=dict)
 

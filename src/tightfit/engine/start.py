@@ -9,14 +9,18 @@ system says what is resident. Only then are weights loaded.
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from tightfit.budget import malloc
 from tightfit.budget.code import drop_code_pages
 from tightfit.budget.ledger import PAGE, Arena, Ledger, Workspace, align
+from tightfit.budget.machine import cache_folder, processor, versions
 from tightfit.budget.meter import resident_set
 from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
@@ -27,7 +31,13 @@ from tightfit.errors import BudgetError, UsageError
 from tightfit.experts.store import LEAST_SLOTS, CachedExperts, on_disk
 from tightfit.kernels import cpu, ops
 from tightfit.kernels.layout import TILE_ROWS
-from tightfit.kv.cache import Cache
+from tightfit.kv.base import BaseCache
+from tightfit.kv.compose import EXACT
+from tightfit.kv.make import entry_nbytes, make_cache
+from tightfit.kv.reuse.disk import Disk
+from tightfit.kv.reuse.memory import Memory, unit_of
+from tightfit.kv.reuse.prompts import PromptCache
+from tightfit.kv.share.sharing import owners_for
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
@@ -58,11 +68,15 @@ class Shape:
     sequences: int
     chunk: int
     numerics: Numerics
+    cache: str
+    layered: bool
 
     @staticmethod
     def of(plan: Plan) -> Shape:
         formats = tuple(layer.format for layer in plan.layers)
-        return Shape(plan.outer.format, formats, plan.context, plan.sequences, plan.chunk, plan.numerics)
+        layered = plan.prefill == "layered"
+        sizes = plan.context, plan.sequences, plan.chunk
+        return Shape(plan.outer.format, formats, *sizes, plan.numerics, plan.cache, layered)
 
 
 def different_layers(checkpoint: Checkpoint, spec: ModelSpec, formats: Sequence[str]) -> list[int]:
@@ -83,9 +97,10 @@ def build(
     kv: Arena,
     plan: Plan | None = None,
     slots: Arena | None = None,
-) -> tuple[Placement, Decoder, Cache]:
+) -> tuple[Placement, Decoder, BaseCache]:
     """Weights, decoder and cache of the given layers in their arenas; nothing is read or written. Parameters are all
-    resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts."""
+    resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts. Layers share
+    keys and values only if all are there."""
     formats = {index: shape.formats[index] for index in layers}
     gemm, kv_type = DTYPES[shape.numerics.gemm], DTYPES[shape.numerics.kv]
     activations = shape.numerics.activations
@@ -104,8 +119,13 @@ def build(
         placement = Resident(checkpoint, spec, shape.outer, formats, gemm, weights, activations)
     spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
     layouts = cache_layouts(spec, shape.context, shape.chunk)
-    cache = Cache(layouts, shape.sequences, kv_type, kv, gemm_dtype=gemm)
+    owners = _owners(checkpoint, spec, shape) if len(layers) == len(shape.formats) else None
+    cache = make_cache(shape.cache, layouts, shape.context, shape.sequences, kv_type, kv, gemm, shape.chunk, owners)
     return placement, Decoder(spec, placement), cache
+
+
+def _owners(checkpoint: Checkpoint, spec: ModelSpec, shape: Shape) -> list[int] | None:
+    return owners_for(shape.cache, checkpoint.name, checkpoint.fingerprint, len(spec.layers))
 
 
 def head_rows(spec: ModelSpec, plan: Plan) -> int:
@@ -126,11 +146,20 @@ def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     """Bytes of scratch that the largest step of ``plan`` takes, found by running it dry."""
     shape = Shape.of(plan)
     cpu.set_threads(plan.threads)  # each of them has scratch
-    layers = different_layers(checkpoint, spec, shape.formats)
+    layers = list(range(len(spec.layers)))  # what some read of others lies in scratch memory
+    if _owners(checkpoint, spec, shape) is None:
+        layers = different_layers(checkpoint, spec, shape.formats)
     _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), Arena(VIRTUAL))
     ws = Workspace(Arena(VIRTUAL))
-    with ops.dry(), ws.frame():
-        decoder.logits(decoder.hidden(largest_step(shape), cache, ws), ws)
+    everyone = [Segment(slot, shape.context - 1, [0], decode=True) for slot in range(shape.sequences)]
+    for step in (largest_step(shape), Batch(tuple(everyone))):  # small chunks take less than rows that decode
+        with ops.dry(), ws.frame():
+            decoder.logits(decoder.hidden(step, cache, ws), ws)
+    if shape.layered:
+        with ops.dry(), ws.frame():
+            prompt = Segment(0, 0, [0] * shape.context, length=shape.context)
+            decoder.logits(decoder.hidden_layered(prompt, shape.chunk, cache, ws), ws)
+    cache.close()
     return align(ws.high_water, PAGE)
 
 
@@ -152,11 +181,26 @@ def rehearse(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=0))
     one = Batch((Segment(0, min(length, shape.context - 1), [0], decode=True),))
     # The largest last: libraries keep the code of the latest shapes, and whole chunks come first in a run.
-    for batch in (*_buckets(length), largest_step(shape), one):
+    largest = largest_step(shape)
+    if shape.cache != EXACT:  # a cache that is not full takes as much scratch as one that is
+        parts = [replace(segment, start=0) for segment in largest.segments]
+        largest, one = Batch(tuple(parts)), Batch((replace(one.segments[0], start=0),))
+    for batch in (*_buckets(length), largest, one):
         use_threads(batch, plan.threads, cache.gemm_dtype)
+        for segment in batch.segments:
+            cache.begin(segment.slot, segment.start)
         with ws.frame():
             logits = decoder.logits(decoder.hidden(batch, cache, ws), ws)
             sampler.sample(logits[0], [0])
+        for segment in batch.segments:
+            cache.prefilled(segment.slot, segment.start, segment.stop)
+    if shape.layered:
+        prompt = Segment(0, 0, [0] * min(2 * shape.chunk, shape.context), length=shape.context)
+        cache.begin(0, 0)
+        with ws.frame():
+            decoder.logits(decoder.hidden_layered(prompt, shape.chunk, cache, ws), ws)
+    cache.rehearse(shape.context if shape.layered else length)
+    cache.close()
     kv.release()
     scratch.release()
     return resident_set().current
@@ -221,8 +265,21 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, el
 def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
     """``plan`` with the bytes that its choices take here. Raises BudgetError if they exceed the budget it names."""
     experts = None if plan.experts is None else plan.experts.policy
-    constraints = Constraints(plan.budget, plan.context, plan.sequences, plan.threads, plan.numerics, experts=experts)
+    constraints = Constraints(
+        plan.budget,
+        plan.context,
+        plan.sequences,
+        plan.threads,
+        plan.numerics,
+        experts=experts,
+        kv=plan.cache,
+        prefill=plan.prefill,
+        prompt_cache=plan.prompt_cache,
+    )
     search = search_for(checkpoint, spec, constraints)
+    refusal = search.no_prompts(plan.chunk)
+    if refusal is not None:
+        raise refusal
     kept = _kept(search, plan) if plan.streamed else None
     formats = [layer.format for layer in plan.layers]
     slots = 0 if plan.experts is None else plan.experts.slots
@@ -282,7 +339,10 @@ def start(
     ledger.reserve("runtime", plan.accounts["runtime"])
     weights = ledger.arena("weights", plan.accounts["weights"])
     weights.use_large_pages()
-    kv = ledger.arena("kv", plan.accounts["kv"])
+    disk = _prompts_on_disk(plan)
+    kept = 0 if plan.prompt_cache is None else align(plan.prompt_cache.memory or 0, PAGE)
+    kv = ledger.arena("kv", plan.accounts["kv"] - kept)
+    prompts = ledger.arena("kv", kept) if kept else None
     scratch = ledger.arena("workspace", plan.accounts["workspace"])
     slots = None
     if plan.experts is not None:
@@ -301,4 +361,45 @@ def start(
     if seen.peak > before:  # what converting took, in the place of cache and scratch
         ledger.note("workspace", seen.peak - seen.current)
     drop_code_pages()
-    return Engine(decoder, cache, Workspace(scratch), plan.context, plan.chunk, plan.threads), ledger
+    found = None
+    if plan.prompt_cache is not None:
+        found = PromptCache(cache, plan.chunk, bits_of(plan), _prompts_in_memory(plan, spec, cache, prompts), disk)
+    engine = Engine(decoder, cache, Workspace(scratch), plan.context, plan.chunk, plan.threads, shape.layered, found)
+    return engine, ledger
+
+
+def bits_of(plan: Plan) -> bytes:
+    """A hash of everything that fixes the bits of keys and values beside the tokens: of the model, of what the plan
+    says about how it is computed, and of what computes."""
+    facts = {
+        "model": plan.model.fingerprint,
+        "formats": [plan.outer.format, *(layer.format for layer in plan.layers)],
+        "numerics": plan.numerics.model_dump(),
+        "cache": plan.cache,
+        "context": None if plan.cache == EXACT else plan.context,  # methods keep shares of it
+        "prefill": plan.prefill,
+        "chunk": plan.chunk,
+        "threads": plan.threads,  # libraries share products out by it
+        "kernels": cpu.features()["chosen"],
+        "processor": processor(),  # they choose by it
+        "versions": versions(),
+    }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=32).digest()
+
+
+def _prompts_on_disk(plan: Plan) -> Disk | None:
+    """Raises UsageError for a folder that cannot be used."""
+    kept = plan.prompt_cache
+    if kept is None or kept.disk is None:
+        return None
+    folder = Path(kept.folder).expanduser() if kept.folder else cache_folder() / "prompts"
+    return Disk(folder, kept.disk, bits_of(plan))
+
+
+def _prompts_in_memory(plan: Plan, spec: ModelSpec, cache: BaseCache, arena: Arena | None) -> Memory | None:
+    kept = plan.prompt_cache
+    if arena is None or kept is None or kept.memory is None:
+        return None
+    layouts = cache_layouts(spec, plan.context, plan.chunk)
+    largest = entry_nbytes(plan.cache, layouts, plan.context, plan.numerics.kv, plan.chunk)
+    return Memory(arena, kept.memory, unit_of(largest, cache.whole_entries))

@@ -128,28 +128,51 @@ def rotate_append(
     )
 
 
+def move(cache: KeysValues, sequence: int, source: int, target: int) -> None:
+    """The token at ``target`` becomes a copy of that at ``source``."""
+    if not cpu.available():
+        slots = cache.keys.shape[2]
+        for kept in (cache.keys, cache.values):
+            kept[sequence, :, target % slots] = kept[sequence, :, source % slots]
+        return
+    _run(cache.handle.move, sequence, source, target)
+
+
 def attend_rows(
-    cache: KeysValues, places: torch.Tensor, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
+    cache: KeysValues,
+    places: torch.Tensor,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    ws: Workspace,
+    scoring: Scoring,
+    trees: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Attention of ``q`` (n, heads, key_dim), each row alone over the sequence and up to the position that ``places``
+    """Attention of ``q`` (n, heads, key_dim), each row alone over the sequence and up to the place that ``places``
     (n or more, 2) names, into ``out`` (n, heads, value_dim); in float32, whatever the cache's type.
+
+    ``trees`` are for rows that are nodes of trees: the paths (n, depth) int32, of each row the tokens from the root on,
+    counted from the first that is not certain yet, then -1; and those first ones (n,) int64. A row then sees what is
+    certain and its path.
 
     Raises ValueError for a row that sees more than the cache keeps.
     """
     rows, heads, _ = q.shape
     if not cpu.available():
         for row, (sequence, position) in enumerate(places[:rows].tolist()):
-            one = slice(row, row + 1)
-            reference.attend(q[one], cache.keys[sequence], cache.values[sequence], position, out[one], ws, *scoring)
+            one, keys, values = slice(row, row + 1), cache.keys[sequence], cache.values[sequence]
+            if trees is not None:
+                keys, values, position = _along(keys, values, trees[0][row], int(trees[1][row]))
+            reference.attend(q[one], keys, values, position, out[one], ws, *scoring)
         return
+    paths, certain = (None, None) if trees is None else trees
     with ws.frame():
         scratch = ws.empty(cache.handle.attend_rows_scratch(rows, heads, cpu.threads()), dtype=torch.uint8)
         _run(
             cache.handle.attend_rows,
             _places(places, rows),
-            0,
-            0,
-            0,
+            0 if paths is None else paths.data_ptr(),
+            0 if paths is None else paths.shape[1],
+            0 if certain is None else certain.data_ptr(),
             rows,
             *_block(q, (rows, heads, cache.key_shape[1])),
             heads,
@@ -193,6 +216,23 @@ def attend(
             scratch.data_ptr(),
             cpu.threads(),
         )
+
+
+def _along(
+    keys: torch.Tensor, values: torch.Tensor, path: torch.Tensor, certain: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Keys and values as a node of a tree sees them, one behind the other, and its position."""
+    tail = path[path >= 0].long()
+    stop = certain + len(tail)
+    first = max(0, stop - keys.shape[1])
+    places = torch.cat([torch.arange(first, certain), certain + tail]) % keys.shape[1]
+    ring = torch.arange(first, stop) % keys.shape[1]
+    copies = []
+    for kept in (keys, values):
+        copy = torch.zeros_like(kept)
+        copy[:, ring] = kept[:, places]
+        copies.append(copy)
+    return copies[0], copies[1], stop - 1
 
 
 @op

@@ -86,6 +86,13 @@ class Pages:
         """Whether values are part of the keys."""
         return self.values.data_ptr() == self.keys.data_ptr()
 
+    def file_places(self, sequence: int, head: int, j: int) -> list[tuple[int, int]]:
+        """Where the keys and the values of a page are in the file, and how many bytes they take."""
+        kv_heads, table_pages = self.table.shape[1:]
+        page = (sequence * kv_heads + head) * table_pages + j
+        places = [(self.keys_at, self.key_codec.page_bytes), (self.values_at, self.value_codec.page_bytes)]
+        return [(at + page * nbytes, nbytes) for at, nbytes in places[: 1 if self.shared else 2]]
+
     def reset(self, sequence: int) -> None:
         """Lets go of everything of a sequence."""
         for counts in (self.lengths, self.coded, self.cold, self.bounded):
@@ -290,7 +297,8 @@ def keep(
     tail: int = 1,
 ) -> None:
     """What happens when tokens become certain: those of ``run`` are added; all but the first ``counts`` (kv_heads,)
-    int32 of ``indices`` (kv_heads, n) int32, ascending, are let go, if given; where pages have codes all but the last
+    int32 of ``indices`` (kv_heads, n) int32 are let go, if given (those that are in pages ascend, and none stands
+    further back than it was; those of the run may stand anywhere); where pages have codes all but the last
     ``recent`` tokens are coded, page by page; all but ``resident`` pages of each head go to the file. There is room for
     ``tail`` more tokens afterwards.
 

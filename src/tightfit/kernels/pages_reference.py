@@ -81,18 +81,10 @@ def _where(pages: Pages, sequence: int, head: int, j: int) -> int:
     return CODED if pages.coded_keys is not None and j < pages.coded[at] else DENSE
 
 
-def _file_places(pages: Pages, sequence: int, head: int, j: int) -> list[tuple[int, int]]:
-    """Where the keys and the values of a page are in the file, and how many bytes they take."""
-    kv_heads, table_pages = pages.table.shape[1:]
-    page = (sequence * kv_heads + head) * table_pages + j
-    places = [(pages.keys_at, pages.key_codec.page_bytes), (pages.values_at, pages.value_codec.page_bytes)]
-    return [(at + page * nbytes, nbytes) for at, nbytes in places[: 1 if pages.shared else 2]]
-
-
 def _stored(pages: Pages, sequence: int, head: int, j: int, place: int) -> list[torch.Tensor]:
     """Keys and values of a page that is not dense, as they are stored."""
     if place == FILE:
-        found = [os.pread(pages.file, nbytes, at) for at, nbytes in _file_places(pages, sequence, head, j)]
+        found = [os.pread(pages.file, nbytes, at) for at, nbytes in pages.file_places(sequence, head, j)]
         return [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in found]
     number = pages.table[sequence, head, j]
     pools = [pages.coded_keys] if pages.shared else [pages.coded_keys, pages.coded_values]
@@ -162,7 +154,7 @@ def _store(
 
 def _write(pages: Pages, sequence: int, head: int, j: int, stored: list[torch.Tensor]) -> None:
     """Writes a page to the file."""
-    for page, (at, nbytes) in zip(stored, _file_places(pages, sequence, head, j), strict=True):
+    for page, (at, nbytes) in zip(stored, pages.file_places(sequence, head, j), strict=True):
         if os.pwrite(pages.file, page.numpy().tobytes(), at) != nbytes:
             raise RuntimeError("the cache cannot be written to the disk")
 
@@ -416,7 +408,8 @@ def _keep_head(
     for j in range(first, used):
         tokens = kept[j * PAGE : (j + 1) * PAGE]
         k, v = _tokens(pages, sequence, head, tokens, run)
-        for read in range(j + 1, min(int(tokens[-1]), before) // PAGE):  # those that are written may want them
+        last = int(tokens[tokens < before].amax()) if (tokens < before).any() else 0
+        for read in range(j + 1, last // PAGE):  # those that are written may want them
             _release(pages, sequence, head, read)
         _store(pages, sequence, head, j, place(j), k, v)
     wanted = -(-(after + tail) // PAGE)

@@ -246,7 +246,8 @@ def zero_(x_: torch.Tensor) -> None:
 
 
 def add_rows_(x_: torch.Tensor, rows: torch.Tensor, y_: torch.Tensor, gains: torch.Tensor) -> None:
-    """``x[rows] += gains * y`` for (rows, features) and gains (rows,); ``y`` is used as scratch, rows are distinct."""
+    """``x[rows] += gains * y`` for (rows, features) and gains (rows,); ``y`` is used as scratch. Rows that
+    are named twice are added in order."""
     y_.mul_(gains.unsqueeze(-1))
     x_.index_add_(0, rows, y_)
 

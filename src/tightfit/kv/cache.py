@@ -7,37 +7,19 @@ are a view of its keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from tightfit.budget.ledger import ALIGNMENT, Arena, Workspace
+from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import attention
 from tightfit.kernels.attention import KeysValues, Scoring
+from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn
 
 
-@dataclass(frozen=True)
-class LayerLayout:
-    """What one layer keeps of one sequence: ``slots`` tokens.
-
-    ``shared`` values are the first ``value_dim`` features of the keys and take no bytes.
-    """
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    slots: int
-    shared: bool = False
-
-    def nbytes(self, itemsize: int) -> int:
-        return self.kv_heads * self.slots * itemsize * (self.key_dim + (0 if self.shared else self.value_dim))
-
-
-class Cache:
-    """The ``kv`` account: keys and values of ``sequences`` sequences in every layer, in ``dtype``.
-
-    ``gemm_dtype`` is what prefill multiplies in; with torch.bfloat16 attention does too.
-    """
+class Cache(BaseCache):
+    """Everything that was seen, in ``dtype``; ``chunk`` tokens are added at once, at most. Layers whose ``owners`` are
+    others keep nothing."""
 
     def __init__(
         self,
@@ -46,75 +28,120 @@ class Cache:
         dtype: torch.dtype,
         arena: Arena,
         gemm_dtype: torch.dtype = torch.float32,
+        chunk: int = 1,
+        owners: Sequence[int] | None = None,
     ) -> None:
         self.layouts = layouts
+        self.owners = list(range(len(layouts)) if owners is None else owners)
         self.sequences = sequences
         self.gemm_dtype = gemm_dtype
+        self.chunk = chunk
+        self.tokens = [0] * sequences
         self.layers: list[KeysValues] = []
-        for layout in layouts:
+        for index, layout in enumerate(layouts):
+            if self.owners[index] != index:
+                self.layers.append(self.layers[self.owners[index]])
+                continue
             shape = (sequences, layout.kv_heads, layout.slots)
-            keys = _place(arena, (*shape, layout.key_dim), dtype)
+            keys = place(arena, (*shape, layout.key_dim), dtype)
             shared = keys[..., : layout.value_dim]
-            values = shared if layout.shared else _place(arena, (*shape, layout.value_dim), dtype)
+            values = shared if layout.shared else place(arena, (*shape, layout.value_dim), dtype)
             self.layers.append(KeysValues(keys, values))
 
-    @staticmethod
-    def nbytes(layouts: list[LayerLayout], sequences: int, itemsize: int) -> int:
-        """Bytes that a cache of these layouts takes."""
-        return sum(sequences * layout.nbytes(itemsize) + 2 * ALIGNMENT for layout in layouts)
-
-    def append(self, layer: int, places: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> None:
-        """Keeps ``k`` (n, kv_heads, key_dim) and ``v`` (n, kv_heads, value_dim) of the tokens at ``places`` (n, 2):
-        pairs of sequence and position. No ``v`` where values are a view of keys."""
-        attention.append(self.layers[layer], places, k, v)
-
-    def rotate_append(
+    def update(
         self,
         layer: int,
-        places: torch.Tensor,
-        q_: torch.Tensor,
-        k_: torch.Tensor,
-        v: torch.Tensor,
-        tables: tuple[torch.Tensor, torch.Tensor],
-        interleaved: bool,
+        step: Step,
+        q_: torch.Tensor | None,
+        k_: torch.Tensor | None,
+        v: torch.Tensor | None,
+        turn: Turn | None,
         ws: Workspace,
     ) -> None:
-        """:meth:`append` after the first features of ``q`` (n, heads, key_dim) and ``k`` were rotated in place by
-        ``tables``, the cosines and sines of :func:`tightfit.model.rope.tables`."""
-        attention.rotate_append(self.layers[layer], places, q_, k_, v, *tables, interleaved, ws)
+        if k_ is None:
+            if turn is not None and q_ is not None:
+                attention.rotate_(q_, *turn.tables, turn.interleaved, ws)
+            return
+        if turn is None or q_ is None or v is None:
+            attention.append(self.layers[layer], step.places, k_, v)
+            return
+        cos, sin = turn.tables
+        attention.rotate_append(self.layers[layer], step.places, q_, k_, v, cos, sin, turn.interleaved, ws)
 
-    def attend_rows(
-        self, layer: int, places: torch.Tensor, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
+    def attend_step(
+        self, layer: int, step: Step, held: None, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
     ) -> None:
-        """Attention of tokens that decode, ``q`` (n, heads, key_dim), which were appended at ``places``, each alone,
-        into ``out`` (n, heads, value_dim); see :func:`tightfit.kernels.attention.attend_rows`."""
-        attention.attend_rows(self.layers[layer], places, q, out, ws, scoring)
+        kept, rows, bf16 = self.layers[self.owners[layer]], step.vector, self.gemm_dtype == torch.bfloat16
+        if rows:
+            trees = None if step.paths is None else (step.paths, step.certain)
+            attention.attend_rows(kept, step.places, q[:rows], out[:rows], ws, scoring, trees)
+        for segment, a, b in step.prefills:
+            attention.attend(kept, segment.slot, segment.start, q[a:b], out[a:b], ws, scoring, bf16)
 
-    def attend(
-        self,
-        layer: int,
-        sequence: int,
-        start: int,
-        q: torch.Tensor,
-        out: torch.Tensor,
-        ws: Workspace,
-        scoring: Scoring,
-    ) -> None:
-        """Attention of tokens that are prefilled, ``q`` (n, heads, key_dim), which were appended at ``start`` onwards,
-        into ``out`` (n, heads, value_dim). Products are made in ``gemm_dtype`` where that is faster.
+    def begin(self, slot: int, start: int) -> None:
+        self.tokens[slot] = start
 
-        Raises ValueError where the cache no longer holds all that they see: the context is full, or a layer with a
-        window was given more tokens at once than its ring was made for.
-        """
-        bf16 = self.gemm_dtype == torch.bfloat16
-        attention.attend(self.layers[layer], sequence, start, q, out, ws, scoring, bf16)
+    def prefilled(self, slot: int, start: int, stop: int) -> None:
+        self.tokens[slot] = stop
+
+    def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
+        start = self.tokens[slot]
+        for place, order in enumerate(path):
+            if place != order:
+                for layer in self.own:
+                    attention.move(self.layers[layer], slot, start + order, start + place)
+        self.tokens[slot] += len(path)
+
+    def room(self, slot: int) -> int:
+        """A ring holds a chunk beside its window."""
+        return self.chunk if any(layout.window for layout in self.layouts) else 1 << 30
+
+    def reusable(self, slot: int, common: int) -> int:
+        """A ring that has wrapped can only go back by one chunk."""
+        cached = self.tokens[slot]
+        wrapped = any(layout.slots < cached for layout in self.layouts)
+        return 0 if wrapped and cached - common > self.chunk else common
+
+    def largest_entry(self, chunk: int) -> int:
+        return sum(part.nbytes for part in self._parts(0, 0, chunk))
+
+    def entry_nbytes(self, slot: int, start: int, stop: int) -> int:
+        overwritten = any(layout.slots < self.tokens[slot] - start for layout in self.layouts)
+        return 0 if overwritten else sum(part.nbytes for part in self._parts(slot, start, stop))
+
+    def save(self, slot: int, start: int, stop: int, put: Move) -> None:
+        for part in self._parts(slot, start, stop):
+            put(part)
+
+    def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
+        for part in self._parts(slot, start, stop):
+            get(part)
+        self.tokens[slot] = stop
+
+    def _parts(self, slot: int, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """The bytes of some tokens in all layers, as flat uint8 tensors."""
+        for layout, kept in zip(self.layouts, self.layers, strict=True):
+            first = start % layout.slots
+            last = first + stop - start
+            pieces = [(first, min(last, layout.slots)), (0, last - layout.slots)]  # a ring may go round
+            for stored in (kept.keys,) if layout.shared else (kept.keys, kept.values):
+                for head in stored[slot]:
+                    for a, b in pieces:
+                        if b > a:
+                            yield as_bytes(head[a:b])
 
 
-def _place(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def place(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in the next bytes of ``arena``."""
     nbytes = dtype.itemsize
     for size in shape:
         nbytes *= size
     return arena.take(nbytes).view(dtype).view(shape)
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor without gaps, flat."""
+    return x.view(-1).view(torch.uint8)
 
 
 def window_slots(context: int, window: int | None, chunk: int) -> int:

@@ -23,7 +23,8 @@ class Segment:
     ``decode`` is multiplied by the vector kernels, token by token; the others are one gemm each. ``logits`` says for
     which tokens logits are wanted. ``length`` is that of the whole prompt while its chunks are prefilled: rotary kinds
     whose frequencies depend on the length (dynamic, longrope) then use the same ones for all chunks. Elsewhere it is
-    None, and the length is that of the sequence so far.
+    None, and the length is that of the sequence so far. ``parents`` make the tokens of a segment with ``decode`` a
+    tree: of each the place in the segment of the token before it, an earlier one, or -1 for the first ones.
     """
 
     slot: int
@@ -32,10 +33,28 @@ class Segment:
     decode: bool = False
     logits: Literal["none", "last", "all"] = "last"
     length: int | None = None
+    parents: Sequence[int] | None = None
 
     @property
     def stop(self) -> int:
         return self.start + len(self.tokens)
+
+    @cached_property
+    def paths(self) -> list[list[int]]:
+        """Of each token the places in the segment of those from its root on, its own included."""
+        if self.parents is None:
+            return [list(range(index + 1)) for index in range(len(self.tokens))]
+        paths: list[list[int]] = []
+        for index, parent in enumerate(self.parents):
+            paths.append([*(paths[parent] if parent >= 0 else ()), index])
+        return paths
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Of each token its position in the sequence."""
+        if self.parents is None:
+            return range(self.start, self.stop)
+        return [self.start + len(path) - 1 for path in self.paths]
 
 
 @dataclass(frozen=True)
@@ -76,8 +95,8 @@ class Batch:
             if not segment.decode:
                 pieces.append((segment, start, stop))
                 continue
-            for index, token in enumerate(segment.tokens):
-                alone = replace(segment, start=segment.start + index, tokens=(token,))
+            for index, (token, position) in enumerate(zip(segment.tokens, segment.positions, strict=True)):
+                alone = replace(segment, start=position, tokens=(token,), parents=None)
                 pieces.append((alone, start + index, start + index + 1))
         return tuple(pieces)
 
@@ -95,12 +114,46 @@ class Batch:
     @cached_property
     def positions(self) -> torch.Tensor:
         """(tokens,) float32: positions are exact up to 2**24."""
-        parts = [torch.arange(segment.start, segment.stop, dtype=torch.float32) for segment in self.segments]
-        return torch.cat(parts)
+        return torch.cat(
+            [
+                torch.arange(segment.start, segment.stop, dtype=torch.float32)
+                if segment.parents is None
+                else torch.tensor(segment.positions, dtype=torch.float32)
+                for segment in self.segments
+            ]
+        )
+
+    @property
+    def vector(self) -> int:
+        """How many tokens, the first ones, decode."""
+        return self.split.vector
+
+    @cached_property
+    def tentative(self) -> bool:
+        """Whether tokens that decode may turn out not to belong to their sequences."""
+        return any(segment.decode and len(segment.tokens) > 1 for segment in self.segments)
+
+    @cached_property
+    def paths(self) -> torch.Tensor | None:
+        """(tokens that decode, depth) int32: of each the places in its segment from its root on, then -1. None where
+        there are no trees."""
+        segments = [segment for segment in self.segments if segment.decode]
+        # One token alone is no tree: such a step is repeated for others, which come elsewhere.
+        if all(segment.parents is None or len(segment.tokens) == 1 for segment in segments):
+            return None
+        paths = [path for segment in segments for path in segment.paths]
+        depth = max(map(len, paths))
+        return torch.tensor([path + [-1] * (depth - len(path)) for path in paths], dtype=torch.int32)
+
+    @cached_property
+    def certain(self) -> torch.Tensor:
+        """(tokens that decode,) int64: of each how many tokens of its sequence are certain."""
+        return torch.tensor([segment.start for segment in self.segments if segment.decode for _ in segment.tokens])
 
     @cached_property
     def places(self) -> torch.Tensor:
-        """(tokens, 2) int32: of each token its sequence's place in the cache, and its position."""
+        """(tokens, 2) int32: of each token its sequence's place in the cache, and its place in the sequence; tokens of
+        a segment lie one behind the other, whatever tree they are."""
         places = [(segment.slot, at) for segment in self.segments for at in range(segment.start, segment.stop)]
         return torch.tensor(places, dtype=torch.int32).view(-1, 2)
 

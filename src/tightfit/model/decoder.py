@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import cpu, ops
-from tightfit.kv.cache import Cache, LayerLayout, window_slots
-from tightfit.model.batch import Batch
+from tightfit.kv.base import BaseCache, LayerLayout
+from tightfit.kv.cache import window_slots
+from tightfit.model.batch import Batch, Segment
 from tightfit.model.latent import latent_attention
 from tightfit.model.moe import moe
 from tightfit.model.parts import attention, mlp
@@ -28,6 +30,8 @@ def cache_layouts(spec: ModelSpec, context: int, chunk: int) -> list[LayerLayout
             attention.value_dim,
             window_slots(context, attention.window, chunk),
             shared=not isinstance(attention, AttentionSpec),
+            window=attention.window,
+            heads=attention.heads,
         )
         for attention in (layer.attention for layer in spec.layers)
     ]
@@ -54,7 +58,7 @@ class Decoder:
         )
         self._repeated: _Repeated | None = None
 
-    def hidden(self, batch: Batch, cache: Cache, ws: Workspace) -> torch.Tensor:
+    def hidden(self, batch: Batch, cache: BaseCache, ws: Workspace) -> torch.Tensor:
         """Runs the layers; gives the normalised hidden states (n, hidden) of the rows for which logits are wanted, in
         the order of ``batch.logit_rows``, in scratch memory of the enclosing frame."""
         spec = self.spec
@@ -64,15 +68,46 @@ class Decoder:
             self.weights.model["embed_tokens"].decode(batch.tokens, x, ws)
             if spec.embedding_multiplier != 1.0:
                 ops.scale_(x, spec.embedding_multiplier)
-            ropes: dict[RopeSpec, Tables] = {}
-            for layer in spec.layers:
-                if layer.attention.rope is not None and layer.attention.rope not in ropes:
-                    ropes[layer.attention.rope] = tables(layer.attention.rope, batch, ws)
+            ropes = self._ropes((layer.attention.rope for layer in spec.layers), batch, cache, ws)
             self._layers(x, batch, cache, ropes, ws)
         # Taken after the layers' scratch was given back, so that wanting the logits of every row needs no more memory.
-        selected = ws.empty(len(batch.logit_rows), spec.hidden_size)
-        ops.gather_rows(x, batch.logit_rows, selected)
-        ops.rms_norm(selected, self.weights.model["norm"], spec.rms_norm_eps, selected)
+        return self._selected(x, batch.logit_rows, ws)
+
+    def hidden_layered(self, segment: Segment, chunk: int, cache: BaseCache, ws: Workspace) -> torch.Tensor:
+        """:meth:`hidden` for one whole prompt, layer by layer: all chunks of ``chunk`` tokens go through a layer before
+        the next is asked for, and the cache sees the layer's whole prompt before it lets go of any of it."""
+        spec = self.spec
+        self.weights.begin(logits=segment.logits != "none")
+        count = len(segment.tokens)
+        x = ws.empty(count, spec.hidden_size)
+        pieces = []
+        for a in range(0, count, chunk):
+            b = min(a + chunk, count)
+            part = replace(segment, start=segment.start + a, tokens=segment.tokens[a:b], length=segment.length)
+            pieces.append((Batch((part,)), x[a:b]))
+        for batch, rows in pieces:
+            self.weights.model["embed_tokens"].decode(batch.tokens, rows, ws)
+            if spec.embedding_multiplier != 1.0:
+                ops.scale_(rows, spec.embedding_multiplier)
+        for index, layer in enumerate(spec.layers):
+            with self.weights.layer(index) as weights, cache.whole(index, segment, ws):
+                for batch, rows in pieces:
+                    with ws.frame():
+                        ropes = self._ropes((layer.attention.rope,), batch, cache, ws)
+                        self._layer(index, layer, weights, rows, batch, cache, ropes, ws)
+        return self._selected(x, Batch((segment,)).logit_rows, ws)
+
+    def _ropes(
+        self, kinds: Iterable[RopeSpec | None], batch: Batch, cache: BaseCache, ws: Workspace
+    ) -> dict[RopeSpec, Tables]:
+        anchored = cache.anchor_positions if cache.anchors else None
+        return {rope: tables(rope, batch, ws, anchored) for rope in dict.fromkeys(kinds) if rope is not None}
+
+    def _selected(self, x: torch.Tensor, rows: torch.Tensor, ws: Workspace) -> torch.Tensor:
+        """The normalised hidden states of ``rows`` (n,) int64."""
+        selected = ws.empty(len(rows), self.spec.hidden_size)
+        ops.gather_rows(x, rows, selected)
+        ops.rms_norm(selected, self.weights.model["norm"], self.spec.rms_norm_eps, selected)
         return selected
 
     def logits(self, hidden: torch.Tensor, ws: Workspace) -> torch.Tensor:
@@ -89,14 +124,14 @@ class Decoder:
         return out
 
     def _layers(
-        self, x: torch.Tensor, batch: Batch, cache: Cache, ropes: dict[RopeSpec, Tables], ws: Workspace
+        self, x: torch.Tensor, batch: Batch, cache: BaseCache, ropes: dict[RopeSpec, Tables], ws: Workspace
     ) -> None:
         """All layers, added to ``x``.
 
         A step that only decodes repeats the operations of the one before, if that decoded as many tokens: what Python
         does between them takes as long as reading a hundred megabytes of weights.
         """
-        if ops.is_dry() or batch.prefills or not self._repeatable or not cpu.available():
+        if ops.is_dry() or batch.prefills or batch.tentative or not self._repeatable or not cpu.available():
             self._compute_layers(x, batch, cache, ropes, ws)
             return
         # What decides which tensors lie where.
@@ -110,11 +145,12 @@ class Decoder:
         self._repeated.program.run()
 
     def _compute_layers(
-        self, x: torch.Tensor, batch: Batch, cache: Cache, ropes: dict[RopeSpec, Tables], ws: Workspace
+        self, x: torch.Tensor, batch: Batch, cache: BaseCache, ropes: dict[RopeSpec, Tables], ws: Workspace
     ) -> None:
-        for index, layer in enumerate(self.spec.layers):
-            with self.weights.layer(index) as weights:
-                self._layer(index, layer, weights, x, batch, cache, ropes, ws)
+        with cache.through(batch, ws):
+            for index, layer in enumerate(self.spec.layers):
+                with self.weights.layer(index) as weights:
+                    self._layer(index, layer, weights, x, batch, cache, ropes, ws)
 
     def _layer(
         self,
@@ -123,7 +159,7 @@ class Decoder:
         weights: Parameters,
         x: torch.Tensor,
         batch: Batch,
-        cache: Cache,
+        cache: BaseCache,
         ropes: dict[RopeSpec, Tables],
         ws: Workspace,
     ) -> None:

@@ -11,9 +11,9 @@ import torch
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops
 from tightfit.kernels.attention import Scoring, rotate_
-from tightfit.kv.cache import Cache
+from tightfit.kv.base import BaseCache
 from tightfit.model.batch import Batch
-from tightfit.model.parts import attend, project, project_into
+from tightfit.model.parts import project, project_into
 from tightfit.model.rope import Tables
 from tightfit.model.spec import LatentAttentionSpec
 from tightfit.weights.placement.base import Parameters
@@ -24,7 +24,7 @@ def latent_attention(
     weights: Parameters,
     x: torch.Tensor,
     batch: Batch,
-    cache: Cache,
+    cache: BaseCache,
     layer: int,
     tables: Tables,
     out: torch.Tensor,
@@ -45,8 +45,8 @@ def latent_attention(
             (heads,) = project(weights, ("q_b_proj",), (per_head,), compressed, ws, split)
         latent = key[..., :rank]
         ops.rms_norm(latent, weights["kv_a_layernorm"], spec.norm_eps, latent)
-        rotate_(key[..., rank:], *tables, spec.rope.interleaved, ws)
-        rotate_(heads[..., nope:], *tables, spec.rope.interleaved, ws)
+        rotate_(key[..., rank:], tables.cos, tables.sin, spec.rope.interleaved, ws)
+        rotate_(heads[..., nope:], tables.cos, tables.sin, spec.rope.interleaved, ws)
 
         up = weights["kv_b_proj"]  # (heads * (nope + width), rank): for each head its keys' rows, then its values'
         query = ws.empty(tokens, spec.heads, spec.key_dim)
@@ -56,8 +56,8 @@ def latent_attention(
             for a, b in split.parts:
                 up.slice(row, row + nope).matmul_t(heads[a:b, head, :nope], query[a:b, head, :rank], ws)
         mixed = ws.empty(tokens, spec.heads, rank)
-        cache.append(layer, batch.places, key, None)
-        attend(cache, layer, batch, query, mixed, ws, Scoring(spec.scale))
+        held = cache.update(layer, batch, None, key, None, None, ws)
+        cache.attend_step(layer, batch, held, query, mixed, ws, Scoring(spec.scale))
         values = ws.empty(tokens, spec.heads, width)
         for head in range(spec.heads):
             row = head * (nope + width) + nope

@@ -7,7 +7,7 @@ import torch
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops
 from tightfit.kernels.attention import Scoring
-from tightfit.kv.cache import Cache
+from tightfit.kv.base import BaseCache, Turn
 from tightfit.model.batch import Batch
 from tightfit.model.rope import Tables
 from tightfit.model.spec import AttentionSpec, MlpSpec
@@ -55,7 +55,7 @@ def attention(
     weights: Parameters,
     x: torch.Tensor,
     batch: Batch,
-    cache: Cache,
+    cache: BaseCache,
     layer: int,
     tables: Tables | None,
     eps: float,
@@ -67,37 +67,30 @@ def attention(
     ``accumulate`` times."""
     with ws.frame():
         width = spec.head_dim
-        shapes = ((spec.heads, width), (spec.kv_heads, width), (spec.kv_heads, width))
-        q, k, v = project(weights, ("q_proj", "k_proj", "v_proj"), shapes, x, ws, batch.split)
+        queries, keys = (spec.heads, width), (spec.kv_heads, width)
+        if cache.owner(layer) == layer:
+            made = project(weights, ("q_proj", "k_proj", "v_proj"), (queries, keys, keys), x, ws, batch.split)
+        else:
+            made = project(weights, ("q_proj",), (queries,), x, ws, batch.split)
+        q, k, v = made if len(made) == 3 else (made[0], None, None)
         if spec.qk_norm == "all":
-            for name, tensor in (("q_norm", q.flatten(1)), ("k_norm", k.flatten(1))):
-                ops.rms_norm(tensor, weights[name], eps, tensor)
+            for name, tensor in zip(("q_norm", "k_norm"), made[:2], strict=False):
+                flat = tensor.flatten(1)
+                ops.rms_norm(flat, weights[name], eps, flat)
         if spec.clip_qkv is not None:
-            for tensor in (q, k, v):
+            for tensor in made:
                 ops.clamp_(tensor, spec.clip_qkv)
         if spec.qk_norm == "head":
-            ops.rms_norm(q, weights["q_norm"], eps, q)
-            ops.rms_norm(k, weights["k_norm"], eps, k)
+            for name, tensor in zip(("q_norm", "k_norm"), made[:2], strict=False):
+                ops.rms_norm(tensor, weights[name], eps, tensor)
+        turn = None
         if spec.rope is not None and tables is not None:
-            cache.rotate_append(layer, batch.places, q, k, v, tables, spec.rope.interleaved, ws)
-        else:
-            cache.append(layer, batch.places, k, v)
+            turn = Turn((tables.cos, tables.sin), spec.rope.interleaved, tables.anchors)
+        held = cache.update(layer, batch, q, k, v, turn, ws)
         attended, heads = ws.columns(x.shape[0], (spec.heads, width))
         scoring = Scoring(spec.scale, spec.window, spec.softcap, weights.get("sinks"))
-        attend(cache, layer, batch, q, heads, ws, scoring)
+        cache.attend_step(layer, batch, held, q, heads, ws, scoring)
         project_into(weights, "o_proj", attended, out, ws, batch.split, accumulate)
-
-
-def attend(
-    cache: Cache, layer: int, batch: Batch, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
-) -> None:
-    """Attention of ``q`` (tokens, heads, key_dim), whose keys are in the cache, into ``out`` (tokens, heads,
-    value_dim)."""
-    rows = batch.split.vector
-    if rows:
-        cache.attend_rows(layer, batch.places, q[:rows], out[:rows], ws, scoring)
-    for segment, a, b in batch.prefills:
-        cache.attend(layer, segment.slot, segment.start, q[a:b], out[a:b], ws, scoring)
 
 
 def mlp(

@@ -9,6 +9,8 @@ settings are those of transformers' ``rope_parameters``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +20,13 @@ from tightfit.kernels import ops
 from tightfit.model.batch import Batch
 from tightfit.model.spec import RopeSpec
 
-Tables = tuple[torch.Tensor, torch.Tensor]
+
+class Tables(NamedTuple):
+    """Cosines and sines (tokens, dim/2) of the positions of a batch; and as ``anchors``, from other positions."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    anchors: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def frequencies(rope: RopeSpec, length: int) -> tuple[torch.Tensor, float]:
@@ -55,6 +63,14 @@ def frequencies(rope: RopeSpec, length: int) -> tuple[torch.Tensor, float]:
     return plain, 1.0
 
 
+def dependence(rope: RopeSpec, length: int) -> int:
+    """What of a sequence's length its frequencies depend on: they are the same where this is."""
+    original = rope.parameters.original_max_position_embeddings
+    if rope.parameters.rope_type == "dynamic":
+        return max(length, original)
+    return int(rope.parameters.rope_type == "longrope" and length > original)
+
+
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     """YaRN's temperature: ``0.1 * mscale * ln(factor) + 1``."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
@@ -85,11 +101,19 @@ def _yarn(rope: RopeSpec) -> tuple[torch.Tensor, float]:
     return ramp / (p.factor * wavelength) + (1 - ramp) / wavelength, scaling
 
 
-def tables(rope: RopeSpec, batch: Batch, ws: Workspace) -> Tables:
-    """Cosines and sines (tokens, dim/2) of a batch's positions, in scratch memory.
+def tables(
+    rope: RopeSpec, batch: Batch, ws: Workspace, anchored: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Tables:
+    """The tables of a batch's positions, in scratch memory; with ``anchored`` those of the positions too that it makes
+    of them.
 
     Kinds whose frequencies depend on the length use that of each segment's sequence.
     """
+    found = _tables(rope, batch, batch.positions, ws)
+    return Tables(*found, None if anchored is None else _tables(rope, batch, anchored(batch.positions), ws))
+
+
+def _tables(rope: RopeSpec, batch: Batch, positions: torch.Tensor, ws: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
     cos = ws.empty(batch.size, rope.dim // 2)
     sin = ws.empty(batch.size, rope.dim // 2)
     varies = rope.parameters.rope_type in ("dynamic", "longrope")
@@ -97,5 +121,5 @@ def tables(rope: RopeSpec, batch: Batch, ws: Workspace) -> Tables:
     for segment, start, stop in batch.pieces:
         if varies:
             inv_freq, scaling = frequencies(rope, segment.length or segment.stop)
-        ops.rotation(batch.positions[start:stop], inv_freq, scaling, cos[start:stop], sin[start:stop])
+        ops.rotation(positions[start:stop], inv_freq, scaling, cos[start:stop], sin[start:stop])
     return cos, sin

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tightfit import child
 from tightfit.budget.meter import ResidentSet, available_memory
-from tightfit.budget.mounts import mounts
+from tightfit.budget.mounts import MEMORY_FILESYSTEMS, mounts
 from tightfit.budget.units import KiB, MiB
 from tightfit.errors import TightfitError, UsageError
 
@@ -29,7 +29,6 @@ BLOCK = 4 * MiB
 ENGINE_IMPORTS = ("torch", "safetensors", "tokenizers", "jinja2", "pydantic")
 # Where the operating system does not tell the size of the last-level cache: that of a large desktop processor.
 USUAL_CACHE = 64 * MiB
-MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 
 
 @dataclass(frozen=True)

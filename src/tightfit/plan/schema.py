@@ -12,6 +12,7 @@ Bytes = Annotated[int, Field(ge=0)]
 GemmType = Literal["bfloat16", "float32", "int8"]
 ActivationType = Literal["int8", "float32"]
 KvType = Literal["bfloat16", "float16", "float32"]
+Schedule = Literal["chunked", "layered"]  # all layers for each chunk of a prompt, or all chunks in each layer
 
 
 class Strict(BaseModel):
@@ -59,6 +60,15 @@ class ExpertsPlan(Strict):
     slots: int = Field(ge=1)
 
 
+class PromptCachePlan(Strict):
+    """Beginnings of prompts that are kept: in ``memory`` bytes of the kv account, on ``disk`` in so many bytes of files
+    in ``folder``, or both."""
+
+    memory: Bytes | None = None
+    disk: Bytes | None = None
+    folder: str = Field(default="", description="empty: in the user's cache folder")
+
+
 class Numerics(Strict):
     """What fixes the bits of a result, beside the formats."""
 
@@ -86,8 +96,9 @@ class Plan(Strict):
     accounts: dict[str, Bytes]
     outer: OuterPlan = Field(description="embeddings, head and final norm")
     layers: tuple[LayerPlan, ...]
-    cache: Literal["exact"] = "exact"
-    prefill: Literal["chunked"] = "chunked"
+    cache: str = Field(default="none", description="methods of the cache, a spec string; none keeps everything")
+    prefill: Schedule = "chunked"
+    prompt_cache: PromptCachePlan | None = Field(default=None, description="beginnings of prompts that are kept")
     buffers: int = Field(default=0, ge=0, description="that streamed layers are read into, ahead of their use")
     experts: ExpertsPlan | None = Field(default=None, description="where the experts of mixtures are on the disk")
     chunk: int = Field(ge=1, description="prompt tokens computed at once")

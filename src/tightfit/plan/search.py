@@ -16,12 +16,26 @@ from typing import Any
 from tightfit.budget.ledger import PAGE, align
 from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
-from tightfit.errors import BudgetError
+from tightfit.errors import BudgetError, UsageError
 from tightfit.experts.store import LEAST_SLOTS, caching_nbytes, expert_count, on_disk
-from tightfit.kv.cache import Cache
+from tightfit.kv.compose import EXACT
+from tightfit.kv.make import entry_nbytes, kv_nbytes
+from tightfit.kv.reuse.disk import OVERHEAD
+from tightfit.kv.reuse.memory import smallest_memory
+from tightfit.kv.share.sharing import owners_for
 from tightfit.model.decoder import cache_layouts
 from tightfit.model.spec import ModelSpec, MoeSpec
-from tightfit.plan.schema import OWN, ExpertsPlan, LayerPlan, ModelRef, Numerics, OuterPlan, Plan
+from tightfit.plan.schema import (
+    OWN,
+    ExpertsPlan,
+    LayerPlan,
+    ModelRef,
+    Numerics,
+    OuterPlan,
+    Plan,
+    PromptCachePlan,
+    Schedule,
+)
 from tightfit.weights.placement.base import EXPERT_OBJECTS
 from tightfit.weights.placement.fill import scratch_bytes
 from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, Place, group_of, layer_name, params_of
@@ -38,13 +52,16 @@ EXPERTS = "score+gate"  # how experts on the disk are cached, unless it is said
 BUFFERS = (3, 2)  # of streamed layers: one in use, others that are read ahead
 SHARE_OF_WORKSPACE = 4  # the scratch of a chunk is at most so many times smaller than streamed weights
 ROUTER = "router"
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of caches that must be small, from what changes results least; then as many tokens as fit, in few bits.
+CACHES = ("none", "int8", "int4")
+SMALL_CACHE = "snapkv(keep={})+int4"
+LEAST_KEPT = 128
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What the user asked for. ``weights``, ``chunk`` and ``experts`` are chosen if they are None; ``budget`` is
-    bytes."""
+    """What the user asked for. ``weights``, ``chunk``, ``experts`` and ``kv`` are chosen if they are None, ``kv`` so
+    that the cache takes at most ``kv_bytes``; ``budget`` is bytes."""
 
     budget: int
     context: int
@@ -54,6 +71,10 @@ class Constraints:
     weights: str | None = None
     chunk: int | None = None
     experts: str | None = None
+    kv: str | None = "none"
+    kv_bytes: int | None = None
+    prefill: Schedule = "chunked"
+    prompt_cache: PromptCachePlan | None = None
 
 
 WorkspaceBytes = Callable[[Plan], int]
@@ -74,7 +95,9 @@ class Search:
         self._workspace = workspace
         self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
         self._groups: dict[tuple[str, str], Group] = {}
-        self._workspaces: dict[tuple[str, tuple[str, ...], int], int] = {}  # what is resident does not change them
+        self._caches: dict[tuple[str, int], int] = {}
+        self._entries: dict[tuple[str, int], int] = {}
+        self._workspaces: dict[tuple[str, tuple[str, ...], int, str], int] = {}  # what is resident does not change them
 
     def best(self, runtime: int) -> Plan:
         """The plan to run where the interpreter and its libraries take ``runtime`` bytes.
@@ -192,7 +215,10 @@ class Search:
         if constraints.sequences > 1:
             advice.append("or run fewer sequences at once (--batch)")
         if plan.accounts["kv"] > plan.total // 5:
-            advice.append(f"or a shorter context (--context): {constraints.context} tokens take a large part")
+            advice.append(
+                f"or a shorter context (--context) or a smaller cache (--kv int4): {constraints.context} tokens take a "
+                "large part"
+            )
         return BudgetError(
             f"{self.checkpoint.name} does not fit into {format_bytes(constraints.budget)}",
             " ".join([advice[0], ", ".join(advice[1:]) + "."]),
@@ -213,11 +239,46 @@ class Search:
         return levels
 
     def chunks(self) -> list[int]:
-        """Chunk sizes from large to small; one that holds the whole context is enough."""
-        if self.constraints.chunk is not None:
-            return [self.constraints.chunk]
-        useful = [chunk for chunk in CHUNKS if chunk < 2 * self.constraints.context]
-        return useful or [CHUNKS[-1]]
+        """Chunk sizes from large to small; one that holds the whole context is enough. Raises UsageError where no
+        entry of the prompt cache is as small as its limit."""
+        constraints = self.constraints
+        useful = [chunk for chunk in CHUNKS if chunk < 2 * constraints.context] or [CHUNKS[-1]]
+        chunks = useful if constraints.chunk is None else [constraints.chunk]
+        refusals = [self.no_prompts(chunk) for chunk in chunks]
+        fitting = [chunk for chunk, refusal in zip(chunks, refusals, strict=True) if refusal is None]
+        if not fitting and refusals[-1] is not None:  # that of the smallest entries
+            raise refusals[-1]
+        return fitting
+
+    def no_prompts(self, chunk: int) -> UsageError | None:
+        """Why there can be no prompt cache with such chunks, if one is asked for."""
+        c = self.constraints
+        if c.prompt_cache is None:
+            return None
+        if chunk + 2 > c.context:  # a whole chunk, a token that is computed, and its answer
+            return UsageError(
+                f"chunks of {chunk} tokens leave nothing to find again in a context of {c.context}",
+                "Prompts are kept chunk by chunk: use smaller ones (--chunk) or a longer context (--context).",
+            )
+        kv, _ = self.cache(chunk)
+        if kv != EXACT and c.prefill == "layered":
+            return UsageError(
+                f"of prompts that are computed layer by layer in a cache of {kv} nothing can be found again",
+                "Leave out --prefill layered, or the prompt cache.",
+            )
+        largest = self._entry_bytes(kv, chunk)
+        places = {
+            "--prompt-cache": (c.prompt_cache.memory, smallest_memory(largest, whole=kv != EXACT)),
+            "--prompt-cache-disk": (c.prompt_cache.disk, largest + OVERHEAD),
+        }
+        for option, (limit, needed) in places.items():
+            if limit is not None and limit < needed:
+                what = f"{chunk} tokens" if kv == EXACT else f"a prompt in a cache of {kv}"
+                return UsageError(
+                    f"a prompt cache of {format_bytes(limit)} does not hold one entry, {what}",
+                    f"The smallest that works is {option} {format_bytes(needed, ceil=True).replace(' ', '')}.",
+                )
+        return None
 
     def uniform(self, level: str, chunk: int, runtime: int) -> Plan:
         """The plan with every matrix in ``level``, whether it fits or not."""
@@ -260,8 +321,8 @@ class Search:
         not. With ``kept`` only so much of them stays in memory, and ``slots`` experts of those that can stay on the
         disk."""
         spec, constraints = self.spec, self.constraints
-        layouts = cache_layouts(spec, constraints.context, chunk)
-        kv = Cache.nbytes(layouts, constraints.sequences, ITEMSIZE[constraints.numerics.kv])
+        cache, kv = self.cache(chunk)
+        prompts = 0 if constraints.prompt_cache is None else constraints.prompt_cache.memory or 0
         outer_sizes = [self._size(group, outer) for group in (EMBEDDINGS, HEAD)]
         layer_sizes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
         outer_bytes, layer_bytes = sum(size for size, _ in outer_sizes), [size for size, _ in layer_sizes]
@@ -307,11 +368,14 @@ class Search:
                 "runtime": runtime,
                 "weights": align(weights, PAGE),
                 **accounts,
-                "kv": align(kv, PAGE),
+                "kv": align(kv, PAGE) + align(prompts, PAGE),
                 "workspace": 0,
             },
             outer=outer_plan,
             layers=tuple(layers),
+            cache=cache,
+            prefill=constraints.prefill,
+            prompt_cache=constraints.prompt_cache,
             buffers=buffers,
             experts=cached,
             chunk=chunk,
@@ -320,7 +384,7 @@ class Search:
         )
         # While loading, cache and scratch are not in use yet: they leave room for what converting takes.
         loading = max(scratch for _, scratch in (*outer_sizes, *layer_sizes))
-        shape = outer, tuple(formats), chunk
+        shape = outer, tuple(formats), chunk, cache
         if shape not in self._workspaces:
             self._workspaces[shape] = self._workspace(plan)
         workspace = max(self._workspaces[shape], loading - plan.accounts["kv"])
@@ -333,6 +397,47 @@ class Search:
             found = self._group(group, stored_as)
             self._sizes[key] = found.nbytes, scratch_bytes(self.checkpoint, found, self.constraints.threads)
         return self._sizes[key]
+
+    def cache(self, chunk: int) -> tuple[str, int]:
+        """The methods of the cache, and the bytes that it takes. Raises BudgetError if none keeps it as small as it
+        should be."""
+        constraints = self.constraints
+        if constraints.kv is not None:
+            return constraints.kv, self._cache_bytes(constraints.kv, chunk)
+        assert constraints.kv_bytes is not None
+        for kv in CACHES:
+            if self._cache_bytes(kv, chunk) <= constraints.kv_bytes:
+                return kv, self._cache_bytes(kv, chunk)
+        keep, smallest = LEAST_KEPT, self._cache_bytes(SMALL_CACHE.format(LEAST_KEPT), chunk)
+        if smallest > constraints.kv_bytes:
+            raise BudgetError(
+                f"no cache of {self.checkpoint.name} is as small as {format_bytes(constraints.kv_bytes)}",
+                f"The smallest that is chosen takes {format_bytes(smallest, ceil=True)}: "
+                f"{SMALL_CACHE.format(LEAST_KEPT)}. Name one yourself with --kv, or run fewer sequences.",
+            )
+        step = 1 << max(constraints.context.bit_length() - 1, 0)
+        while step >= LEAST_KEPT:  # the most tokens that fit
+            if self._cache_bytes(SMALL_CACHE.format(keep + step), chunk) <= constraints.kv_bytes:
+                keep += step
+            step //= 2
+        kv = SMALL_CACHE.format(keep)
+        return kv, self._cache_bytes(kv, chunk)
+
+    def _cache_bytes(self, kv: str, chunk: int) -> int:
+        if (kv, chunk) not in self._caches:
+            c = self.constraints
+            layouts = cache_layouts(self.spec, c.context, chunk)
+            owners = owners_for(kv, self.checkpoint.name, self.checkpoint.fingerprint, len(layouts))
+            self._caches[kv, chunk] = kv_nbytes(kv, layouts, c.context, c.sequences, c.numerics.kv, owners)
+        return self._caches[kv, chunk]
+
+    def _entry_bytes(self, kv: str, chunk: int) -> int:
+        """The most bytes of an entry of the prompt cache."""
+        if (kv, chunk) not in self._entries:
+            c = self.constraints
+            layouts = cache_layouts(self.spec, c.context, chunk)
+            self._entries[kv, chunk] = entry_nbytes(kv, layouts, c.context, c.numerics.kv, chunk)
+        return self._entries[kv, chunk]
 
     def outer(self, level: str) -> Outer:
         """The parameters outside of the layers, stored as ``level`` says."""

@@ -251,7 +251,7 @@ struct SlotPrefill final : PrefillSource {
 const AttentionKernels& attention_kernels() {
     switch (level()) {
 #ifdef TIGHTFIT_X86
-        case Level::amx:
+        case Level::amx: return amx_attention_kernels;
         case Level::avx512vnni:
         case Level::avx512: return avx512_attention_kernels;
         case Level::avxvnni:

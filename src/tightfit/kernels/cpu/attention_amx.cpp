@@ -351,14 +351,14 @@ size_t amx_prefill_rows(size_t key_dim, size_t value_dim) {
 
 size_t amx_prefill_scratch(size_t rows, size_t key_dim, size_t value_dim, bool made) {
     Scratch scratch;
-    Buffers(Sizes(rows, key_dim, value_dim), fold_scratch(0, key_dim, value_dim, made), scratch);
+    Buffers(Sizes(rows, key_dim, value_dim), page_scratch(key_dim, value_dim, made), scratch);
     return scratch.used();
 }
 
 void amx_prefill(const Prefill& p, bool made, uint8_t* address) {
     const Sizes sizes(p.rows, p.key_dim, p.value_dim);
     Scratch scratch(address);
-    const Buffers s(sizes, fold_scratch(0, p.key_dim, p.value_dim, made), scratch);
+    const Buffers s(sizes, page_scratch(p.key_dim, p.value_dim, made), scratch);
     std::fill(s.tops, s.tops + sizes.row_tiles * TILE, LOWEST);
     std::fill(s.totals, s.totals + sizes.row_tiles * TILE, 0.0f);
     std::fill(s.outputs, s.outputs + sizes.row_tiles * sizes.value_tiles * FLOATS, 0.0f);

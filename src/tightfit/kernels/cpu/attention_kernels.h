@@ -8,7 +8,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -418,40 +420,57 @@ void encode_page(const Codec& codec, Kind kind, const float* numbers, uint8_t* p
 inline void read_at(int file, uint8_t* out, size_t count, size_t at) {
     while (count > 0) {
         const ssize_t got = pread(file, out, count, static_cast<off_t>(at));
-        if (got <= 0) std::abort();  // the file is ours, and unlinked: nobody else can have cut it
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) {  // the file is ours, and has no name: nobody else can have cut it
+            std::perror("tightfit: the cache cannot be read from the disk");
+            std::abort();
+        }
         out += got, at += static_cast<size_t>(got), count -= static_cast<size_t>(got);
     }
+}
+
+// Where the pages of a block lie in memory; values in those of the keys where these are shared.
+struct BlockPages {
+    const uint8_t *keys[KEY_BLOCK / PAGE], *values[KEY_BLOCK / PAGE];
+};
+
+// Finds the pages of the block at token `block` that have tokens [from, end); those in a file are read to `raw`.
+inline BlockPages find_pages(const HeadCache& head, size_t block, size_t from, size_t end, uint8_t* raw) {
+    const size_t first = block / PAGE, skipped = from / PAGE - first, pages = (end + PAGE - 1) / PAGE - first;
+    const size_t key_page = head.key_codec.page_bytes(), value_page = head.value_codec.page_bytes();
+    BlockPages found{};
+    for (size_t j = skipped; j < pages && head.file < 0; j++) {
+        found.keys[j] = head.keys + head.page(first + j) * key_page;
+        found.values[j] = head.shared() ? found.keys[j] : head.values + head.page(first + j) * value_page;
+    }
+    for (size_t j = skipped, count; j < pages && head.file >= 0; j += count) {
+        const size_t page = head.listed(first + j);
+        count = 1;  // neighbours in one request
+        while (j + count < pages && head.listed(first + j + count) == page + count) count++;
+        uint8_t *keys = raw + j * key_page, *values = raw + KEY_BLOCK / PAGE * key_page + j * value_page;
+        read_at(head.file, keys, count * key_page, head.keys_at + page * key_page);
+        if (!head.shared()) read_at(head.file, values, count * value_page, head.values_at + page * value_page);
+        for (size_t i = 0; i < count; i++) {
+            found.keys[j + i] = keys + i * key_page;
+            found.values[j + i] = head.shared() ? keys + i * key_page : values + i * value_page;
+        }
+    }
+    return found;
 }
 
 // The pages of the block at token `block` that have tokens [from, end), in memory and as they are multiplied; `scratch`
 // has room for a block of keys and values twice.
 template <class Isa>
 HeadCache load_block(const HeadCache& head, size_t block, size_t from, size_t end, float* scratch) {
-    const size_t first = block / PAGE, pages = (end + PAGE - 1) / PAGE - first;
     const bool shared = head.shared();
     float* keys = scratch;
     float* values = shared ? keys : scratch + KEY_BLOCK * head.key_dim;
-    auto* raw_keys = reinterpret_cast<uint8_t*>(scratch + KEY_BLOCK * (head.key_dim + head.value_dim));
-    const size_t key_page = head.key_codec.page_bytes(), value_page = head.value_codec.page_bytes();
-    auto* raw_values = raw_keys + KEY_BLOCK / PAGE * key_page;
-    for (size_t j = from / PAGE - first; j < pages;) {
-        size_t count = 1;
-        if (head.file >= 0) {  // neighbours in one request
-            const size_t page = head.listed(first + j);
-            while (j + count < pages && head.listed(first + j + count) == page + count) count++;
-            read_at(head.file, raw_keys + j * key_page, count * key_page, head.keys_at + page * key_page);
-            if (!shared)
-                read_at(head.file, raw_values + j * value_page, count * value_page, head.values_at + page * value_page);
-        }
-        for (; count > 0; count--, j++) {
-            const size_t page = head.file < 0 ? head.page(first + j) : j;
-            const uint8_t* k = head.file < 0 ? head.keys : raw_keys;
-            const uint8_t* v = head.file < 0 ? head.values : raw_values;
-            decode_page<Isa>(head.key_codec, head.kind, k + page * key_page, keys + j * PAGE * head.key_dim);
-            if (!shared)
-                decode_page<Isa>(head.value_codec, head.kind, v + page * value_page,
-                                 values + j * PAGE * head.value_dim);
-        }
+    float* raw = scratch + KEY_BLOCK * (head.key_dim + head.value_dim);
+    const BlockPages pages = find_pages(head, block, from, end, reinterpret_cast<uint8_t*>(raw));
+    for (size_t j = (from - block) / PAGE; j < (end - block + PAGE - 1) / PAGE; j++) {
+        decode_page<Isa>(head.key_codec, head.kind, pages.keys[j], keys + j * PAGE * head.key_dim);
+        if (!shared)
+            decode_page<Isa>(head.value_codec, head.kind, pages.values[j], values + j * PAGE * head.value_dim);
     }
     HeadCache loaded{Kind::f32, reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), KEY_BLOCK,
                      head.key_dim, head.value_dim, shared ? head.key_dim : head.value_dim};

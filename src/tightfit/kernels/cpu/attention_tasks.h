@@ -95,11 +95,21 @@ struct AttentionKernels {
     float (*bound)(const float* bounds, const float* q, size_t rows, size_t dim);
 };
 
-// Numbers that folding takes: scores, and where pages are coded or on the disk, a block of keys and values, as they are
-// stored and as they are multiplied.
-inline size_t fold_scratch(size_t rows, size_t key_dim, size_t value_dim, bool made) {
+// Numbers that pages take which are coded or on the disk: a block of keys and values, as they are stored and as they are
+// multiplied.
+inline size_t page_scratch(size_t key_dim, size_t value_dim, bool made) {
     constexpr size_t ROUNDING = 64 * 2 * KEY_BLOCK / PAGE;  // of pages whose codes are narrow
-    return rows * KEY_BLOCK + (made ? 2 * KEY_BLOCK * (key_dim + value_dim) + ROUNDING : 0);
+    return made ? 2 * KEY_BLOCK * (key_dim + value_dim) + ROUNDING : 0;
+}
+
+// Numbers that folding takes: scores, pages, and on tiles queries in parts, and keys and values of a block.
+inline size_t fold_scratch(size_t rows, size_t key_dim, size_t value_dim, bool made) {
+    size_t tiles = 0;
+#ifdef TIGHTFIT_X86
+    const size_t keys = round_up(key_dim, 32);
+    tiles = (round_up(rows, 16) + 16) * (keys * 5 / 2 + KEY_BLOCK) + 2 * keys + KEY_BLOCK * (keys / 2 + 64) + 1024;
+#endif
+    return rows * KEY_BLOCK + page_scratch(key_dim, value_dim, made) + tiles;
 }
 
 // The queries of one task, what they see, and where their results go.
@@ -174,6 +184,12 @@ extern const AttentionKernels portable_attention_kernels;
 #ifdef TIGHTFIT_X86
 extern const AttentionKernels avx2_attention_kernels;
 extern const AttentionKernels avx512_attention_kernels;
+extern const AttentionKernels amx_attention_kernels;
+
+// As AttentionKernels' `fold`, with products of the accuracy of float32 on AMX tiles where the cache is in bfloat16 or
+// coded.
+void amx_fold(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to,
+              const uint8_t* next, float* scratch, const Folded& folded);
 
 // Attention with products in bfloat16 on AMX tiles. The rows that are folded at once, at most, and their scratch:
 size_t amx_prefill_rows(size_t key_dim, size_t value_dim);

@@ -1,0 +1,54 @@
+"""The cache that a plan names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tightfit.budget.ledger import Arena
+from tightfit.kv.base import BaseCache, LayerLayout
+from tightfit.kv.cache import Cache
+from tightfit.kv.compose import compose
+from tightfit.kv.paged import PagedCache
+
+VIRTUAL = 1 << 38  # address space of an arena that is never written
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def make_cache(
+    kv: str,
+    layouts: list[LayerLayout],
+    context: int,
+    sequences: int,
+    dtype: torch.dtype,
+    arena: Arena,
+    gemm_dtype: torch.dtype,
+    chunk: int,
+    owners: Sequence[int] | None = None,
+) -> BaseCache:
+    """The cache of the methods that ``kv`` names, for prompts of up to ``context`` tokens in chunks of ``chunk``; of
+    each layer ``owners`` says which one's keys and values it reads. Raises UsageError if the model cannot use one of
+    the methods."""
+    composition = compose(kv)
+    composition.check(layouts)
+    if composition.exact:
+        return Cache(layouts, sequences, dtype, arena, gemm_dtype, chunk, owners)
+    return PagedCache(layouts, composition, context, sequences, dtype, arena, gemm_dtype, owners=owners)
+
+
+def kv_nbytes(
+    kv: str, layouts: list[LayerLayout], context: int, sequences: int, dtype: str, owners: Sequence[int] | None = None
+) -> int:
+    """Bytes that such a cache takes, as its own allocation says."""
+    arena = Arena(VIRTUAL)
+    cache = make_cache(kv, layouts, context, sequences, TYPES[dtype], arena, torch.float32, 1, owners)
+    cache.close()
+    return arena.used
+
+
+def entry_nbytes(kv: str, layouts: list[LayerLayout], context: int, dtype: str, chunk: int) -> int:
+    """The most bytes that what such a cache saves of a prompt takes at the end of a chunk."""
+    cache = make_cache(kv, layouts, context, 1, TYPES[dtype], Arena(VIRTUAL), torch.float32, chunk)
+    cache.close()
+    return cache.largest_entry(chunk)

@@ -1,0 +1,136 @@
+"""What a method of the cache is: a dataclass of settings in one of the roles that a composition has.
+
+Nothing here imports torch when it is imported: spec strings are read before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+
+from tightfit.errors import UsageError
+from tightfit.kv.budgets import BUDGETS
+
+if TYPE_CHECKING:
+    import torch
+
+    from tightfit.budget.ledger import Workspace
+    from tightfit.kv.base import LayerLayout
+
+
+class Method:
+    """A method fills ``roles``, of which each is there once in a composition."""
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]]
+
+    def refusal(self, layout: LayerLayout) -> str | None:
+        """Why it cannot be used on such a layer, if it cannot."""
+        return None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an evictor may judge tokens by, of one layer and sequence.
+
+    ``mass`` (kv_heads, n) float32 is the attention that each token received from the queries that were observed, summed
+    over the heads of its group; ``positions`` (kv_heads, n) int32; ``counts`` of the n are there in each head, and
+    ``tokens`` came so far. Tokens are in the order of their positions.
+    """
+
+    mass: torch.Tensor
+    positions: torch.Tensor
+    counts: list[int]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Evictor(Method):
+    """Keeps ``keep`` tokens of each key-value head, on average of heads and layers as ``budget`` says; a number below 1
+    is a share of the tokens so far. Tokens are let go whenever a chunk of the prompt has been computed, and then after
+    every 32 tokens: between these moments there are up to 32 more."""
+
+    keep: float = 512
+    budget: str = "uniform"
+
+    roles: ClassVar[tuple[str, ...]] = ("tokens",)
+    observes: ClassVar[str] = "nothing"  # "all" queries, or the "last" ones, `window` of them
+    window: ClassVar[int] = 0
+    anchors: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if self.budget not in BUDGETS:
+            raise UsageError(f"there is no budget {self.budget!r}", f"Known ones: {', '.join(BUDGETS)}.")
+        first, last = self.protected(max(int(self.keep), 1)) if self.keep >= 1 else (0, 0)
+        if self.keep <= 0 or (self.keep >= 1 and self.keep < max(first + last, 2)):
+            raise UsageError(
+                f"{self.name} cannot keep {self.keep:g} tokens",
+                f"Give keep={max(first + last, 2)} or more, or a share of the prompt such as keep=0.25.",
+            )
+
+    def kept(self, tokens: int) -> int:
+        """How many tokens of each head stay of ``tokens`` that came."""
+        return int(self.keep) if self.keep >= 1 else max(math.ceil(self.keep * tokens), sum(self.protected(1)), 2)
+
+    def protected(self, keep: int) -> tuple[int, int]:
+        """How many of the first and of the last tokens always stay where ``keep`` do."""
+        return 0, 0
+
+    def scores(self, seen: Seen) -> torch.Tensor:
+        """(kv_heads, n) float32: those with the highest stay. It may write to ``seen.mass``."""
+        raise NotImplementedError
+
+
+class Tokens(NamedTuple):
+    """Keys (n, key_dim) and values (n, value_dim) of one head in float32. No values where they are part of the keys."""
+
+    keys: torch.Tensor
+    values: torch.Tensor | None
+
+
+class Leaving(Protocol):
+    """The tokens of one head that are let go of."""
+
+    @property
+    def count(self) -> int: ...
+
+    def blocks(self) -> Iterator[Tokens]:
+        """All of them, in order, some at a time, in scratch memory until the next ones are asked for."""
+
+
+@dataclass(frozen=True)
+class Merger(Evictor):
+    """An evictor that puts something of the tokens that are let go of into those that stay."""
+
+    remembers: ClassVar[int] = 0  # numbers of each layer, sequence and head; they are NaN when a sequence begins
+
+    def merge(self, staying_: Tokens, leaving: Leaving, memory_: torch.Tensor, ws: Workspace) -> torch.Tensor:
+        """Changes tokens that stay, and what is remembered (``remembers``,) float32; gives (n,) bool which of them were
+        changed, in scratch memory of the enclosing frame. Computes with operations alone: in a dry run it takes its
+        scratch and nothing else."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Quantizer(Method):
+    """Codes of few bits for all tokens but the last ``recent`` ones, which stay as they are. ``of`` says whether that
+    is for keys, values or both."""
+
+    recent: int = 128
+    of: str = "both"
+
+    bits: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        if self.of not in ("both", "keys", "values"):
+            raise UsageError(f"{self.name} is not for {self.of!r}", "Use of=keys, of=values or of=both.")
+        if self.recent < 0:
+            raise UsageError(f"{self.name} cannot leave {self.recent} tokens as they are", "Give recent=0 or more.")
+
+    @property
+    def roles(self) -> tuple[str, ...]:  # type: ignore[override]
+        return {"both": ("codec of keys", "codec of values"), "keys": ("codec of keys",)}.get(
+            self.of, ("codec of values",)
+        )

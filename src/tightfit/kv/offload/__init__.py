@@ -1,0 +1,5 @@
+"""Methods that keep pages in another tier."""
+
+from tightfit.kv.offload import host
+
+__all__ = ["host"]
