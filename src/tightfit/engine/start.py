@@ -119,13 +119,16 @@ def build(
         placement = Resident(checkpoint, spec, shape.outer, formats, gemm, weights, activations)
     spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
     layouts = cache_layouts(spec, shape.context, shape.chunk)
-    owners = _owners(checkpoint, spec, shape) if len(layers) == len(shape.formats) else None
+    owners = None
+    if len(layers) == len(shape.formats):
+        owners = owners_for(shape.cache, checkpoint.name, checkpoint.fingerprint, len(layers))
     cache = make_cache(shape.cache, layouts, shape.context, shape.sequences, kv_type, kv, gemm, shape.chunk, owners)
     return placement, Decoder(spec, placement), cache
 
 
-def _owners(checkpoint: Checkpoint, spec: ModelSpec, shape: Shape) -> list[int] | None:
-    return owners_for(shape.cache, checkpoint.name, checkpoint.fingerprint, len(spec.layers))
+def _owners(plan: Plan) -> list[int] | None:
+    """Of each layer the one whose keys and values it reads; None where each has its own."""
+    return owners_for(plan.cache, plan.model.name, plan.model.fingerprint, len(plan.layers))
 
 
 def head_rows(spec: ModelSpec, plan: Plan) -> int:
@@ -147,7 +150,7 @@ def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     shape = Shape.of(plan)
     cpu.set_threads(plan.threads)  # each of them has scratch
     layers = list(range(len(spec.layers)))  # what some read of others lies in scratch memory
-    if _owners(checkpoint, spec, shape) is None:
+    if _owners(plan) is None:
         layers = different_layers(checkpoint, spec, shape.formats)
     _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), Arena(VIRTUAL))
     ws = Workspace(Arena(VIRTUAL))
@@ -376,6 +379,7 @@ def bits_of(plan: Plan) -> bytes:
         "formats": [plan.outer.format, *(layer.format for layer in plan.layers)],
         "numerics": plan.numerics.model_dump(),
         "cache": plan.cache,
+        "owners": _owners(plan),
         "context": None if plan.cache == EXACT else plan.context,  # methods keep shares of it
         "prefill": plan.prefill,
         "chunk": plan.chunk,
@@ -401,5 +405,5 @@ def _prompts_in_memory(plan: Plan, spec: ModelSpec, cache: BaseCache, arena: Are
     if arena is None or kept is None or kept.memory is None:
         return None
     layouts = cache_layouts(spec, plan.context, plan.chunk)
-    largest = entry_nbytes(plan.cache, layouts, plan.context, plan.numerics.kv, plan.chunk)
+    largest = entry_nbytes(plan.cache, layouts, plan.context, plan.numerics.kv, plan.chunk, _owners(plan))
     return Memory(arena, kept.memory, unit_of(largest, cache.whole_entries))

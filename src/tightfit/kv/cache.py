@@ -120,7 +120,8 @@ class Cache(BaseCache):
 
     def _parts(self, slot: int, start: int, stop: int) -> Iterator[torch.Tensor]:
         """The bytes of some tokens in all layers, as flat uint8 tensors."""
-        for layout, kept in zip(self.layouts, self.layers, strict=True):
+        for layer in self.own:
+            layout, kept = self.layouts[layer], self.layers[layer]
             first = start % layout.slots
             last = first + stop - start
             pieces = [(first, min(last, layout.slots)), (0, last - layout.slots)]  # a ring may go round

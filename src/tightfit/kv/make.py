@@ -47,8 +47,10 @@ def kv_nbytes(
     return arena.used
 
 
-def entry_nbytes(kv: str, layouts: list[LayerLayout], context: int, dtype: str, chunk: int) -> int:
+def entry_nbytes(
+    kv: str, layouts: list[LayerLayout], context: int, dtype: str, chunk: int, owners: Sequence[int] | None = None
+) -> int:
     """The most bytes that what such a cache saves of a prompt takes at the end of a chunk."""
-    cache = make_cache(kv, layouts, context, 1, TYPES[dtype], Arena(VIRTUAL), torch.float32, chunk)
+    cache = make_cache(kv, layouts, context, 1, TYPES[dtype], Arena(VIRTUAL), torch.float32, chunk, owners)
     cache.close()
     return cache.largest_entry(chunk)

@@ -461,7 +461,8 @@ class PagedCache(BaseCache):
     def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
         """All that is kept of a sequence, as flat uint8 tensors and pages in the file. What comes later follows from
         what came before, so that the same walk fills a sequence that is restored."""
-        for layer, kept in enumerate(self.layers):
+        for layer in self.own:
+            kept = self.layers[layer]
             for numbers in (kept.lengths, kept.coded, kept.cold, kept.bounded, kept.dense_free, kept.coded_free):
                 yield as_bytes(numbers[slot])
             yield as_bytes(kept.table[slot])

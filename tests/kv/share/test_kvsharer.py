@@ -17,7 +17,8 @@ from tightfit.checkpoints.checkpoint import open_checkpoint
 from tightfit.checkpoints.config import Config
 from tightfit.engine import fit
 from tightfit.engine.fit import find_sharing
-from tightfit.errors import CheckpointError, UsageError
+from tightfit.engine.start import bits_of
+from tightfit.errors import BudgetError, CheckpointError, UsageError
 from tightfit.kernels import ops
 from tightfit.kernels.attention import Scoring
 from tightfit.kv.base import BaseCache, LayerLayout, Step
@@ -163,6 +164,31 @@ def test_drafts_that_are_accepted_are_tokens_like_others(decoder: Decoder, kv: s
     torch.testing.assert_close(one, several, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kv", ["kvsharer", "kvsharer+d2o(keep=40)+int8+host(resident=32)"])
+def test_what_is_saved_of_a_prompt_is_what_owners_keep(decoder: Decoder, kv: str) -> None:
+    """And a sequence that is restored goes on with the same bits."""
+    outs: list[torch.Tensor] = []
+    saved: list[torch.Tensor] = []
+    for restores in (False, True):
+        cache, _ = cache_of(decoder, kv)
+        ws = Workspace(Arena(ROOM))
+        parts = iter(saved)
+        with torch.inference_mode(), ws.frame():
+            cache.begin(0, 0)
+            if restores:
+                cache.restore(0, 0, CHUNK, lambda part, parts=parts: part.copy_(next(parts)))  # type: ignore[misc]
+            else:
+                decoder.hidden(Batch((Segment(0, 0, TOKENS[:CHUNK], length=100),)), cache, ws)
+                cache.prefilled(0, 0, CHUNK)
+                cache.save(0, 0, CHUNK, lambda part: saved.append(part.clone()))
+                each = cache_of(decoder, kv, None)[0].largest_entry(CHUNK)
+                assert sum(part.nbytes for part in saved) <= cache.largest_entry(CHUNK) < each / 2
+            cache.begin(0, CHUNK)
+            rest = Batch((Segment(0, CHUNK, TOKENS[CHUNK:], logits="all", length=100),))
+            outs.append(decoder.hidden(rest, cache, ws).clone())
+    assert torch.equal(*outs)
+
+
 def test_layers_keep_the_average_without_those_that_keep_nothing(decoder: Decoder) -> None:
     cache, _ = cache_of(decoder, "kvsharer+h2o(keep=100,budget=pyramid)")
     assert isinstance(cache, PagedCache)
@@ -257,6 +283,30 @@ def test_looking_for_layers_leaves_the_model_as_it_was(model: tightfit.Model) ->
     assert model.score(TOKENS) == before
     with pytest.raises(UsageError, match="the text has 10 tokens"):
         find_sharing(model._generator.engine, "tiny", KVSharer(), TOKENS[:10])
+
+
+def test_a_workspace_that_is_too_small_is_refused(model: tightfit.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = model._generator.engine
+    monkeypatch.setattr(engine, "ws", Workspace(Arena(1 << 12)))
+    with pytest.raises(BudgetError, match="do not fit into the scratch memory") as refused:
+        find_sharing(engine, "tiny", KVSharer(), TOKENS)
+    assert "--chunk" in str(refused.value.hint)
+
+
+def test_prompts_that_were_kept_under_other_owners_are_not_found(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The spec string is the same after layers were looked for with another text."""
+    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path))
+    checkpoint = open_checkpoint(str(folder))
+    names = set()
+    for owners in ([0, 0, 2, 3, 4], [0, 1, 0, 3, 4], [0, 1, 0, 3, 4]):
+        write_sharing(checkpoint.fingerprint, KVSharer(), Sharing("tiny", 64, owners, 0.9))
+        with tightfit.load(str(folder), memory="2GiB", context=CONTEXT, chunk=CHUNK, kv="kvsharer") as loaded:
+            assert loaded._generator.engine.cache.owners == owners
+            names.add(bits_of(loaded.plan))
+    checkpoint.close()
+    assert len(names) == 2
 
 
 def test_what_was_found_is_kept_for_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
