@@ -8,6 +8,8 @@ arithmetic: `bf16` is what prefill runs where the plan says gemm=bfloat16 (AMX w
 cycle on each core, and about 6 cycles for each 16 powers of two), `float32` where it does not, `fold` the torch
 reference, `sdpa` torch's own scaled_dot_product_attention on tensors that are bfloat16 already. Only what is
 not masked counts as operations. Each number is the best of many calls, in turns with the others.
+The last columns are the same token over pages of 8, 4 and 2 bits, and the share of the bandwidth at which they are
+read.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.budget.machine import processor
-from tightfit.kernels import attention, attention_reference, cpu
+from tightfit.kernels import attention, attention_reference, cpu, pages
 from tightfit.kernels.attention import KeysValues, Scoring
+from tightfit.kv.base import LayerLayout
+from tightfit.kv.compose import compose
+from tightfit.kv.make import kv_nbytes
+from tightfit.kv.paged import PagedCache
 from tightfit.plan.profile import measure_bandwidth
 
 CHUNK = 512
@@ -52,6 +58,31 @@ def decode(heads: int, kv_heads: int, dim: int, context: int, dtype: torch.dtype
             attention.attend_rows(cache, places, q, out, ws, Scoring(dim**-0.5))
 
     return best([step], seconds)[0] / len(caches)
+
+
+def decode_pages(
+    heads: int, kv_heads: int, dim: int, context: int, dtype: torch.dtype, kv: str, total: int, seconds: float
+) -> tuple[float, int]:
+    """Seconds that one token takes in one layer whose pages are coded as ``kv`` says, and the bytes that it reads."""
+    layout = LayerLayout(kv_heads, dim, dim, context, heads=heads)
+    size = kv_nbytes(kv, [layout], context, 1, str(dtype).removeprefix("torch."))
+    layers = max(1, min(total // size, MOST_CACHES))
+    cache = PagedCache([layout] * layers, compose(kv), context, 1, dtype, Arena(2 * layers * size), dtype)
+    cache.begin(0, 0)
+    q, out, ws = torch.randn(1, heads, dim), torch.empty(1, heads, dim), Workspace(Arena(1 << 28))
+    k, v = torch.randn(2, kv_heads, context, dim).to(dtype)
+    for kept in cache.layers:
+        pages.keep(kept, 0, pages.Run(k, v, context), ws, tail=33)
+    cache.tokens[0] = context
+    rows, looking = pages.Rows(torch.tensor([[0, context]], dtype=torch.int32)), pages.Looking(q)
+    kept = cache.layers[0]
+    read = kv_heads * (context // pages.PAGE) * (kept.key_codec.page_bytes + kept.value_codec.page_bytes)
+
+    def step() -> None:
+        for kept in cache.layers:
+            pages.attend_rows(kept, rows, looking, out, None, ws, Scoring(dim**-0.5))
+
+    return best([step], seconds)[0] / layers, read
 
 
 def prefill(heads: int, kv_heads: int, dim: int, context: int, dtype: torch.dtype, seconds: float) -> dict[str, float]:
@@ -83,6 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--kv", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="type of the cache"
     )
+    parser.add_argument("--pages", nargs="*", default=["int8", "int4", "int2"], help="codes of pages")
     parser.add_argument("--threads", type=int, default=cpu.threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="for each number")
     parser.add_argument("--total", type=int, default=1 << 30, help="bytes of all caches that decoding reads in turn")
@@ -98,7 +130,13 @@ def main() -> None:
         took = decode(heads, kv_heads, dim, context, dtype, arguments.total, arguments.seconds)
         rate = 2 * kv_heads * context * dim * dtype.itemsize / took
         operations = prefill(heads, kv_heads, dim, context, dtype, arguments.seconds)
-        results.append({"context": context, "decode_s": took, "bytes_per_s": rate, "prefill_flops": operations})
+        result = {"context": context, "decode_s": took, "bytes_per_s": rate, "prefill_flops": operations}
+        for kv in arguments.pages:
+            coded, read = decode_pages(
+                heads, kv_heads, dim, context, dtype, f"{kv}(recent=0)", arguments.total, arguments.seconds
+            )
+            result[kv] = {"decode_s": coded, "bytes_per_s": read / coded}
+        results.append(result)
     if arguments.json:
         setting = {"processor": processor()[0], "threads": arguments.threads, "shape": [heads, kv_heads, dim]}
         print(json.dumps({**setting, "kv": arguments.kv, "bandwidth": bandwidth, "results": results}))
@@ -120,6 +158,7 @@ def main() -> None:
         "sdpa",
         "bf16/fold",
         "bf16/sdpa",
+        *(f"{kv} µs (share)" for kv in arguments.pages),
     ]
     rows = []
     for result in results:
@@ -128,7 +167,11 @@ def main() -> None:
         ratios = [f"{ours['bf16'] / ours[name]:.2f}" for name in ("fold", "sdpa")]
         share = f"{result['bytes_per_s'] / bandwidth:.2f}"
         decoding = [f"{result['decode_s'] * 1e6:.1f}", f"{result['bytes_per_s'] / 1e9:.1f}", share]
-        rows.append([str(result["context"]), *decoding, *rates, *ratios])
+        coded = [
+            f"{result[kv]['decode_s'] * 1e6:.1f} ({result[kv]['bytes_per_s'] / bandwidth:.2f})"
+            for kv in arguments.pages
+        ]
+        rows.append([str(result["context"]), *decoding, *rates, *ratios, *coded])
     print(table(columns, rows))
 
 

@@ -110,6 +110,29 @@ class Model:
         file = write_census(self.checkpoint.fingerprint, census)
         return {"tokens": census.tokens, "file": str(file), "most_used_half": census.most_used_half()}
 
+    def fit(
+        self, kv: str, text: str, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, Any]:
+        """Finds with ``text`` which layers share keys and values, and keeps that for this ``kv="kvsharer(...)"``:
+        ``kv``, ``tokens``, ``file``, ``owners`` (of each layer the one whose it reads) and ``similarity`` of the final
+        hidden states to those of the model as it is. ``progress(done, total)`` is called with pairs of layers."""
+        from tightfit.catalog import spec_string
+        from tightfit.engine.fit import find_sharing
+        from tightfit.kv.compose import fitted
+        from tightfit.kv.share.sharing import write_sharing
+
+        sharer = fitted(kv)
+        tokens = self.tokenizer.encode(text)
+        found = find_sharing(self._generator.engine, self.checkpoint.name, sharer, tokens, progress)
+        file = write_sharing(self.checkpoint.fingerprint, sharer, found)
+        return {
+            "kv": spec_string(sharer),
+            "tokens": found.tokens,
+            "file": str(file),
+            "owners": found.owners,
+            "similarity": found.similarity,
+        }
+
     def receipt(self) -> dict[str, Any]:
         """What was promised, what the operating system saw, and how fast it was. Sizes in bytes, times in seconds."""
         from tightfit.engine.receipt import receipt

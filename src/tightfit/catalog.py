@@ -26,6 +26,7 @@ SEAMS = {
         "tightfit.kv.lowrank",
         "tightfit.kv.select",
         "tightfit.kv.offload",
+        "tightfit.kv.share",
     ),
 }
 

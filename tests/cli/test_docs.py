@@ -54,6 +54,14 @@ def test_keys_of_compress(tiny: Path, tmp_path: Path) -> None:
     assert documented("`tightfit compress --json`:") == set(receipt)
 
 
+def test_keys_of_fit(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path))
+    (tmp_path / "text.txt").write_text("import os\n" * 100)
+    kv = "kvsharer(share=0.5,threshold=-1)"
+    answer = tightfit("fit", tiny, "--kv", kv, "--text", tmp_path / "text.txt", "--json").json
+    assert documented("`tightfit fit --json`:") == set(answer)
+
+
 def test_keys_of_doctor() -> None:
     from tightfit.cli.doctor import collect
 

@@ -82,7 +82,7 @@ def test_json_has_stable_keys(tiny: Path) -> None:
     answer = done.json
     assert set(answer) == {"completions", "receipt"}
     for completion in answer["completions"]:
-        assert set(completion) == {"text", "finish", "prompt_tokens", "new_tokens"}
+        assert set(completion) == {"text", "finish", "prompt_tokens", "reused_tokens", "new_tokens"}
         assert completion["finish"] == "length"
         assert completion["new_tokens"] == 4
     receipt = answer["receipt"]

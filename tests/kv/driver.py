@@ -14,9 +14,12 @@ from transformers import DeepseekV3Config, LlamaConfig, PreTrainedModel, Qwen2Co
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.checkpoints.checkpoint import open_checkpoint
 from tightfit.checkpoints.config import Config
-from tightfit.kv.base import BaseCache
+from tightfit.kernels import pages
+from tightfit.kernels.attention import Scoring
+from tightfit.kernels.pages import Pages
+from tightfit.kv.base import BaseCache, LayerLayout
 from tightfit.kv.cache import Cache
-from tightfit.kv.compose import EXACT, compose
+from tightfit.kv.compose import compose
 from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
@@ -91,15 +94,24 @@ class Run:
     """Sequences of a model in a cache of the composition ``kv``, prefilled ``chunk`` tokens at a time."""
 
     def __init__(
-        self, tiny: Tiny, kv: str, *, context: int = 512, sequences: int = 1, chunk: int = 64, tail: int = 1
+        self,
+        tiny: Tiny,
+        kv: str,
+        *,
+        context: int = 512,
+        sequences: int = 1,
+        chunk: int = 64,
+        tail: int = 1,
+        owners: Sequence[int] | None = None,
     ) -> None:
         self.tiny, self.chunk = tiny, chunk
         self.ws, self.arena = Workspace(Arena(ROOM)), Arena(ROOM)
         layouts, common = cache_layouts(tiny.spec, context, chunk), (sequences, tiny.dtype, self.arena, tiny.dtype)
+        methods = [method for method in compose(kv).methods if method.name != "kvsharer"]
         self.cache: BaseCache = (
-            Cache(layouts, *common, chunk)
-            if kv == EXACT
-            else PagedCache(layouts, compose(kv), context, *common, tail=tail)
+            PagedCache(layouts, compose(kv), context, *common, tail=tail, owners=owners)
+            if methods
+            else Cache(layouts, *common, chunk, owners)
         )
         self.lengths = [0] * sequences
 
@@ -163,8 +175,58 @@ class Run:
         return list(range(length)) if kept.positions is None else kept.positions[slot, head, :length].tolist()
 
 
-def choose(logits: torch.Tensor, position: int) -> int:
-    """The token at ``position``: the most likely one, after an offset for each position and token, without which random
-    models soon repeat one word."""
+def offset(logits: torch.Tensor, position: int) -> torch.Tensor:
+    """Logits of the token at ``position`` with an offset, without which random models soon repeat one word."""
     offsets = torch.randn(logits.shape, generator=torch.Generator().manual_seed(position))
-    return int((logits + logits.std() * offsets).argmax())
+    return logits + logits.std() * offsets
+
+
+def choose(logits: torch.Tensor, position: int) -> int:
+    """The token at ``position``: the most likely one after the offset."""
+    return int(offset(logits, position).argmax())
+
+
+class Layer:
+    """One layer alone, and one sequence: tokens are given as queries, keys and values."""
+
+    def __init__(self, kv: str, layout: LayerLayout, context: int = 512) -> None:
+        self.arena, self.ws, self.layout = Arena(ROOM), Workspace(Arena(ROOM)), layout
+        self.cache = PagedCache([layout], compose(kv), context, 1, torch.float32, self.arena)
+        self.start = 0
+
+    def add(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decode: bool = False) -> torch.Tensor:
+        """Attention (n, heads, value_dim) of tokens ``q`` (n, heads, key_dim), ``k`` (n, kv_heads, key_dim) and ``v``
+        (n, kv_heads, value_dim): a chunk of a prompt, or tokens that decode one after the other."""
+        if decode and len(q) > 1:
+            return torch.cat([self.add(*(x[i : i + 1] for x in (q, k, v)), decode=True) for i in range(len(q))])
+        out, stop = torch.empty(len(q), self.layout.heads, self.layout.value_dim), self.start + len(q)
+        batch = Batch((Segment(0, self.start, [0] * len(q), decode),))
+        if not decode:
+            self.cache.begin(0, self.start)
+        with self.ws.frame():
+            held = self.cache.update(0, batch, q.clone(), k, v, None, self.ws)
+            self.cache.attend_step(0, batch, held, q, out, self.ws, Scoring(self.layout.key_dim**-0.5))
+        if decode:
+            self.cache.commit(0, [0], self.ws)
+        else:
+            self.cache.prefilled(0, self.start, stop)
+        self.start = stop
+        return out
+
+    @property
+    def pages(self) -> Pages:
+        return self.cache.layers[0]
+
+    def length(self, head: int) -> int:
+        return int(self.pages.lengths[0, head])
+
+    def positions(self, head: int) -> list[int]:
+        assert self.pages.positions is not None
+        return self.pages.positions[0, head, : self.length(head)].tolist()
+
+    def read(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (n, key_dim) and values (n, value_dim) of what a head keeps, as attention sees them."""
+        nothing = pages.Run(torch.empty(1, 1, self.layout.key_dim), torch.empty(1, 1, self.layout.value_dim), 0)
+        with self.ws.frame():
+            k, v = pages.read(self.pages, 0, head, nothing, 0, self.length(head), self.ws)
+            return k.clone(), v.clone()

@@ -31,4 +31,6 @@ def test_a_method_as_the_page_adds_it(prefill: str) -> None:
         del TECHNIQUES["kv", "sparse"]
     assert len(completion.tokens) == 40
     assert all(128 <= length < 160 for layer in lengths for length in layer)
-    assert kept[:4] == [0, 1, 2, 3] and 512 in kept and 301 not in kept
+    assert kept[:4] == [0, 1, 2, 3]
+    assert 512 in kept
+    assert 301 not in kept

@@ -6,7 +6,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -446,6 +449,28 @@ def test_another_process_that_writes_is_not_waited_for_long(tmp_path: Path, monk
         assert whole(disk, NAMES[0])  # reading needs no lock
     put(disk, NAMES[1], 2)
     assert whole(disk, NAMES[1])
+
+
+def test_several_that_write_and_read_at_once_keep_the_limit_and_damage_nothing(tmp_path: Path) -> None:
+    """Threads with a :class:`Disk` each: locks are of open files, not of processes."""
+    limit = 4 * (OVERHEAD + NBYTES)
+
+    def work(seed: int) -> tuple[int, int]:
+        disk, order, found = Disk(tmp_path, limit, ROOT), random.Random(seed), 0
+        for _ in range(150):
+            name = NAMES[order.randrange(12)]
+            there = whole(disk, name)
+            found += there
+            if not there:
+                put(disk, name, time.time_ns())
+            sizes = [entry.stat().st_size for entry in map(tmp_path.joinpath, files(tmp_path)) if entry.exists()]
+            assert len(sizes) <= 5  # one that is seen may be gone when the next one is
+        return found, disk.damaged + disk.unwritten
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(work, range(3)))
+    assert all(found > 0 and trouble == 0 for found, trouble in results)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.prefix")) <= limit
 
 
 def test_a_file_that_another_process_deletes_is_read_to_its_end(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from tightfit.budget.cgroup import groups
 from tightfit.budget.meter import machine_memory
 from tightfit.budget.units import GiB
+from tightfit.errors import FileError
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
@@ -154,6 +155,17 @@ def machine_identity(root: Path = Path("/")) -> dict[str, str]:
         "implementation": sys.implementation.cache_tag or sys.implementation.name,
         **versions(),
     }
+
+
+def remember(file: Path, text: str) -> Path:
+    """Writes a file of the cache folder, whole or not at all. Raises FileError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
+    except OSError as error:
+        hint = "Name a folder of yours with TIGHTFIT_CACHE."
+        raise FileError(f"{file} cannot be written: {error.strerror}", hint) from error
+    return file
 
 
 def write_atomically(file: Path, text: str) -> None:

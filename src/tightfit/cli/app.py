@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tightfit import __version__
-from tightfit.cli import census, compress, doctor, plan, run, techniques
+from tightfit.cli import census, compress, doctor, fit, plan, run, techniques
 from tightfit.cli.options import Debug, Json
 from tightfit.cli.output import print_json, say, write
 from tightfit.errors import UsageError
@@ -22,6 +22,7 @@ app.command("run")(run.run)
 app.command("plan")(plan.plan)
 app.command("compress")(compress.compress)
 app.command("census")(census.census)
+app.command("fit")(fit.fit)
 
 
 @app.command("doctor")

@@ -112,8 +112,12 @@ def _in_memory(plan: dict[str, Any]) -> str:
 
 
 def _cache(plan: dict[str, Any]) -> str:
-    """How the cache is kept and filled, where that is not the usual way."""
+    """How the cache is kept and filled, where that is not the usual way, and what is kept of prompts."""
     kept = "" if plan["cache"] == "none" else f", cache {plan['cache']}"
+    prompts = plan["prompt_cache"] or {}
+    for place, where in (("memory", "in memory"), ("disk", "on the disk")):
+        if prompts.get(place) is not None:
+            kept += f", {format_bytes(prompts[place])} for prompts {where}"
     return kept + (", prompts layer by layer" if plan["prefill"] == "layered" else "")
 
 

@@ -21,6 +21,7 @@ from tightfit.errors import CheckpointError, UsageError
 from tightfit.experts.census import read_census
 from tightfit.experts.policy import Scheme, scheme
 from tightfit.kv.compose import EXACT, compose
+from tightfit.kv.share.sharing import owners_for
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec, MoeSpec
 from tightfit.plan.schema import ActivationType, Plan, PromptCachePlan, Schedule
@@ -123,7 +124,7 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
     if wish.prefill is not None and wish.prefill not in get_args(Schedule):
         known = " or ".join(get_args(Schedule))
         raise UsageError(f"there is no schedule {wish.prefill!r}", f"Use --prefill {known}.")
-    wanted_cache(wish.kv)
+    kv, _ = wanted_cache(wish.kv)
     wanted_prompt_cache(wish)
     how = None if wish.experts is None else scheme(wish.experts)
     checkpoint = _open(wish.model, headers_only)
@@ -137,6 +138,8 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
                 f"{checkpoint.name} was trained for {spec.context} tokens of context, {context} were asked for",
                 f"Use --context {spec.context} or less.",
             )
+        if kv is not None:
+            owners_for(kv, checkpoint.name, checkpoint.fingerprint, len(spec.layers))
         opened = Opened(checkpoint, spec, budget, context)
         if how is not None:
             opened.check_experts(how)

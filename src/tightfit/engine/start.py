@@ -37,6 +37,7 @@ from tightfit.kv.make import entry_nbytes, make_cache
 from tightfit.kv.reuse.disk import Disk
 from tightfit.kv.reuse.memory import Memory, unit_of
 from tightfit.kv.reuse.prompts import PromptCache
+from tightfit.kv.share.sharing import owners_for
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
@@ -98,7 +99,8 @@ def build(
     slots: Arena | None = None,
 ) -> tuple[Placement, Decoder, BaseCache]:
     """Weights, decoder and cache of the given layers in their arenas; nothing is read or written. Parameters are all
-    resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts."""
+    resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts. Layers share
+    keys and values only if all are there."""
     formats = {index: shape.formats[index] for index in layers}
     gemm, kv_type = DTYPES[shape.numerics.gemm], DTYPES[shape.numerics.kv]
     activations = shape.numerics.activations
@@ -117,8 +119,16 @@ def build(
         placement = Resident(checkpoint, spec, shape.outer, formats, gemm, weights, activations)
     spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
     layouts = cache_layouts(spec, shape.context, shape.chunk)
-    cache = make_cache(shape.cache, layouts, shape.context, shape.sequences, kv_type, kv, gemm, shape.chunk)
+    owners = None
+    if len(layers) == len(shape.formats):
+        owners = owners_for(shape.cache, checkpoint.name, checkpoint.fingerprint, len(layers))
+    cache = make_cache(shape.cache, layouts, shape.context, shape.sequences, kv_type, kv, gemm, shape.chunk, owners)
     return placement, Decoder(spec, placement), cache
+
+
+def _owners(plan: Plan) -> list[int] | None:
+    """Of each layer the one whose keys and values it reads; None where each has its own."""
+    return owners_for(plan.cache, plan.model.name, plan.model.fingerprint, len(plan.layers))
 
 
 def head_rows(spec: ModelSpec, plan: Plan) -> int:
@@ -139,7 +149,9 @@ def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     """Bytes of scratch that the largest step of ``plan`` takes, found by running it dry."""
     shape = Shape.of(plan)
     cpu.set_threads(plan.threads)  # each of them has scratch
-    layers = different_layers(checkpoint, spec, shape.formats)
+    layers = list(range(len(spec.layers)))  # what some read of others lies in scratch memory
+    if _owners(plan) is None:
+        layers = different_layers(checkpoint, spec, shape.formats)
     _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), Arena(VIRTUAL))
     ws = Workspace(Arena(VIRTUAL))
     everyone = [Segment(slot, shape.context - 1, [0], decode=True) for slot in range(shape.sequences)]
@@ -367,6 +379,7 @@ def bits_of(plan: Plan) -> bytes:
         "formats": [plan.outer.format, *(layer.format for layer in plan.layers)],
         "numerics": plan.numerics.model_dump(),
         "cache": plan.cache,
+        "owners": _owners(plan),
         "context": None if plan.cache == EXACT else plan.context,  # methods keep shares of it
         "prefill": plan.prefill,
         "chunk": plan.chunk,
@@ -392,5 +405,5 @@ def _prompts_in_memory(plan: Plan, spec: ModelSpec, cache: BaseCache, arena: Are
     if arena is None or kept is None or kept.memory is None:
         return None
     layouts = cache_layouts(spec, plan.context, plan.chunk)
-    largest = entry_nbytes(plan.cache, layouts, plan.context, plan.numerics.kv, plan.chunk)
+    largest = entry_nbytes(plan.cache, layouts, plan.context, plan.numerics.kv, plan.chunk, _owners(plan))
     return Memory(arena, kept.memory, unit_of(largest, cache.whole_entries))

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tightfit.budget.machine import cache_folder, write_atomically
-from tightfit.errors import CheckpointError, FileError
+from tightfit.budget.machine import cache_folder, remember
+from tightfit.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,4 @@ def read_census(name: str, fingerprint: str, layers: int, experts: int) -> Censu
 
 def write_census(fingerprint: str, census: Census) -> Path:
     """Keeps a census, whole or not at all; gives the file. Raises FileError."""
-    path = census_file(fingerprint)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(census)))
-    except OSError as error:
-        hint = "Name a folder of yours with TIGHTFIT_CACHE."
-        raise FileError(f"{path} cannot be written: {error.strerror}", hint) from error
-    return path
+    return remember(census_file(fingerprint), json.dumps(asdict(census)))

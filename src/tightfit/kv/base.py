@@ -75,6 +75,7 @@ class BaseCache(ABC):
 
     sequences: int
     gemm_dtype: torch.dtype
+    owners: list[int]  # of each layer the one whose keys and values it reads: itself, or an earlier one
     anchors = 0  # first tokens that queries see from another position than their own
     whole_entries = False  # whether what is saved is all of a sequence, or what some tokens of it added
 
@@ -82,20 +83,35 @@ class BaseCache(ABC):
         """The positions from which queries at ``positions`` look at the anchors."""
         return positions
 
+    def owner(self, layer: int) -> int:
+        """The layer whose keys and values a layer reads. If that is another one, it has none of its own."""
+        return self.owners[layer]
+
+    @property
+    def own(self) -> list[int]:
+        """The layers that have keys and values of their own."""
+        return [layer for layer, owner in enumerate(self.owners) if layer == owner]
+
+    @contextmanager
+    def through(self, step: Step, ws: Workspace) -> Iterator[None]:
+        """Inside, a step goes through all layers in turn."""
+        yield
+
     @abstractmethod
     def update(
         self,
         layer: int,
         step: Step,
         q_: torch.Tensor | None,
-        k_: torch.Tensor,
+        k_: torch.Tensor | None,
         v: torch.Tensor | None,
         turn: Turn | None,
         ws: Workspace,
     ) -> Any:
         """Adds ``k`` (n, kv_heads, key_dim) and ``v`` (n, kv_heads, value_dim) of a step's tokens to a layer, after
-        ``q`` (n, heads, key_dim) and ``k`` were turned in place. No ``v`` where values are a view of keys. What it
-        gives is for :meth:`attend_step`, and lies in the enclosing frame of ``ws``."""
+        ``q`` (n, heads, key_dim) and ``k`` were turned in place. No ``v`` where values are a view of keys, and neither
+        where the layer reads another one's. What it gives is for :meth:`attend_step`, and lies in the enclosing frame
+        of ``ws``."""
 
     @abstractmethod
     def attend_step(

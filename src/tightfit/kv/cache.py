@@ -18,7 +18,8 @@ from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn
 
 
 class Cache(BaseCache):
-    """Everything that was seen, in ``dtype``; ``chunk`` tokens are added at once, at most."""
+    """Everything that was seen, in ``dtype``; ``chunk`` tokens are added at once, at most. Layers whose ``owners`` are
+    others keep nothing."""
 
     def __init__(
         self,
@@ -28,14 +29,19 @@ class Cache(BaseCache):
         arena: Arena,
         gemm_dtype: torch.dtype = torch.float32,
         chunk: int = 1,
+        owners: Sequence[int] | None = None,
     ) -> None:
         self.layouts = layouts
+        self.owners = list(range(len(layouts)) if owners is None else owners)
         self.sequences = sequences
         self.gemm_dtype = gemm_dtype
         self.chunk = chunk
         self.tokens = [0] * sequences
         self.layers: list[KeysValues] = []
-        for layout in layouts:
+        for index, layout in enumerate(layouts):
+            if self.owners[index] != index:
+                self.layers.append(self.layers[self.owners[index]])
+                continue
             shape = (sequences, layout.kv_heads, layout.slots)
             keys = place(arena, (*shape, layout.key_dim), dtype)
             shared = keys[..., : layout.value_dim]
@@ -47,11 +53,15 @@ class Cache(BaseCache):
         layer: int,
         step: Step,
         q_: torch.Tensor | None,
-        k_: torch.Tensor,
+        k_: torch.Tensor | None,
         v: torch.Tensor | None,
         turn: Turn | None,
         ws: Workspace,
     ) -> None:
+        if k_ is None:
+            if turn is not None and q_ is not None:
+                attention.rotate_(q_, *turn.tables, turn.interleaved, ws)
+            return
         if turn is None or q_ is None or v is None:
             attention.append(self.layers[layer], step.places, k_, v)
             return
@@ -61,7 +71,7 @@ class Cache(BaseCache):
     def attend_step(
         self, layer: int, step: Step, held: None, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
     ) -> None:
-        kept, rows, bf16 = self.layers[layer], step.vector, self.gemm_dtype == torch.bfloat16
+        kept, rows, bf16 = self.layers[self.owners[layer]], step.vector, self.gemm_dtype == torch.bfloat16
         if rows:
             trees = None if step.paths is None else (step.paths, step.certain)
             attention.attend_rows(kept, step.places, q[:rows], out[:rows], ws, scoring, trees)
@@ -78,8 +88,8 @@ class Cache(BaseCache):
         start = self.tokens[slot]
         for place, order in enumerate(path):
             if place != order:
-                for kept in self.layers:
-                    attention.move(kept, slot, start + order, start + place)
+                for layer in self.own:
+                    attention.move(self.layers[layer], slot, start + order, start + place)
         self.tokens[slot] += len(path)
 
     def room(self, slot: int) -> int:
@@ -110,7 +120,8 @@ class Cache(BaseCache):
 
     def _parts(self, slot: int, start: int, stop: int) -> Iterator[torch.Tensor]:
         """The bytes of some tokens in all layers, as flat uint8 tensors."""
-        for layout, kept in zip(self.layouts, self.layers, strict=True):
+        for layer in self.own:
+            layout, kept = self.layouts[layer], self.layers[layer]
             first = start % layout.slots
             last = first + stop - start
             pieces = [(first, min(last, layout.slots)), (0, last - layout.slots)]  # a ring may go round

@@ -13,6 +13,7 @@ from tightfit.kv.lowrank.think import ThinK
 from tightfit.kv.method import Evictor, Method, Quantizer
 from tightfit.kv.offload.host import Host
 from tightfit.kv.select.quest import Quest
+from tightfit.kv.share.kvsharer import KVSharer
 
 if TYPE_CHECKING:
     from tightfit.kv.base import LayerLayout
@@ -50,6 +51,15 @@ class Composition:
     @property
     def tier(self) -> Host | None:
         return self._only(Host)
+
+    @property
+    def sharer(self) -> KVSharer | None:
+        return self._only(KVSharer)
+
+    @property
+    def exact(self) -> bool:
+        """Whether all that a layer has is kept as it is."""
+        return all(isinstance(method, KVSharer) for method in self.methods)
 
     @property
     def recent(self) -> int:
@@ -93,3 +103,11 @@ def compose(text: str) -> Composition:
             "Leave quest out: a window is read whole.",
         )
     return composition
+
+
+def fitted(text: str) -> KVSharer:
+    """The method in a spec string that must know something of a model. Raises UsageError if there is none."""
+    sharer = compose(text).sharer
+    if sharer is None:
+        raise UsageError(f"no method of {text!r} has to know anything of a model", "Only kvsharer does.")
+    return sharer

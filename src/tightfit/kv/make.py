@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tightfit.budget.ledger import Arena
@@ -23,25 +25,32 @@ def make_cache(
     arena: Arena,
     gemm_dtype: torch.dtype,
     chunk: int,
+    owners: Sequence[int] | None = None,
 ) -> BaseCache:
-    """The cache of the methods that ``kv`` names, for prompts of up to ``context`` tokens in chunks of ``chunk``.
-    Raises UsageError if the model cannot use one of them."""
+    """The cache of the methods that ``kv`` names, for prompts of up to ``context`` tokens in chunks of ``chunk``; of
+    each layer ``owners`` says which one's keys and values it reads. Raises UsageError if the model cannot use one of
+    the methods."""
     composition = compose(kv)
-    if not composition.methods:
-        return Cache(layouts, sequences, dtype, arena, gemm_dtype, chunk)
-    return PagedCache(layouts, composition, context, sequences, dtype, arena, gemm_dtype)
+    composition.check(layouts)
+    if composition.exact:
+        return Cache(layouts, sequences, dtype, arena, gemm_dtype, chunk, owners)
+    return PagedCache(layouts, composition, context, sequences, dtype, arena, gemm_dtype, owners=owners)
 
 
-def kv_nbytes(kv: str, layouts: list[LayerLayout], context: int, sequences: int, dtype: str) -> int:
+def kv_nbytes(
+    kv: str, layouts: list[LayerLayout], context: int, sequences: int, dtype: str, owners: Sequence[int] | None = None
+) -> int:
     """Bytes that such a cache takes, as its own allocation says."""
     arena = Arena(VIRTUAL)
-    cache = make_cache(kv, layouts, context, sequences, TYPES[dtype], arena, torch.float32, 1)
+    cache = make_cache(kv, layouts, context, sequences, TYPES[dtype], arena, torch.float32, 1, owners)
     cache.close()
     return arena.used
 
 
-def entry_nbytes(kv: str, layouts: list[LayerLayout], context: int, dtype: str, chunk: int) -> int:
+def entry_nbytes(
+    kv: str, layouts: list[LayerLayout], context: int, dtype: str, chunk: int, owners: Sequence[int] | None = None
+) -> int:
     """The most bytes that what such a cache saves of a prompt takes at the end of a chunk."""
-    cache = make_cache(kv, layouts, context, 1, TYPES[dtype], Arena(VIRTUAL), torch.float32, chunk)
+    cache = make_cache(kv, layouts, context, 1, TYPES[dtype], Arena(VIRTUAL), torch.float32, chunk, owners)
     cache.close()
     return cache.largest_entry(chunk)

@@ -12,14 +12,15 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from tightfit.budget.ledger import Arena, Workspace
+from tightfit.errors import TightfitError, UsageError
 from tightfit.kernels import attention, ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Codec, Looking, Pages, Rows, Run
@@ -30,6 +31,7 @@ from tightfit.kv.compose import Composition
 from tightfit.kv.evict.window import Window
 from tightfit.kv.method import Merger, Seen, Tokens
 
+Made = TypeVar("Made")
 READ_AT_ONCE = 256  # tokens of a head that are read into float32 to merge them
 
 
@@ -51,6 +53,14 @@ class Held:
 
     runs: list[tuple[Run, int]]
     anchor_q: torch.Tensor | None
+
+
+@dataclass
+class Shared:
+    """What several layers read of a prompt's tokens, and what those received from all of them so far."""
+
+    run: Run
+    given: torch.Tensor | None
 
 
 @dataclass
@@ -88,9 +98,12 @@ class PagedCache(BaseCache):
         arena: Arena,
         gemm_dtype: torch.dtype = torch.float32,
         tail: int = 1,
+        owners: Sequence[int] | None = None,
     ) -> None:
         composition.check(layouts)
         self.layouts = layouts
+        self.owners = list(range(len(layouts)) if owners is None else owners)
+        self._last = {owner: layer for layer, owner in enumerate(self.owners)}  # the last one that reads an owner's
         self.composition = composition
         self.context = context
         self.sequences = sequences
@@ -106,12 +119,14 @@ class PagedCache(BaseCache):
         self._file_size = 0
         before = arena.used
         self.tokens = _numbers(arena, sequences)
-        self.layers = [self._pages(index, arena) for index in range(len(layouts))]
+        self.layers = self._of_owners(lambda layer: self._pages(layer, arena))
         self.merger = evictor if isinstance(evictor, Merger) else None
         self.memory: list[torch.Tensor] = []  # of each layer (sequences, kv_heads, numbers that the merger remembers)
         if self.merger is not None:
             numbers = self.merger.remembers
-            self.memory = [place(arena, (sequences, each.kv_heads, numbers), torch.float32) for each in layouts]
+            self.memory = self._of_owners(
+                lambda layer: place(arena, (sequences, layouts[layer].kv_heads, numbers), torch.float32)
+            )
         self.mass: list[torch.Tensor] = []
         self.drafts: list[_Drafts] = []
         if self.observes != "nothing":
@@ -119,13 +134,23 @@ class PagedCache(BaseCache):
                 (sequences, layout.kv_heads, size.table_pages * PAGE)
                 for layout, size in zip(layouts, self.sizes, strict=True)
             ]
-            self.mass = [place(arena, shape, torch.float32) for shape in shapes]
+            self.mass = self._of_owners(lambda layer: place(arena, shapes[layer], torch.float32))
             self.drafts = [_Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
         self._nbytes = arena.used - before
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
         self._pruned = [False] * sequences
         self._whole: Whole | None = None
+        self._shared: dict[int, list[Shared]] = {}  # of each owner that others read, for each prefill of a step
+
+    @property
+    def _stores(self) -> list[Pages]:
+        return [self.layers[layer] for layer in self.own]
+
+    def _of_owners(self, make: Callable[[int], Made]) -> list[Made]:
+        """Of each layer what is made for its owner."""
+        made = {layer: make(layer) for layer in self.own}
+        return [made[owner] for owner in self.owners]
 
     def close(self) -> None:
         if self._file >= 0:
@@ -140,11 +165,13 @@ class PagedCache(BaseCache):
 
     def _kept(self, tokens: int) -> list[int]:
         """How many tokens each head of each layer keeps on average of so many that came."""
-        evictor, layers = self.evictor, len(self.layouts)
+        evictor, own = self.evictor, self.own
         if evictor is None:
-            return [tokens] * layers
+            return [tokens] * len(self.layouts)
         keep = min(evictor.kept(tokens), tokens)
-        return budgets.of_layers(evictor.budget, keep, layers, sum(evictor.protected(keep)), tokens)
+        of_layers = budgets.of_layers(evictor.budget, keep, len(own), sum(evictor.protected(keep)), tokens)
+        of_owners = dict(zip(own, of_layers, strict=True))
+        return [of_owners[owner] for owner in self.owners]
 
     def _limit(self, layer: int, tokens: int) -> int:
         """As :meth:`_kept`, of one layer, whose queries may see no more than a window."""
@@ -232,30 +259,56 @@ class PagedCache(BaseCache):
             return positions.clamp(max=int(self.evictor.keep) - 1)
         return positions
 
+    def _anchors(self, layer: int) -> int:
+        """How many first tokens queries always see: none where the model itself has a window."""
+        return 0 if self.layouts[layer].window is not None else self.anchors
+
+    @contextmanager
+    def through(self, step: Step, ws: Workspace) -> Iterator[None]:
+        """What others read of a prompt's tokens stays in scratch memory until the last of them has."""
+        with ws.frame():
+            for owner, last in self._last.items():
+                if last != owner:
+                    counts = [b - a for _, a, b in step.prefills]
+                    self._shared[owner] = [self._new_shared(owner, count, ws) for count in counts]
+            try:
+                yield
+            finally:
+                self._shared = {}
+
+    def _new_shared(self, owner: int, count: int, ws: Workspace) -> Shared:
+        return Shared(self._new_run(owner, count, ws), self._received(owner, count, ws) if self.mass else None)
+
     def update(
         self,
         layer: int,
         step: Step,
         q_: torch.Tensor | None,
-        k_: torch.Tensor,
+        k_: torch.Tensor | None,
         v: torch.Tensor | None,
         turn: Turn | None,
         ws: Workspace,
     ) -> Held:
         kept, anchor_q = self.layers[layer], None
         if turn is not None and q_ is not None:
-            if turn.anchors is not None:
+            if turn.anchors is not None and self._anchors(layer):
                 anchor_q = ws.empty(*q_.shape)
                 ops.copy_(anchor_q, q_)
                 attention.rotate_(anchor_q, *turn.anchors, turn.interleaved, ws)
             attention.rotate_(q_, *turn.tables, turn.interleaved, ws)
-            attention.rotate_(k_, *turn.tables, turn.interleaved, ws)
+            if k_ is not None:
+                attention.rotate_(k_, *turn.tables, turn.interleaved, ws)
+        shared = self._shared.get(self.owners[layer])
+        if k_ is None:
+            return Held([(each.run, 0) for each in shared or ()], anchor_q)
         rows = step.vector
         if rows:
             pages.append(kept, Rows(step.places), k_[:rows], None if v is None else v[:rows])
         runs = []
-        for segment, a, b in step.prefills:
-            if self._whole is None:
+        for index, (segment, a, b) in enumerate(step.prefills):
+            if shared is not None:
+                run, at = shared[index].run, 0
+            elif self._whole is None:
                 run, at = self._new_run(layer, b - a, ws), 0
             else:
                 run, at = self._whole.run, segment.start - self._whole.start
@@ -270,9 +323,10 @@ class PagedCache(BaseCache):
         self, layer: int, step: Step, held: Held, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
     ) -> None:
         if isinstance(self.evictor, Window):
-            visible = self.evictor.visible
+            visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
-        kept, rows, heads = self.layers[layer], step.vector, q.shape[1]
+        kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
+        shared = self._shared.get(owner)
         if rows:
             with ws.frame():
                 looking = self._looking(layer, Rows(step.places), q[:rows], _part(held.anchor_q, 0, rows), ws)
@@ -285,29 +339,32 @@ class PagedCache(BaseCache):
                         self._drafting[slot] = True
                 elif lse is not None:
                     pages.weigh_rows(kept, which, looking, lse, self.mass[layer], ws, scoring)
-        for (segment, a, b), (run, at) in zip(step.prefills, held.runs, strict=True):
+        for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             with ws.frame():
-                looking = Looking(q[a:b], _part(held.anchor_q, a, b), self.anchors)
+                looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
                 lse = ws.empty(b - a, heads) if self.mass else None
                 bf16 = self.gemm_dtype == torch.bfloat16
                 pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
                 if self._whole is not None:
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
-                given = None
+                given = None if shared is None else shared[index].given
                 if lse is not None:
-                    given = self._received(layer, run.count, ws)
+                    given = self._received(layer, run.count, ws) if given is None else given
                     self._weigh(layer, segment.slot, run, at, looking, lse, given, ws, scoring)
-                self._settle(layer, segment.slot, run, looking.q, given, ws)
+                if layer == owner:
+                    self._choose_channels(layer, segment.slot, run, looking.q)
+                if layer == self._last[owner]:
+                    self._settle(owner, segment.slot, run, given, ws)
 
     def _looking(
         self, layer: int, rows: Rows, q: torch.Tensor, anchor_q: torch.Tensor | None, ws: Workspace
     ) -> Looking:
         selector, chosen = self.composition.selector, None
-        if selector is not None and self.selects(layer):
+        if selector is not None and self.selects(self.owners[layer]):
             chosen = ws.empty(q.shape[0], self.layouts[layer].kv_heads, selector.tokens // PAGE, dtype=torch.int32)
             pages.select(self.layers[layer], rows, q, chosen, ws)
-        return Looking(q, anchor_q, self.anchors, chosen)
+        return Looking(q, anchor_q, self._anchors(layer), chosen)
 
     def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor:
         """Zeros (kv_heads, tokens), for what the certain tokens and ``count`` others receive."""
@@ -337,13 +394,13 @@ class PagedCache(BaseCache):
     # ---- tokens that are certain ----
 
     def begin(self, slot: int, start: int) -> None:
-        if self._begun[slot] and start == int(self.tokens[slot]):
+        if start and self._begun[slot] and start == int(self.tokens[slot]):
             return
-        if start != 0:
+        if start:
             raise ValueError(f"sequence {slot} has {int(self.tokens[slot])} tokens, and goes on at {start}")
         self._clear(slot)
         self._begun[slot] = True
-        for kept in self.layers:
+        for kept in self._stores:
             for head in range(kept.table.shape[1]):  # room for what decodes without a prompt
                 for page in range(-(-self._ahead // PAGE)):
                     free = kept.dense_free[slot]
@@ -354,7 +411,7 @@ class PagedCache(BaseCache):
         """Forgets a sequence."""
         self._begun[slot] = self._pruned[slot] = False
         self.tokens[slot] = 0
-        for kept in self.layers:
+        for kept in self._stores:
             kept.reset(slot)
         for mass in self.mass:
             mass[slot] = 0.0
@@ -404,7 +461,8 @@ class PagedCache(BaseCache):
     def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
         """All that is kept of a sequence, as flat uint8 tensors and pages in the file. What comes later follows from
         what came before, so that the same walk fills a sequence that is restored."""
-        for layer, kept in enumerate(self.layers):
+        for layer in self.own:
+            kept = self.layers[layer]
             for numbers in (kept.lengths, kept.coded, kept.cold, kept.bounded, kept.dense_free, kept.coded_free):
                 yield as_bytes(numbers[slot])
             yield as_bytes(kept.table[slot])
@@ -441,18 +499,23 @@ class PagedCache(BaseCache):
         if self.drafts and self._drafting[slot]:
             self._commit_drafts(slot, path, ws)
         elif list(path) != list(range(len(path))):
-            for kept in self.layers:
+            for kept in self._stores:
                 pages.straighten(kept, slot, torch.tensor(path, dtype=torch.int32))
-        torch._foreach_add_([kept.lengths[slot] for kept in self.layers], len(path))
+        torch._foreach_add_([kept.lengths[slot] for kept in self._stores], len(path))
         self.tokens[slot] += len(path)
         if int(self.tokens[slot]) % BLOCK == 0 and path:
-            for layer in range(len(self.layouts)):
+            for layer in self.own:
                 with ws.frame():
                     given = self._received(layer, 0, ws) if self.mass else None
-                    self._settle(layer, slot, self._new_run(layer, 0, ws), None, given, ws)
+                    self._settle(layer, slot, self._new_run(layer, 0, ws), given, ws)
 
     @contextmanager
     def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:
+        if self.own != list(range(len(self.owners))):
+            raise UsageError(
+                "layers that share keys and values with methods that let go of some are computed chunk by chunk",
+                "Leave --prefill layered out, or kvsharer.",
+            )
         layout, count, evictor = self.layouts[layer], len(segment.tokens), self.evictor
         wanted = evictor.window if evictor is not None and self.observes == "last" else 0
         if self.composition.pruner is not None:
@@ -468,7 +531,8 @@ class PagedCache(BaseCache):
                 yield
             finally:
                 self._whole = None
-            self._settle(layer, segment.slot, run, whole.q, given, ws)
+            self._choose_channels(layer, segment.slot, run, whole.q)
+            self._settle(layer, segment.slot, run, given, ws)
 
     def _watch(
         self,
@@ -503,26 +567,28 @@ class PagedCache(BaseCache):
             last = Looking(whole.q, turned, looking.anchors)
             self._weigh(layer, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
 
-    def _settle(
-        self,
-        layer: int,
-        slot: int,
-        run: Run,
-        q: torch.Tensor | None,
-        given: torch.Tensor | None,
-        ws: Workspace,
-    ) -> None:
+    def _choose_channels(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
+        """The first queries ``q`` (n, heads, key_dim) of a sequence decide which channels of keys stay."""
+        pruner, channels = self.composition.pruner, self.layers[layer].channels
+        if pruner is not None and channels is not None and not ops.is_dry() and not self._pruned[slot]:
+            channels[slot] = pruner.choose(q, run.keys[:, : run.count])
+
+    def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
         """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
-        kept, evictor, pruner = self.layers[layer], self.evictor, self.composition.pruner
+        kept, evictor = self.layers[layer], self.evictor
         heads, tier = self.layouts[layer].kv_heads, self.composition.tier
         resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
 
         def keep(run: Run, indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
-            pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self._ahead)
+            try:
+                pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self._ahead)
+            except RuntimeError as error:
+                if tier is None:
+                    raise
+                hint = "Make room on it, or name a folder on another: host(folder=...)."
+                raise TightfitError(str(error), hint) from error
 
         if kept.positions is None or ops.is_dry():
-            if pruner is not None and q is not None and not ops.is_dry() and not self._pruned[slot]:
-                kept.channels[slot] = pruner.choose(q, run.keys[:, : run.count])  # type: ignore[index]
             if kept.positions is not None:
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
             if self.merger is not None:
@@ -533,8 +599,6 @@ class PagedCache(BaseCache):
         counts = [length + run.count for length in before]
         tokens = int(self.tokens[slot]) + run.count
         limit = self._limit(layer, tokens)
-        if pruner is not None and q is not None and not self._pruned[slot]:
-            kept.channels[slot] = pruner.choose(q, run.keys[:, : run.count])  # type: ignore[index]
         positions = ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
         for head, length in enumerate(before):
             positions[head, :length] = kept.positions[slot, head, :length]
@@ -677,6 +741,8 @@ class PagedCache(BaseCache):
             mass = torch.zeros(positions.shape) if given is None else given[:, :width].clone()
             scores = evictor.scores(Seen(mass, positions, counts, tokens))
             first, last = evictor.protected(limit)
+            if window is not None:  # which hides the first tokens sooner or later
+                first, last = 0, first + last
             for head, count in enumerate(counts):
                 scores[head, : min(first, count)] = torch.inf
                 scores[head, max(count - last, 0) : count] = torch.inf
@@ -692,7 +758,8 @@ class PagedCache(BaseCache):
         start = int(self.tokens[slot])
         rows = Rows(torch.tensor([(slot, start + index) for index in range(len(path))], dtype=torch.int32).view(-1, 2))
         for layer, (kept, drafts) in enumerate(zip(self.layers, self.drafts, strict=True)):
-            pages.straighten(kept, slot, order)
+            if layer == self.owners[layer]:
+                pages.straighten(kept, slot, order)
             if not path:
                 continue
             with ws.frame():

@@ -147,9 +147,10 @@ class Decoder:
     def _compute_layers(
         self, x: torch.Tensor, batch: Batch, cache: BaseCache, ropes: dict[RopeSpec, Tables], ws: Workspace
     ) -> None:
-        for index, layer in enumerate(self.spec.layers):
-            with self.weights.layer(index) as weights:
-                self._layer(index, layer, weights, x, batch, cache, ropes, ws)
+        with cache.through(batch, ws):
+            for index, layer in enumerate(self.spec.layers):
+                with self.weights.layer(index) as weights:
+                    self._layer(index, layer, weights, x, batch, cache, ropes, ws)
 
     def _layer(
         self,

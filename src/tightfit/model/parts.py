@@ -67,17 +67,22 @@ def attention(
     ``accumulate`` times."""
     with ws.frame():
         width = spec.head_dim
-        shapes = ((spec.heads, width), (spec.kv_heads, width), (spec.kv_heads, width))
-        q, k, v = project(weights, ("q_proj", "k_proj", "v_proj"), shapes, x, ws, batch.split)
+        queries, keys = (spec.heads, width), (spec.kv_heads, width)
+        if cache.owner(layer) == layer:
+            made = project(weights, ("q_proj", "k_proj", "v_proj"), (queries, keys, keys), x, ws, batch.split)
+        else:
+            made = project(weights, ("q_proj",), (queries,), x, ws, batch.split)
+        q, k, v = made if len(made) == 3 else (made[0], None, None)
         if spec.qk_norm == "all":
-            for name, tensor in (("q_norm", q.flatten(1)), ("k_norm", k.flatten(1))):
-                ops.rms_norm(tensor, weights[name], eps, tensor)
+            for name, tensor in zip(("q_norm", "k_norm"), made[:2], strict=False):
+                flat = tensor.flatten(1)
+                ops.rms_norm(flat, weights[name], eps, flat)
         if spec.clip_qkv is not None:
-            for tensor in (q, k, v):
+            for tensor in made:
                 ops.clamp_(tensor, spec.clip_qkv)
         if spec.qk_norm == "head":
-            ops.rms_norm(q, weights["q_norm"], eps, q)
-            ops.rms_norm(k, weights["k_norm"], eps, k)
+            for name, tensor in zip(("q_norm", "k_norm"), made[:2], strict=False):
+                ops.rms_norm(tensor, weights[name], eps, tensor)
         turn = None
         if spec.rope is not None and tables is not None:
             turn = Turn((tables.cos, tables.sin), spec.rope.interleaved, tables.anchors)

@@ -22,6 +22,7 @@ from tightfit.kv.compose import EXACT
 from tightfit.kv.make import entry_nbytes, kv_nbytes
 from tightfit.kv.reuse.disk import OVERHEAD
 from tightfit.kv.reuse.memory import smallest_memory
+from tightfit.kv.share.sharing import owners_for
 from tightfit.model.decoder import cache_layouts
 from tightfit.model.spec import ModelSpec, MoeSpec
 from tightfit.plan.schema import (
@@ -426,15 +427,19 @@ class Search:
         if (kv, chunk) not in self._caches:
             c = self.constraints
             layouts = cache_layouts(self.spec, c.context, chunk)
-            self._caches[kv, chunk] = kv_nbytes(kv, layouts, c.context, c.sequences, c.numerics.kv)
+            self._caches[kv, chunk] = kv_nbytes(kv, layouts, c.context, c.sequences, c.numerics.kv, self._owners(kv))
         return self._caches[kv, chunk]
+
+    def _owners(self, kv: str) -> list[int] | None:
+        """Of each layer the one whose keys and values it reads; None where each has its own."""
+        return owners_for(kv, self.checkpoint.name, self.checkpoint.fingerprint, len(self.spec.layers))
 
     def _entry_bytes(self, kv: str, chunk: int) -> int:
         """The most bytes of an entry of the prompt cache."""
         if (kv, chunk) not in self._entries:
             c = self.constraints
             layouts = cache_layouts(self.spec, c.context, chunk)
-            self._entries[kv, chunk] = entry_nbytes(kv, layouts, c.context, c.numerics.kv, chunk)
+            self._entries[kv, chunk] = entry_nbytes(kv, layouts, c.context, c.numerics.kv, chunk, self._owners(kv))
         return self._entries[kv, chunk]
 
     def outer(self, level: str) -> Outer:

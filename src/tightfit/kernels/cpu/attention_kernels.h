@@ -8,7 +8,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -418,7 +420,11 @@ void encode_page(const Codec& codec, Kind kind, const float* numbers, uint8_t* p
 inline void read_at(int file, uint8_t* out, size_t count, size_t at) {
     while (count > 0) {
         const ssize_t got = pread(file, out, count, static_cast<off_t>(at));
-        if (got <= 0) std::abort();  // the file is ours, and unlinked: nobody else can have cut it
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) {  // the file is ours, and has no name: nobody else can have cut it
+            std::perror("tightfit: the cache cannot be read from the disk");
+            std::abort();
+        }
         out += got, at += static_cast<size_t>(got), count -= static_cast<size_t>(got);
     }
 }

@@ -28,27 +28,36 @@ inline void settle() { __asm__ volatile("" ::: "memory"); }
 
 // ---- what is read next ----
 
-// Asked for a little at a time: a core's own prefetcher alone reaches half of the memory's speed.
+// Asked for line by line, between the instructions of all phases: a core's own prefetcher alone reaches half of the
+// memory's speed, and many lines at once would let what is computed wait for them.
 class Reader {
 public:
-    void add(const uint8_t* at, size_t bytes) { runs_[count_++] = {at, at + bytes}, lines_ += bytes / 64; }
-    // It all will be asked for in `calls` parts.
-    void divide(size_t calls) { part_ = (lines_ + calls - 1) / calls; }
+    void add(const uint8_t* at, size_t bytes) {
+        const uintptr_t begin = reinterpret_cast<uintptr_t>(at);
+        runs_[count_++] = {begin, begin + bytes};
+        if (count_ == 1) next();
+    }
+    template <size_t LINES>
     void read() {
-        for (size_t left = part_; left > 0 && first_ < count_;) {
-            Run& run = runs_[first_];
-            const uint8_t* end = std::min(run.at + 64 * left, run.end);
-            for (; run.at < end; run.at += 64, left--) __builtin_prefetch(run.at, 0, 2);
-            first_ += run.at >= run.end;
+        if (!at_) return;
+        for (size_t i = 0; i < LINES; i++) {
+            __builtin_prefetch(reinterpret_cast<const void*>(at_), 0, 2);
+            if (__builtin_expect((at_ += 64) >= end_, 0)) next();
         }
     }
 
 private:
     struct Run {
-        const uint8_t *at, *end;
+        uintptr_t at, end;
     };
+    void next() {
+        const Run run = first_ < count_ ? runs_[first_++] : Run{0, 0};
+        at_ = run.at, end_ = run.end;
+    }
+
+    uintptr_t at_ = 0, end_ = 0;
+    size_t count_ = 0, first_ = 0;
     Run runs_[2 * STEPS];
-    size_t count_ = 0, first_ = 0, lines_ = 0, part_ = 0;
 };
 
 // ---- keys and values ----
@@ -174,9 +183,10 @@ inline void pack_keys(const Load& load, size_t stride, BF16* out) {
     for (size_t t = 0; t < STEP; t++) _mm512_store_si512(out + t * stride, load(t));
 }
 template <class Load>
-inline void pack_values(const Load& load, BF16* out) {
+inline void pack_values(const Load& load, BF16* out, Reader& reader) {
 #pragma GCC unroll 4
     for (size_t t = 0; t < TILE; t++, out += STEP) {
+        reader.read<1>();
         const __m512i a = load(t), b = load(t + TILE);
         _mm512_store_si512(out, _mm512_unpacklo_epi16(a, b));
         _mm512_store_si512(out + HALVES, _mm512_unpackhi_epi16(a, b));
@@ -267,7 +277,7 @@ void scale_queries(const float* wide, size_t steps, const float* scales, const f
 // scores = constants + queries . keys of a step of tokens.
 template <size_t WIDTH>
 inline void score(const BF16* queries, size_t parts, const uint8_t* keys, size_t stride, size_t steps,
-                  const float* constants, float* scores) {
+                  const float* constants, float* scores, Reader& reader) {
     settle();
     _tile_loadd(0, constants, 0);
     _tile_loadd(1, constants, 0);
@@ -276,7 +286,9 @@ inline void score(const BF16* queries, size_t parts, const uint8_t* keys, size_t
         _tile_loadd(3, keys + TILE * stride + s * STRIDE, stride);
         for (size_t part = 0; part < parts; part++) {
             _tile_loadd(4, queries + (part * steps + s) * STEP * WIDTH, 4 * WIDTH);
+            reader.read<4>();
             _tile_dpbf16ps(0, 2, 4);
+            reader.read<4>();
             _tile_dpbf16ps(1, 3, 4);
         }
     }
@@ -322,16 +334,13 @@ void weigh_columns(float* scores, size_t count, size_t rows, float* tops, float*
     const __m512 before = twice(Avx512::load_part(tops, rows));
     const __m512 top =
         _mm512_max_ps(before, combine_four(largest, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); }));
-    for (size_t token = 0; token < count; token += TILE) {
-        reader.read();
-        float* at = scores + token * WIDTH;
-        for (size_t i = 0; i < 4; i++)
-            for (size_t v = 0; v < VECTORS; v++, at += TILE) {
-                const __m512 weight = exp2<Avx512>(_mm512_sub_ps(_mm512_load_ps(at), top));
-                _mm512_store_ps(at, weight);
-                sums[v] = _mm512_add_ps(sums[v], weight);
-            }
-    }
+    for (float* at = scores; at < scores + count * WIDTH; at += VECTORS * TILE)
+        for (size_t v = 0; v < VECTORS; v++) {
+            reader.read<1>();
+            const __m512 weight = exp2<Avx512>(_mm512_sub_ps(_mm512_load_ps(at + v * TILE), top));
+            _mm512_store_ps(at + v * TILE, weight);
+            sums[v] = _mm512_add_ps(sums[v], weight);
+        }
     const __m512 sum = combine_four(sums, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
     const __m512 shrink = exp2<Avx512>(_mm512_sub_ps(before, top));
     Avx512::store_part(tops, top, rows);
@@ -371,11 +380,12 @@ inline void load_numbers_of_group(const F16* numbers, size_t groups, size_t g, u
 
 // Adds the products of weights of a step of tokens with a step of their values to the outputs.
 template <size_t WIDTH>
-inline void multiply_values(const BF16* weights, const BF16* values) {
+inline void multiply_values(const BF16* weights, const BF16* values, Reader& reader) {
     _tile_loadd(2, values, STRIDE);
     _tile_loadd(3, values + HALVES, STRIDE);
     for (size_t part = 0; part < PARTS; part++) {
         _tile_loadd(7, weights + part * WIDTH * STEP, STRIDE);
+        reader.read<4>();
         _tile_dpbf16ps(5, 7, 2);
         _tile_dpbf16ps(6, 7, 3);
     }
@@ -427,7 +437,6 @@ public:
                 keys_.ask(head_, {from, to}, reader);
                 if (!head_.shared()) values_.ask(head_, {from, to}, reader);
             }
-            reader.divide((range.end - range.begin) * 2 * (3 + values_.steps));
             fold(range, reader);
         }
         _tile_release();
@@ -454,10 +463,8 @@ private:
         for (size_t set = 0; set < sets_; set++) {
             prepare(set, range.begin);
             for (size_t step = range.begin; step < range.end; step++) {
-                reader.read();
                 if (step + 1 < range.end) prepare(set, step + 1);
-                reader.read();
-                multiply_keys(set, step);
+                multiply_keys(set, step, reader);
             }
         }
         for (size_t set = 0; set < sets_; set++) {
@@ -480,12 +487,12 @@ private:
         scale_queries<WIDTH, PARTS>(wide(set), keys_.steps, scales_, minima_, scaled(step), constants(step));
     }
 
-    void multiply_keys(size_t set, size_t step) const {
+    void multiply_keys(size_t set, size_t step, Reader& reader) const {
         const bool tiles = keys_.tiles(step), coded = keys_.coded();
         const auto* packed = reinterpret_cast<const uint8_t*>(packed_keys_ + step * STEP * keys_.steps * STEP);
         score<WIDTH>(coded ? scaled(step) : split(set), coded ? PARTS : KEY_PARTS, tiles ? keys_.pages[step] : packed,
                      tiles ? keys_.row_bytes : keys_.steps * STRIDE, keys_.steps, constants(step),
-                     scores(set) + step * STEP * WIDTH);
+                     scores(set) + step * STEP * WIDTH, reader);
     }
 
     // Turns scores into weights.
@@ -496,10 +503,8 @@ private:
         hide<WIDTH>(queries_, first, rows(set), range, scores);
         weigh_columns<WIDTH>(scores + begin * WIDTH, count, rows(set), folded_.top + first, folded_.total + first, shrinks_,
                              reader);
-        for (size_t token = begin; token < begin + count; token += TILE) {
-            reader.read();
+        for (size_t token = begin; token < begin + count; token += TILE)
             turn<WIDTH>(scores + token * WIDTH, turned_ + token);
-        }
     }
 
     // acc = acc * shrinks + weights . values of the features of step s.
@@ -508,24 +513,22 @@ private:
         __m512 sums[WIDTH];
         for (size_t r = 0; r < rows(set); r++) sums[r] = _mm512_setzero_ps();
         for (size_t step = range.begin; step < range.end; step++) {
-            reader.read();
             if (coded) {
                 load_group(range, step, s);
-                split_weights(set, step, [&](size_t r, __m512& weights, size_t half) {
+                split_weights(set, step, reader, [&](size_t r, __m512& weights, size_t half) {
                     sums[r] = _mm512_fmadd_ps(weights, _mm512_load_ps(value_minima_ + half * TILE), sums[r]);
                     weights = _mm512_mul_ps(weights, _mm512_load_ps(value_scales_ + half * TILE));
                 });
             } else if (s == 0) {
-                split_weights(set, step, [](size_t, __m512&, size_t) {});
+                split_weights(set, step, reader, [](size_t, __m512&, size_t) {});
             }
-            values_.with(step, s, [&](const auto& load) { pack_values(load, packed_values_ + step * STEP * STEP); });
-            reader.read();
+            values_.with(step, s, [&](const auto& load) { pack_values(load, packed_values_ + step * STEP * STEP, reader); });
         }
         settle();
         _tile_zero(5);
         _tile_zero(6);
         for (size_t step = range.begin; step < range.end; step++)
-            multiply_values<WIDTH>(weights_ + step * PARTS * WIDTH * STEP, packed_values_ + step * STEP * STEP);
+            multiply_values<WIDTH>(weights_ + step * PARTS * WIDTH * STEP, packed_values_ + step * STEP * STEP, reader);
         _tile_stored(5, outputs_, STRIDE);
         _tile_stored(6, outputs_ + FLOATS, STRIDE);
         add_outputs(set, s, sums);
@@ -533,9 +536,10 @@ private:
 
     // The weights of a step of tokens in parts, after change(row, weights of 16 tokens, which).
     template <class Change>
-    void split_weights(size_t set, size_t step, Change change) {
+    void split_weights(size_t set, size_t step, Reader& reader, Change change) {
         BF16* out = weights_ + step * PARTS * WIDTH * STEP;
         for (size_t r = 0; r < rows(set); r++, out += STEP) {
+            reader.read<2>();
             const float* at = turned_ + r * KEY_BLOCK + step * STEP;
             __m512 a = _mm512_load_ps(at), b = _mm512_load_ps(at + TILE);
             change(r, a, 0), change(r, b, 1);

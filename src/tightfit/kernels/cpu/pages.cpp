@@ -235,6 +235,7 @@ void give(int32_t* free, int32_t page) { free[++free[0]] = page; }
 void write_at(int file, const uint8_t* data, size_t count, size_t at) {
     while (count > 0) {
         const ssize_t done = pwrite(file, data, count, static_cast<off_t>(at));
+        if (done < 0 && errno == EINTR) continue;
         if (done <= 0) throw std::runtime_error("the cache cannot be written to the disk: " + std::string(std::strerror(errno)));
         data += done, at += static_cast<size_t>(done), count -= static_cast<size_t>(done);
     }
@@ -243,6 +244,7 @@ void write_at(int file, const uint8_t* data, size_t count, size_t at) {
 void read_whole(int file, uint8_t* out, size_t count, size_t at) {
     while (count > 0) {
         const ssize_t got = pread(file, out, count, static_cast<off_t>(at));
+        if (got < 0 && errno == EINTR) continue;
         if (got <= 0) throw std::runtime_error("the cache cannot be read from the disk: " + std::string(std::strerror(errno)));
         out += got, at += static_cast<size_t>(got), count -= static_cast<size_t>(got);
     }

@@ -29,7 +29,8 @@ class Window(Evictor):
     With ``positions=cache`` a query stands at its place in the cache, as in the paper, so that no distance is longer
     than ``keep``: since rotary embeddings only see distances, it is enough to turn the queries that look at the sinks.
     With ``positions=original`` it stands where it stands in the text. What a query sees is exact for every token,
-    whatever the chunks; memory is given back in blocks of 32.
+    whatever the chunks; memory is given back in blocks of 32. Layers in which the model has a window of its own have no
+    sinks, since it never saw them there.
     """
 
     sinks: int = 4
@@ -47,11 +48,6 @@ class Window(Evictor):
     @property
     def anchors(self) -> int:  # type: ignore[override]
         return self.sinks
-
-    @property
-    def visible(self) -> int:
-        """How many tokens a query sees beside the sinks, its own included."""
-        return int(self.keep) - self.sinks
 
     def protected(self, keep: int) -> tuple[int, int]:
         return self.sinks, max(keep - self.sinks, 1)

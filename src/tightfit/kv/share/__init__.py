@@ -1,0 +1,5 @@
+"""Methods by which layers share keys and values."""
+
+from tightfit.kv.share import kvsharer
+
+__all__ = ["kvsharer"]

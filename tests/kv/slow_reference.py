@@ -1,0 +1,322 @@
+"""What a composition of methods means, written for reading: each head's tokens are a list, and methods are applied to
+it one after the other. Nothing is shared with :mod:`tightfit.kv` but the settings.
+
+A chunk of the prompt sees what was kept and itself. Then, and after every 32 tokens that are generated, each layer and
+head first lets go of tokens, and then stores whole pages of 32 in fewer channels and bits. What is in another tier is
+the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tests.kv.driver import Tiny
+
+from tightfit.kv.compose import compose
+from tightfit.kv.method import Method
+
+PAGE = 32
+KNOWN = {"window", "h2o", "snapkv", "int8", "int4", "int2", "think", "quest", "host", "d2o", "kvsharer"}
+
+
+@dataclass
+class Token:
+    """Of one key-value head."""
+
+    position: int
+    key: torch.Tensor  # (dim,), turned; what reading it back gives
+    value: torch.Tensor
+    mass: float = 0.0  # attention that it received, summed over the heads of its group
+
+
+@dataclass
+class Head:
+    tokens: list[Token] = field(default_factory=list)
+    coded: int = 0  # pages
+    bounds: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # lowest and highest keys of pages
+    channels: list[int] | None = None
+    threshold: float | None = None  # of similarity, from which on d2o merges
+
+
+class Slow:
+    """One sequence of a model with rotary embeddings in a cache of the composition ``kv``."""
+
+    def __init__(self, tiny: Tiny, kv: str, chunk: int, context: int) -> None:
+        self.model, config = tiny.theirs, tiny.theirs.config
+        self.chunk, self.context, self.count = chunk, context, 0
+        self.dim = config.head_dim if hasattr(config, "head_dim") else config.hidden_size // config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.groups = config.num_attention_heads // self.kv_heads
+        self.theta = config.rope_parameters["rope_theta"]
+        self.windows = [attention.window for attention in (layer.attention for layer in tiny.spec.layers)]
+        self.owners = owners(kv, len(self.windows))
+        self.own = sorted(set(self.owners))
+        of_owners = {layer: [Head() for _ in range(self.kv_heads)] for layer in self.own}
+        self.layers = [of_owners[owner] for owner in self.owners]
+        methods: dict[str, Method] = {method.name: method for method in compose(kv).methods}
+        unknown = set(methods) - KNOWN
+        if unknown:
+            raise NotImplementedError(f"write down here what {', '.join(unknown)} means")
+        evictors = ("window", "h2o", "snapkv", "d2o")
+        self.window, self.h2o, self.snapkv, self.d2o = (methods.get(name) for name in evictors)
+        self.evictor = next((methods[name] for name in evictors if name in methods), None)
+        self.think, self.quest = methods.get("think"), methods.get("quest")
+        quantizers = [methods[name] for name in ("int8", "int4", "int2") if name in methods]
+        self.key_bits = next((q.bits for q in quantizers if q.of != "values"), None)
+        self.value_bits = next((q.bits for q in quantizers if q.of != "keys"), None)
+        self.recent = max((method.recent for method in (*quantizers, self.think) if method), default=None)
+
+    # ---- the model ----
+
+    def prefill(self, tokens: Sequence[int], layered: bool = False) -> torch.Tensor:
+        at_once = len(tokens) if layered else self.chunk
+        for a in range(0, len(tokens), at_once):
+            logits = self.forward(tokens[a : a + at_once], decode=False)
+        return logits
+
+    @torch.no_grad()
+    def forward(self, tokens: Sequence[int], decode: bool) -> torch.Tensor:
+        """Logits (vocab,) after the last of ``tokens``."""
+        model, n = self.model.model, len(tokens)
+        x = model.embed_tokens(torch.tensor(tokens))
+        for index, layer in enumerate(model.layers):
+            normed, attention = layer.input_layernorm(x), layer.self_attn
+            q = attention.q_proj(normed).view(n, -1, self.dim)
+            k = attention.k_proj(normed).view(n, -1, self.dim)
+            v = attention.v_proj(normed).view(n, -1, self.dim)
+            x = x + attention.o_proj(self.attend(index, q, k, v, decode).flatten(1))
+            if not decode:
+                owner = self.owners[index]
+                if index == max(layer for layer, of in enumerate(self.owners) if of == owner):  # all have read it
+                    self.settle(owner, self.count + n)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        self.count += n
+        if decode and self.count % PAGE == 0:
+            for index in self.own:
+                self.settle(index, self.count)
+                heads = self.layers[index]
+                if self.snapkv:  # these queries have judged
+                    for token in (token for head in heads for token in head.tokens):
+                        token.mass = 0.0
+        return self.model.lm_head(model.norm(x[-1]))
+
+    def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        half = self.dim // 2
+        angles = positions.view(-1, 1, 1) * self.theta ** (-torch.arange(half) / half)
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decode: bool) -> torch.Tensor:
+        """Attention (n, heads, dim) of new tokens, which are in their heads' lists afterwards: a layer that reads what
+        another keeps adds nothing of its own."""
+        n, window, out = len(q), self.windows[layer], torch.empty_like(q)
+        own = torch.arange(self.count, self.count + n)
+        sinks, reach, standing = 0, window, own
+        if self.window is not None:
+            keep = int(self.window.keep)
+            sinks = self.window.sinks if window is None else 0  # a model with windows never sees its first tokens
+            reach = min(keep - sinks, window or keep)
+            if self.window.positions == "cache":
+                standing = own.clamp(max=keep - 1)
+        q, turned_for_sinks = self.turn(q, own), self.turn(q, standing)
+        k = self.turn(k, own)
+        for number, head in enumerate(self.layers[layer]):
+            group = slice(number * self.groups, (number + 1) * self.groups)
+            if self.owners[layer] == layer:
+                head.tokens += [Token(int(own[i]), k[i, number], v[i, number]) for i in range(n)]
+            seen = head.tokens
+            if decode and self.quest and self.owners[layer] >= self.quest.full and window is None:
+                seen = self.select(head, q[0, group])
+            positions = torch.tensor([token.position for token in seen])
+            keys, values = (torch.stack([getattr(token, name) for token in seen]) for name in ("key", "value"))
+            is_sink = torch.arange(len(seen)) < sinks
+            scores = torch.where(is_sink, turned_for_sinks[:, group] @ keys.T, q[:, group] @ keys.T) / self.dim**0.5
+            hidden = positions > own.view(-1, 1)
+            if reach is not None:
+                hidden |= (positions <= own.view(-1, 1) - reach) & ~is_sink
+            weights = scores.masked_fill(hidden[:, None], -math.inf).softmax(-1)  # (n, groups, tokens)
+            out[:, group] = weights @ values
+            self.observe(seen, weights, decode, first=self.owners[layer] == layer)
+        if not decode and self.think and self.layers[layer][0].channels is None:
+            self.prune(layer, q, k)
+        return out
+
+    def select(self, head: Head, q: torch.Tensor) -> list[Token]:
+        """The pages whose keys may score highest with any of ``q`` (groups, dim), and what has no bounds yet."""
+        scores = [float(torch.maximum(q * low, q * high).sum(-1).max()) for low, high in head.bounds]
+        best = sorted(range(len(scores)), key=lambda page: -scores[page])[: self.quest.tokens // PAGE]
+        tokens = [token for page in sorted(best) for token in head.tokens[page * PAGE : (page + 1) * PAGE]]
+        return tokens + head.tokens[len(head.bounds) * PAGE :]
+
+    # ---- methods ----
+
+    def observe(self, seen: list[Token], weights: torch.Tensor, decode: bool, first: bool) -> None:
+        """Notes what tokens receive; ``first`` says that no other layer has looked at them in this step."""
+        if self.snapkv and not decode:
+            if len(weights) >= self.snapkv.window and first:
+                for token in seen:
+                    token.mass = 0.0
+            weights = weights[-self.snapkv.window :]
+        for token, mass in zip(seen, weights.sum((0, 1)).tolist(), strict=True):
+            token.mass += mass
+
+    def prune(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
+        """ThinK: channels by the norms of the last queries and of the keys."""
+        for number, head in enumerate(self.layers[layer]):
+            queries = q[-self.think.window :, number * self.groups : (number + 1) * self.groups]
+            worth = (queries**2).mean((0, 1)) * (k[:, number] ** 2).mean(0)
+            count = self.dim - int(self.dim * self.think.prune)
+            head.channels = sorted(worth.topk(count).indices.tolist())
+
+    def settle(self, layer: int, count: int) -> None:
+        """All of a layer's tokens are certain, of which ``count`` came so far."""
+        for head, places in zip(self.layers[layer], self.evict(layer, count), strict=True):
+            changed = {i for i, place in enumerate(places) if i != place}
+            if self.d2o and len(places) < len(head.tokens):
+                changed |= self.merge(head, places, count, self.windows[layer])
+            head.tokens = [head.tokens[place] for place in places]
+            self.store(head, min(changed, default=len(places)) // PAGE)
+            if self.quest:
+                pages = [head.tokens[a : a + PAGE] for a in range(0, len(head.tokens) // PAGE * PAGE, PAGE)]
+                keys = [torch.stack([token.key for token in page]) for page in pages]
+                head.bounds = [(page.amin(0), page.amax(0)) for page in keys]
+
+    def evict(self, layer: int, count: int) -> list[list[int]]:
+        """Of each head the places of the tokens that stay."""
+        heads, window = [head.tokens for head in self.layers[layer]], self.windows[layer]
+        # What a layer keeps of a whole context is all that it has room for.
+        limit = None if self.evictor is None else min(self.limit(layer, n) for n in (count, self.context))
+        if limit is None and window is None:
+            return [list(range(len(tokens))) for tokens in heads]
+        limit = min(limit or self.context, window or self.context)
+        total, adaptive = sum(map(len, heads)), self.evictor is not None and self.evictor.budget == "adakv"
+        too_many = total > limit * len(heads) if adaptive else max(map(len, heads)) > limit
+        too_old = window is not None and heads[0][0].position <= count - window
+        if not too_many and not too_old:
+            return [list(range(len(tokens))) for tokens in heads]
+        ranked = []  # (score, place) of each head, best first
+        for tokens in heads:
+            scores = self.scores(tokens, count, limit, window)
+            ranked.append(sorted(((-score, place) for place, score in enumerate(scores) if score > -math.inf)))
+        if not adaptive:
+            return [sorted(place for _, place in rank[:limit]) for rank in ranked]
+        least = max(int(limit * 0.2), 1)
+        best = [
+            (-math.inf if i < least else score, head, place)
+            for head, rank in enumerate(ranked)
+            for i, (score, place) in enumerate(rank)
+        ]
+        chosen = sorted(best)[: limit * len(heads)]
+        return [sorted(place for _, h, place in chosen if h == head) for head in range(len(heads))]
+
+    def merge(self, head: Head, places: list[int], count: int, window: int | None) -> set[int]:
+        """D2O: tokens that go are merged into the most similar one that stays, if they are similar enough; gives the
+        places among those that stay of the tokens that took some up."""
+        gone = [token for place, token in enumerate(head.tokens) if place not in set(places)]
+        gone = [token for token in gone if window is None or token.position > count - window]
+        if not gone:
+            return set()
+        staying = [head.tokens[place] for place in places]
+        similar = torch.nn.functional.cosine_similarity(
+            torch.stack([token.key for token in gone])[:, None], torch.stack([token.key for token in staying]), dim=-1
+        )
+        best, closest = similar.max(1)
+        mean, ema = float(best.mean()), self.d2o.ema
+        head.threshold = mean if head.threshold is None else ema * mean + (1 - ema) * head.threshold
+        into: dict[int, list[tuple[float, Token]]] = {}
+        for token, similarity, place in zip(gone, best.tolist(), closest.tolist(), strict=True):
+            if similarity >= head.threshold:
+                into.setdefault(place, []).append((math.exp(similarity), token))
+        for place, taken in into.items():
+            token = staying[place]
+            parts = [(math.e, token), *taken]
+            total = sum(weight for weight, _ in parts)
+            keys = sum(weight / total * part.key for weight, part in parts)
+            values = sum(weight / total * part.value for weight, part in parts)
+            token.key, token.value = keys, values
+        return set(into)
+
+    def limit(self, layer: int, count: int) -> int:
+        """How many tokens each head of a layer keeps on average of ``count``."""
+        evictor, last = self.evictor, len(self.own) - 1
+        keep = (
+            int(evictor.keep) if evictor.keep >= 1 else max(math.ceil(evictor.keep * count), sum(self.protected(1)), 2)
+        )
+        keep = min(keep, count)
+        if evictor.budget == "pyramid":
+            # What is not protected falls in equal steps from twice the average to a twentieth of it.
+            safe = sum(self.protected(keep))
+            low = (keep - safe) / 20
+            high = 2 * (keep - safe) - low
+            if high > count - safe:
+                high = count - safe
+                low = 2 * (keep - safe) - high
+            if 0 <= low <= high:
+                keep = safe + round(high - (high - low) / last * self.own.index(layer))
+        return max(keep, 1)
+
+    def protected(self, keep: int) -> tuple[int, int]:
+        """How many of the first and the last of ``keep`` tokens stay in any case."""
+        if self.window:
+            return self.window.sinks, max(keep - self.window.sinks, 1)
+        if self.h2o or self.d2o:
+            return 0, int(keep * self.evictor.recent)
+        return 0, self.snapkv.window if keep == 1 else min(self.snapkv.window, max(keep - 1, 1))
+
+    def scores(self, tokens: list[Token], count: int, limit: int, window: int | None) -> list[float]:
+        if self.window or self.evictor is None:
+            scores = [float(token.position) for token in tokens]
+        elif self.h2o or self.d2o:
+            normalize = self.h2o is not None and self.h2o.normalize
+            scores = [token.mass / ((count - token.position) if normalize else 1) for token in tokens]
+        else:
+            judged = max(len(tokens) - self.snapkv.window, 0)
+            masses = [token.mass if place < judged else 0.0 for place, token in enumerate(tokens)]
+            half = self.snapkv.kernel // 2
+            scores = [sum(masses[max(i - half, 0) : i + half + 1]) / self.snapkv.kernel for i in range(len(masses))]
+        first, last = (0, 0) if self.evictor is None else self.protected(limit)
+        if window is not None:
+            first, last = 0, first + last
+        for place, token in enumerate(tokens):
+            if place < first or place >= len(tokens) - last:
+                scores[place] = math.inf
+            if window is not None and token.position <= count - window:
+                scores[place] = -math.inf
+        return scores
+
+    def store(self, head: Head, same: int) -> None:
+        """Writes whole pages in fewer channels and bits, all but those of the last tokens; the first ``same`` pages are
+        those that were there."""
+        if self.recent is None:
+            return
+        written = min(head.coded, same)
+        head.coded = max((len(head.tokens) - self.recent) // PAGE, written)
+        for page in range(written, head.coded):
+            tokens = head.tokens[page * PAGE : (page + 1) * PAGE]
+            keys, values = (torch.stack([getattr(token, name) for token in tokens]) for name in ("key", "value"))
+            if self.think:
+                pruned = torch.ones(self.dim, dtype=torch.bool)
+                pruned[head.channels] = False
+                keys[:, pruned] = 0.0
+            if self.key_bits:
+                keys = rounded(keys, self.key_bits, 0)
+            if self.value_bits:
+                values = torch.cat([rounded(part, self.value_bits, 1) for part in values.split(32, 1)], 1)
+            for token, key, value in zip(tokens, keys, values, strict=True):
+                token.key, token.value = key, value
+
+
+def owners(kv: str, layers: int) -> list[int]:
+    """Of each layer the one whose keys and values it reads: where layers share, the last one reads the first one's."""
+    return [*range(layers - 1), 0 if "kvsharer" in kv else layers - 1]
+
+
+def rounded(x: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """``x`` in 2**bits levels between its lowest and its highest number along ``dim``; scale and minimum in float16."""
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    scale, minimum = ((high - low) / (2**bits - 1)).half().float(), low.half().float()
+    codes = ((x - minimum) / scale.clamp(min=1e-30)).round().clamp(0, 2**bits - 1)
+    return torch.where(scale > 0, codes, 0.0) * scale + minimum

@@ -1,0 +1,111 @@
+"""Every two methods compose, and give what a slow reference gives that applies them one after the other, or they are
+refused by name."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from itertools import combinations, combinations_with_replacement
+
+import pytest
+from tests.kv.driver import Tiny, choose, offset
+from tests.kv.slow_reference import Slow, owners
+
+from tightfit.catalog import all_techniques
+from tightfit.errors import UsageError
+from tightfit.kv.compose import compose
+
+PROMPT, DECODED, CHUNK, CONTEXT = 150, 72, 48, 256
+# Settings with which a method has much to do in so few tokens; others have their own.
+SETTINGS = {
+    "window": "window(keep=60)",
+    "h2o": "h2o(keep=72,recent=0.25)",
+    "snapkv": "snapkv(keep=70,window=12)",
+    "d2o": "d2o(keep=70,recent=0.25)",
+    "int8": "int8(recent=16)",
+    "int4": "int4(recent=16)",
+    "int2": "int2(recent=16)",
+    "think": "think(recent=16,window=8)",
+    "quest": "quest(tokens=32,full=1)",
+    "host": "host(resident=32)",
+}
+METHODS = [SETTINGS.get(entry.name, entry.name) for entry in all_techniques() if entry.seam == "kv"]
+MORE = [
+    "none",
+    "window(keep=60,positions=original,sinks=1)+int4(recent=0)+host(resident=0)",
+    "snapkv(keep=70,window=12,budget=adakv)+int4(recent=0)+host(resident=0)",
+    "snapkv(keep=0.4,window=12,kernel=3,budget=pyramid)+int4(recent=32,of=keys)+int8(recent=0,of=values)",
+    "h2o(keep=40,normalize=true,budget=adakv)+int2(recent=0,of=keys)+quest(tokens=32,full=0)",
+    "h2o(keep=90,budget=pyramid)+think(recent=0,prune=0.6)+quest(tokens=32,full=0)+host(resident=0)",
+    "think(recent=0)+int4(recent=64)+quest(tokens=64,full=0)+host(resident=32)",
+    "int4(recent=0)+quest(tokens=32,full=0)+host(resident=0)",
+    "d2o(keep=64,budget=adakv)+int4(recent=0)+quest(tokens=32,full=0)+host(resident=0)",
+]
+
+
+def roles(spec: str) -> set[str]:
+    return {role for method in compose(spec).methods for role in method.roles}
+
+
+def refused(one: str, other: str) -> bool:
+    """A role is there once; and a window hides the pages that quest would choose from."""
+    names = {one.partition("(")[0], other.partition("(")[0]}
+    return bool(roles(one) & roles(other)) or names == {"window", "quest"}
+
+
+EVERY = list(combinations_with_replacement(METHODS, 2))
+COMPOSED = [f"{one}+{other}" for one, other in combinations(METHODS, 2) if not refused(one, other)]
+
+
+@pytest.mark.parametrize(("one", "other"), [pair for pair in EVERY if refused(*pair)])
+def test_pairs_that_do_not_compose_are_refused_by_name(one: str, other: str) -> None:
+    for spec in (f"{one}+{other}", f"{other}+{one}"):
+        with pytest.raises(UsageError) as caught:
+            compose(spec)
+        for method in (one, other):
+            assert method.partition("(")[0] in str(caught.value)
+
+
+def tolerance(kv: str) -> float:
+    """How far logits may be apart, as a share of the largest: sums in another order move a few numbers over the edge
+    between two codes, and a few scales over that between two numbers of float16; the more so where few are read."""
+    coded = max([share for name, share in (("int8", 2e-4), ("int4", 1e-3), ("int2", 6e-3)) if name in kv], default=0.0)
+    return max(coded * (4 if "quest" in kv else 1), 1e-5)
+
+
+def check(tiny: Tiny, kv: str, layered: bool) -> None:
+    whose = owners(kv, len(tiny.spec.layers))
+    run, slow = tiny.run(kv, context=CONTEXT, chunk=CHUNK, owners=whose), Slow(tiny, kv, CHUNK, CONTEXT)
+    prompt = tiny.tokens(PROMPT)
+    found, expected = run.prefill(prompt, layered=layered), slow.prefill(prompt, layered=layered)
+    allowed = tolerance(kv) * float(expected.abs().max())
+    apart = []
+    for position in range(PROMPT, PROMPT + DECODED):
+        apart.append(float((found - expected).abs().max()))
+        token = choose(found, position)
+        # The same token, unless two are as likely as each other.
+        best, second = offset(expected, position).topk(2).values
+        assert token == choose(expected, position) or float(best - second) < 8 * allowed
+        found, expected = run.decode(token), slow.forward([token], decode=True)
+    assert statistics.median(apart) < allowed
+    assert max(apart) < 30 * allowed
+    for layer, heads in enumerate(slow.layers):
+        for number, head in enumerate(heads):
+            assert kv in ("none", "kvsharer") or run.positions(layer, number) == [
+                token.position for token in head.tokens
+            ]
+
+
+@pytest.mark.parametrize("kv", [*METHODS, *COMPOSED, *MORE])
+def test_compositions_give_what_methods_give_one_after_the_other(tiny: Callable[..., Tiny], kv: str) -> None:
+    check(tiny("llama"), kv, layered=False)
+
+
+@pytest.mark.parametrize("kv", [kv for kv in (*METHODS, *MORE) if "kvsharer" not in kv])  # refused: layers wait
+def test_layered_compositions_judge_the_whole_prompt(tiny: Callable[..., Tiny], kv: str) -> None:
+    check(tiny("llama"), kv, layered=True)
+
+
+@pytest.mark.parametrize("kv", [*METHODS, *MORE])
+def test_compositions_in_layers_with_sliding_windows(tiny: Callable[..., Tiny], kv: str) -> None:
+    check(tiny("sliding"), kv, layered=False)
