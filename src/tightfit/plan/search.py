@@ -18,7 +18,7 @@ from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.errors import BudgetError, UsageError
 from tightfit.experts.store import LEAST_SLOTS, caching_nbytes, expert_count, on_disk
-from tightfit.kv.compose import EXACT
+from tightfit.kv.compose import compose
 from tightfit.kv.make import entry_nbytes, kv_nbytes
 from tightfit.kv.reuse.disk import OVERHEAD
 from tightfit.kv.reuse.memory import smallest_memory
@@ -261,19 +261,20 @@ class Search:
                 "Prompts are kept chunk by chunk: use smaller ones (--chunk) or a longer context (--context).",
             )
         kv, _ = self.cache(chunk)
-        if kv != EXACT and c.prefill == "layered":
+        exact = compose(kv).exact
+        if not exact and c.prefill == "layered":
             return UsageError(
                 f"of prompts that are computed layer by layer in a cache of {kv} nothing can be found again",
                 "Leave out --prefill layered, or the prompt cache.",
             )
         largest = self._entry_bytes(kv, chunk)
         places = {
-            "--prompt-cache": (c.prompt_cache.memory, smallest_memory(largest, whole=kv != EXACT)),
+            "--prompt-cache": (c.prompt_cache.memory, smallest_memory(largest, whole=not exact)),
             "--prompt-cache-disk": (c.prompt_cache.disk, largest + OVERHEAD),
         }
         for option, (limit, needed) in places.items():
             if limit is not None and limit < needed:
-                what = f"{chunk} tokens" if kv == EXACT else f"a prompt in a cache of {kv}"
+                what = f"{chunk} tokens" if exact else f"a prompt in a cache of {kv}"
                 return UsageError(
                     f"a prompt cache of {format_bytes(limit)} does not hold one entry, {what}",
                     f"The smallest that works is {option} {format_bytes(needed, ceil=True).replace(' ', '')}.",
