@@ -140,10 +140,12 @@ class Model:
         return receipt(self.plan, self._ledger, self._generator.timing, self._generator.engine.prompts)
 
     def close(self) -> None:
-        """Closes the checkpoint's files. The memory goes with the object."""
+        """Closes the checkpoint's files and gives the memory back: nothing can be generated any more."""
+        self._generator.close()
         self._generator.engine.decoder.weights.close()
         self._generator.engine.cache.close()
         self.checkpoint.close()
+        self._ledger.release()  # a process that ends reads code again that was dropped
 
     def __enter__(self) -> Model:
         return self

@@ -207,12 +207,11 @@ def test_another_plan_never_finds_anything(tmp_path: Path) -> None:
     (other / "config.json").write_text(json.dumps(config | {"rope_theta": 20000.0}))
     folder = tmp_path / "prompts"
     kept = {"prompt_cache_disk": "64MiB", "prompt_cache_dir": str(folder)}
-    base: dict[str, Any] = {"memory": "2GiB", "context": 200, "chunk": 32, "threads": 2, **kept}
+    base: dict[str, Any] = {"memory": "2GiB", "context": 200, "chunk": 32, **kept}
     changes: list[tuple[Path, dict[str, Any]]] = [
         (tiny, {}),
         (other, {}),
         (tiny, {"chunk": 16}),
-        (tiny, {"threads": 1}),
         (tiny, {"weights": "int8"}),
         (tiny, {"weights": "int8", "activations": "float32"}),
         (tiny, {"prefill": "layered"}),
@@ -241,6 +240,7 @@ def test_what_fixes_the_bits_is_part_of_every_name(plain: tightfit.Model, monkey
         plan,
         plan.model_copy(update={"numerics": numerics.model_copy(update={"gemm": other_gemm})}),
         plan.model_copy(update={"numerics": numerics.model_copy(update={"kv": "float16"})}),
+        plan.model_copy(update={"threads": plan.threads + 1}),
         plan.model_copy(update={"outer": plan.outer.model_copy(update={"format": "int8"})}),
         plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": "0" * 64})}),
     ]

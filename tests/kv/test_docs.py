@@ -25,12 +25,12 @@ def test_a_method_as_the_page_adds_it(prefill: str) -> None:
             prompt = "#" + "7" * 700
             completion = model.generate(prompt, max_new_tokens=40, temperature=0, ignore_eos=True)
             cache = model._generator.engine.cache
-            lengths = [kept.lengths[0] for kept in cache.layers]  # type: ignore[attr-defined]
-            kept = cache.layers[0].positions[0, 0, : int(lengths[0][0])].tolist()  # type: ignore[attr-defined]
+            lengths = [kept.lengths[0].tolist() for kept in cache.layers]  # type: ignore[attr-defined]
+            kept = cache.layers[0].positions[0, 0, : lengths[0][0]].tolist()  # type: ignore[attr-defined]
     finally:
         del TECHNIQUES["kv", "sparse"]
     assert len(completion.tokens) == 40
-    assert all(128 <= length < 160 for layer in lengths for length in layer.tolist())
+    assert all(128 <= length < 160 for layer in lengths for length in layer)
     assert kept[:4] == [0, 1, 2, 3]
     assert 512 in kept
     assert 301 not in kept

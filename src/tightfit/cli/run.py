@@ -180,14 +180,15 @@ def run(
         opened.requests().make(prompts or ["a"], options)
         with loading() as progress:
             loaded = load_opened(wish, opened, followed, progress)
-        if chat:
-            converse(loaded, system, options)
-        elif json:
-            _print_json(loaded, prompts, options)
-            return
-        else:
-            _print_text(loaded, prompts, options)
-        show_receipt(loaded.receipt())
+        with loaded:
+            if chat:
+                converse(loaded, system, options)
+            elif json:
+                _print_json(loaded, prompts, options)
+                return
+            else:
+                _print_text(loaded, prompts, options)
+            show_receipt(loaded.receipt())
 
 
 def _print_text(model: api.Model, prompts: list[str], options: dict[str, Any]) -> None:

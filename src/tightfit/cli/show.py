@@ -57,12 +57,14 @@ def _prompts(kept: dict[str, Any] | None) -> list[str]:
     """What the prompt cache did, if there is one."""
     if kept is None:
         return []
-    line = (
-        f"prompt cache: {kept['reused_tokens']} tokens not computed again, {kept['memory_hits']} entries found in "
-        f"memory, {kept['disk_hits']} on the disk; {kept['entries']} in {format_bytes(kept['bytes'])} of memory"
-    )
-    trouble = [f"{kept[name]} {name}" for name in ("damaged", "unwritten") if kept[name]]
-    return [", ".join([line, *trouble])]
+    parts = [
+        f"prompt cache: {kept['reused_tokens']} tokens were not computed again, from {kept['memory_hits']} entries in "
+        f"memory and {kept['disk_hits']} on the disk"
+    ]
+    if kept["entries"]:
+        parts.append(f"{kept['entries']} entries kept in {format_bytes(kept['bytes'])} of memory")
+    parts += [f"{kept[name]} {name}" for name in ("damaged", "unwritten") if kept[name]]
+    return [", ".join(parts)]
 
 
 def show_plan(answer: dict[str, Any]) -> None:

@@ -64,6 +64,11 @@ class Generator:
         self.timing = Timing()
         self._kept: Kept | None = None
         self._busy = False
+        self._closed = False
+
+    def close(self) -> None:
+        """Nothing can be generated any more."""
+        self._closed = True
 
     def run(
         self, requests: list[Request], completions: list[Completion], conversation: bool = False
@@ -72,7 +77,8 @@ class Generator:
 
         With ``conversation`` the only request's keys and values are kept at the end, and what the next such request has
         in common with it from the start is not computed again. Closing the iterator early ends the requests and gives
-        their places back. Raises UsageError while an earlier iterator is neither exhausted nor closed.
+        their places back. Raises UsageError while an earlier iterator is neither exhausted nor closed, and after
+        :meth:`close`.
         """
         self._check_idle()
         started = time.perf_counter()
@@ -123,7 +129,12 @@ class Generator:
             self.engine.scheduler.release(kept.slot)
         return self.engine.score(tokens)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("this model is closed", "Load it again.")
+
     def _check_idle(self) -> None:
+        self._check_open()
         if self._busy:
             raise UsageError(
                 "this model is still generating an earlier text",
@@ -131,6 +142,7 @@ class Generator:
             )
 
     def _step(self) -> list[tuple[Sequence, int]]:
+        self._check_open()
         weights = self.engine.decoder.weights
         started, before, counted = time.perf_counter(), weights.used_bytes, Counter(weights.expert_counts)
         sampled = self.engine.step()
