@@ -28,6 +28,7 @@ RECEIPT_KEYS = {
     "decode_streamed_bytes_per_token",
     "prefill_experts",
     "decode_experts",
+    "prompt_cache",
     "plan",
 }
 
@@ -92,6 +93,18 @@ def test_json_has_stable_keys(tiny: Path) -> None:
     assert all(set(account) == {"reserved_bytes", "peak_bytes"} for account in receipt["accounts"].values())
     assert receipt["plan"]["sequences"] == 2  # as many as prompts
     assert receipt["new_tokens"] == 8
+
+
+def test_a_prompt_is_found_again_in_the_next_run(tiny: Path, tmp_path: Path) -> None:
+    kept = ("--prompt-cache", "1MiB", "--prompt-cache-disk", "4MiB", "--prompt-cache-dir", tmp_path)
+    run = ("run", tiny, "-p", "#" + "7" * 100, "-n", 4, "--memory", "2GiB", "--chunk", 32, *kept)
+    first, second = (tightfit(*run, "--json").json for _ in range(2))
+    assert [answer["completions"][0]["reused_tokens"] for answer in (first, second)] == [0, 96]
+    assert first["completions"][0]["text"] == second["completions"][0]["text"]
+    assert second["receipt"]["plan"]["prompt_cache"] == {"memory": 1 << 20, "disk": 4 << 20, "folder": str(tmp_path)}
+    receipt = tightfit(*run).stderr
+    assert "1 MiB for prompts in memory, 4 MiB for prompts on the disk" in receipt
+    assert "96 tokens were not computed again, from 0 entries in memory and 3 on the disk" in receipt
 
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another(tiny: Path) -> None:
