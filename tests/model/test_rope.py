@@ -13,7 +13,7 @@ from tightfit.checkpoints.config import Config
 from tightfit.checkpoints.rope import rope_parameters
 from tightfit.errors import CheckpointError
 from tightfit.model.families.common import rope
-from tightfit.model.rope import frequencies
+from tightfit.model.rope import dependence, frequencies
 
 LONGEST = 4096
 ORIGINAL = {"original_max_position_embeddings": 1024}
@@ -77,3 +77,17 @@ def test_an_odd_number_of_rotated_features_is_refused() -> None:
     parameters = rope_parameters(Config({"max_position_embeddings": 64, "rope_parameters": section}, "test"))
     with pytest.raises(CheckpointError, match="5 of 10 features"):
         rope(parameters["full_attention"], 10)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("default", {}), *KINDS])
+def test_frequencies_of_two_lengths_are_the_same_where_what_they_depend_on_is(
+    kind: str, settings: dict[str, Any]
+) -> None:
+    parameters = {"rope_type": kind, "rope_theta": 50_000.0, **settings}
+    config = Config({"max_position_embeddings": LONGEST, "rope_parameters": parameters}, "test")
+    spec = rope(rope_parameters(config)["full_attention"], 2 * PAIRS)
+    found: dict[int, list[float]] = {}
+    for length in (17, 1024, 1025, LONGEST, LONGEST + 1, 3 * LONGEST):
+        inverse, _ = frequencies(spec, length)
+        assert found.setdefault(dependence(spec, length), inverse.tolist()) == inverse.tolist()
+    assert len(found) == len(set(map(tuple, found.values()))) == {"dynamic": 3, "longrope": 2}.get(kind, 1)

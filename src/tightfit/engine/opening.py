@@ -272,6 +272,8 @@ def wanted_prompt_cache(wish: Wish) -> PromptCachePlan | None:
     )
     if memory is None and disk is None:
         return None
+    if min(memory or 0, disk or 0) < 0:
+        raise UsageError("a prompt cache of less than nothing makes no sense", "Give a size such as 64MiB.")
     return PromptCachePlan(memory=memory, disk=disk, folder=wish.prompt_cache_dir or "")
 
 
