@@ -10,8 +10,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.kv.driver import Run, Tiny, choose
+from tests.kv.slow_reference import owners
 
 from tightfit.kv.base import BLOCK
+from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Segment
 
 CONTEXT = 320
@@ -35,8 +37,8 @@ COMPOSITIONS = [
     "h2o(keep=64,budget=adakv)+int4(recent=32)+quest(tokens=32,full=0)+host(resident=0)",
 ]
 PRUNED = ["think", "snapkv(keep=64,window=8)+think(recent=0)+int4(recent=0)+quest(tokens=32,full=1)+host(resident=0)"]
-MODELS = ["llama", "sliding", "latent"]
-CASES = [("llama", kv) for kv in COMPOSITIONS + PRUNED] + [
+SHARED = ["kvsharer", "h2o(keep=48)+int4(recent=0)+kvsharer", "snapkv(keep=40,window=8,budget=adakv)+kvsharer"]
+CASES = [("llama", kv) for kv in COMPOSITIONS + PRUNED + SHARED] + [
     (model, kv.replace("window(keep=40)", "window(keep=40,positions=original)"))
     for model in ("sliding", "latent")
     for kv in COMPOSITIONS
@@ -130,7 +132,9 @@ def test_drafts_leave_the_same_bits_as_plain_decoding(
 ) -> None:
     small = tiny(model, dtype)
     tokens = small.tokens(prompt, seed)
-    plain, verified = (small.run(kv, context=CONTEXT, chunk=48, tail=t) for t in (1, tail))
+    whose = owners(kv, len(small.spec.layers))
+    plain, verified = (small.run(kv, context=CONTEXT, chunk=48, tail=t, owners=whose) for t in (1, tail))
+    layered = layered and kv not in SHARED
     first, same = plain.prefill(tokens, layered=layered), verified.prefill(tokens, layered=layered)
     assert torch.equal(first, same)
     expected, expected_logits = plain.generate(first, DECODED)
@@ -138,6 +142,18 @@ def test_drafts_leave_the_same_bits_as_plain_decoding(
     assert found == expected
     for at, (a, b) in enumerate(zip(found_logits, expected_logits, strict=True)):
         assert torch.equal(a, b), f"logits of decoded token {at} differ by {(a - b).abs().max():.2g}"
+    if isinstance(plain.cache, PagedCache):
+        assert statistics_of(plain) == statistics_of(verified)
+
+
+def statistics_of(run: Run) -> list[object]:
+    """By what each head will judge its tokens: their positions, and what they received."""
+    layers, kept = range(len(run.paged.layers)), run.paged.layers
+    heads = [(layer, head) for layer in layers for head in range(kept[layer].table.shape[1])]
+    found: list[object] = [run.positions(layer, head) for layer, head in heads]
+    if run.paged.mass:
+        found += [run.paged.mass[layer][0, head, : len(run.positions(layer, head))].tolist() for layer, head in heads]
+    return found
 
 
 @pytest.mark.parametrize("kv", [kv for kv in COMPOSITIONS if "+" not in kv] + PRUNED)

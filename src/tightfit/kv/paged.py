@@ -756,16 +756,21 @@ class PagedCache(BaseCache):
         self._drafting[slot] = False
         order = torch.tensor(path, dtype=torch.int32)
         start = int(self.tokens[slot])
-        rows = Rows(torch.tensor([(slot, start + index) for index in range(len(path))], dtype=torch.int32).view(-1, 2))
-        for layer, (kept, drafts) in enumerate(zip(self.layers, self.drafts, strict=True)):
+        places = torch.tensor([(slot, start + index) for index in range(len(path))], dtype=torch.int32).view(-1, 2)
+        for layer, kept in enumerate(self.layers):
             if layer == self.owners[layer]:
                 pages.straighten(kept, slot, order)
-            if not path:
-                continue
-            with ws.frame():
-                looking = self._looking(layer, rows, drafts.q[slot, order], drafts.turned(slot, order), ws)
-                lse, scoring = drafts.lse[slot, order], drafts.scoring
-                pages.weigh_rows(kept, rows, looking, lse, self.mass[layer], ws, scoring)
+        if not path:
+            return
+        # Where layers share what tokens received, it is summed up in the order in which they decode: token by token.
+        shared = len(set(self.owners)) < len(self.owners)
+        for part in torch.arange(len(path)).split(1 if shared else len(path)):
+            for layer, (kept, drafts) in enumerate(zip(self.layers, self.drafts, strict=True)):
+                with ws.frame():
+                    rows, which = Rows(places[part]), order[part]
+                    looking = self._looking(layer, rows, drafts.q[slot, which], drafts.turned(slot, which), ws)
+                    lse, scoring = drafts.lse[slot, which], drafts.scoring
+                    pages.weigh_rows(kept, rows, looking, lse, self.mass[layer], ws, scoring)
 
 
 @dataclass(frozen=True)
