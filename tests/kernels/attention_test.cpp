@@ -1,5 +1,5 @@
 // Attention alone, for the sanitizers (`make sanitize`): caches, queries, results and scratch in buffers without a byte
-// to spare, every instruction set of the processor, rings, odd sizes, and many threads.
+// to spare, every instruction set of the processor, rings, odd sizes, pages that are coded or in a file, and many threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -11,7 +11,10 @@
 #include <string>
 #include <vector>
 
+#include <unistd.h>
+
 #include "attention.h"
+#include "attention_tasks.h"
 #include "levels.h"
 
 using namespace tightfit;
@@ -45,9 +48,9 @@ std::vector<float> random(size_t count, float (*number)()) {
     return numbers;
 }
 
-class Scratch {
+class Memory {
 public:
-    explicit Scratch(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 63) / 64 * 64), &std::free) {}
+    explicit Memory(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 63) / 64 * 64), &std::free) {}
     uint8_t* get() { return static_cast<uint8_t*>(data_.get()); }
 
 private:
@@ -104,11 +107,11 @@ void check_case(const Case& c, size_t threads) {
     };
     const Block<const float> queries{q.data(), heads * c.key_dim, c.key_dim};
     const Block<float> results{out.data(), heads * c.value_dim, c.value_dim};
-    Scratch rows(attend_rows_scratch(cache, c.count, heads, threads));
+    Memory rows(attend_rows_scratch(cache, c.count, heads, threads));
     attend_rows(cache, &places[c.first], {}, c.count, queries, results, attention, rows.get(), threads);
     compare(1e-5, "attention of rows");
     for (const bool bf16 : {false, true}) {
-        Scratch scratch(attend_scratch(cache, c.count, heads, bf16, threads));
+        Memory scratch(attend_scratch(cache, c.count, heads, bf16, threads));
         attend(cache, 1, c.first, c.count, queries, results, attention, bf16, scratch.get(), threads);
         // Queries and weights are rounded by 2^-9, which moves scores of up to 8 by 2^-6, and values reach 4.
         compare(bf16 ? 4.0 / 64 : 1e-5, bf16 ? "attention in bfloat16" : "attention");
@@ -136,6 +139,95 @@ void check_rotation(size_t heads, size_t half, size_t rest, bool interleaved) {
         }
 }
 
+// Pages of one head that `rows` of two tokens fold: where they lie, and in how many bits, 16 for bfloat16.
+struct Pages {
+    size_t rows, key_dim, value_dim, tokens, from, key_bits, value_bits;
+    bool in_file, shared;
+};
+
+// Pages in the order of `table`, and what they hold.
+struct Stored {
+    Codec codec;
+    std::unique_ptr<uint8_t[]> pages;
+    size_t bytes;
+    std::vector<float> numbers;
+
+    Stored(const Codec& codec, const std::vector<int32_t>& table)
+        : codec(codec), bytes(table.size() * codec.page_bytes()), numbers(table.size() * PAGE * codec.dim) {
+        pages.reset(new uint8_t[bytes]());
+        for (size_t i = 0; i < table.size(); i++) {
+            uint8_t* page = pages.get() + static_cast<size_t>(table[i]) * codec.page_bytes();
+            const std::vector<float> original = random(PAGE * codec.dim, coarse);
+            attention_kernels().encode(codec, Kind::bf16, original.data(), page);
+            attention_kernels().decode(codec, Kind::bf16, page, &numbers[i * PAGE * codec.dim]);
+        }
+    }
+};
+
+void check_pages(const Pages& c) {
+    std::vector<int32_t> table;
+    for (size_t i = 0; i < (c.tokens + PAGE - 1) / PAGE; i++) table.push_back(static_cast<int32_t>(i));
+    std::shuffle(table.begin(), table.end(), generator);
+    const Stored keys({c.key_bits, c.key_dim, true}, table);
+    const Stored values({c.value_bits, c.value_dim, false}, table);
+    const bool coded = c.key_bits < 16 || c.value_bits < 16;
+
+    // Seven tokens of the last page are in another order, as those that are not committed yet; codes are always whole.
+    std::vector<int32_t> path{3, 1, 2, 0, 5, 4, 6};
+    const auto token_of = [&](size_t i) {
+        const size_t committed = c.tokens - path.size();
+        return coded || c.in_file || i < committed ? i : committed + static_cast<size_t>(path[i - committed]);
+    };
+    HeadCache head{Kind::bf16, keys.pages.get(), c.shared ? keys.pages.get() : values.pages.get(), table.size() * PAGE,
+                   c.key_dim, c.value_dim, c.shared ? c.key_dim : c.value_dim};
+    head.table = table.data(), head.coded = coded;
+    head.key_codec = keys.codec, head.value_codec = values.codec;
+    FILE* file = nullptr;
+    if (c.in_file) {
+        file = std::tmpfile();
+        head.chosen = table.data(), head.file = fileno(file), head.values_at = keys.bytes;
+        check(std::fwrite(keys.pages.get(), 1, keys.bytes, file) == keys.bytes, "writing");
+        check(std::fwrite(values.pages.get(), 1, values.bytes, file) == values.bytes, "writing");
+        std::fflush(file);
+        head.keys = nullptr, head.values = c.shared ? nullptr : reinterpret_cast<const uint8_t*>(1);
+    } else if (!coded) {
+        head.path = path.data(), head.committed = c.tokens - path.size();
+    }
+
+    // The second half of the rows sees less.
+    const size_t groups = (c.rows + 1) / 2, stride = (c.value_dim + 15) / 16 * 16;
+    const std::vector<int32_t> lows{0, static_cast<int32_t>(c.from + 37)};
+    const Queries queries{c.rows, groups, 0, 0, 0, true, lows.data()};
+    std::vector<float> q = random(c.rows * c.key_dim, coarse), top(c.rows, LOWEST), total(c.rows), acc(c.rows * stride);
+    for (float& number : q) number /= std::sqrt(static_cast<float>(c.key_dim));
+    Memory scratch(fold_scratch(c.rows, c.key_dim, c.value_dim, !head.loaded()) * sizeof(float));
+    const size_t middle = (c.from + c.tokens) / 2;
+    for (const auto& [from, to] : {std::pair{c.from, middle}, std::pair{middle, c.tokens}})
+        attention_kernels().fold(head, queries, q.data(), from, to, nullptr, reinterpret_cast<float*>(scratch.get()),
+                                 {top.data(), total.data(), acc.data(), stride});
+    if (file) std::fclose(file);
+
+    for (size_t r = 0; r < c.rows; r++) {
+        std::vector<double> expected(c.value_dim);
+        double sum = 0;
+        for (size_t i = std::max(c.from, static_cast<size_t>(lows[r / groups])); i < c.tokens; i++) {
+            const float* key = &keys.numbers[token_of(i) * c.key_dim];
+            const float* value = c.shared ? key : &values.numbers[token_of(i) * c.value_dim];
+            double score = 0;
+            for (size_t d = 0; d < c.key_dim; d++) score += q[r * c.key_dim + d] * key[d];
+            sum += std::exp2(score);
+            for (size_t d = 0; d < c.value_dim; d++) expected[d] += std::exp2(score) * value[d];
+        }
+        // Float32, and where codes are multiplied, numbers of 16 bits: queries, and weights of values of up to 4.
+        const double tolerance = coded ? 4e-5 : 1e-5;
+        bool close = true;
+        for (size_t d = 0; d < c.value_dim; d++)
+            close = close && std::abs(acc[r * stride + d] / total[r] - expected[d] / sum) <= tolerance;
+        check(close, "attention over pages");
+        check(std::abs(top[r] + std::log2(total[r]) - std::log2(sum)) <= tolerance, "the sum of a softmax over pages");
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -150,6 +242,15 @@ int main() {
                                   Case{kind, 3, 2, 16, 16, 200, 33, 50, false, true, 0},
                                   Case{kind, 1, 16, 130, 96, 140, 5, ALL, true, false, 0}})
                 for (size_t threads : {1, 3}) check_case(c, threads);
+        for (bool in_file : {false, true})
+            for (const Pages& c : {Pages{1, 64, 64, 160, 0, 16, 16, in_file, false}, Pages{20, 72, 40, 333, 5, 16, 16, in_file, false},
+                                   Pages{4, 96, 64, 333, 40, 16, 16, in_file, true}, Pages{8, 64, 64, 384, 0, 4, 4, in_file, false},
+                                   Pages{7, 33, 17, 256, 35, 4, 4, in_file, false}, Pages{16, 1, 1, 128, 0, 2, 2, in_file, false},
+                                   Pages{2, 130, 200, 160, 1, 2, 2, in_file, false}, Pages{5, 5, 70, 192, 0, 8, 8, in_file, false},
+                                   Pages{35, 64, 96, 160, 33, 8, 2, in_file, false}, Pages{6, 128, 128, 288, 0, 2, 8, in_file, false},
+                                   Pages{4, 64, 64, 160, 0, 16, 4, in_file, false}, Pages{9, 40, 64, 160, 0, 4, 16, in_file, false},
+                                   Pages{4, 64, 32, 160, 0, 4, 4, in_file, true}})
+                check_pages(c);
         for (bool interleaved : {false, true})
             for (size_t half : {1, 7, 32}) check_rotation(3, half, half % 3, interleaved);
         std::printf("%s: checked\n", name_of(level));
