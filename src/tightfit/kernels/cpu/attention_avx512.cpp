@@ -6,7 +6,7 @@ namespace {
 
 constexpr AttentionKernels kernels_of(bool amx) {
     AttentionKernels kernels = attention_kernels_of<Avx512>();
-    if (amx) kernels.fold = amx_fold;
+    if (amx) kernels.fold = amx_fold, kernels.weigh = amx_weigh;
     return kernels;
 }
 

@@ -364,57 +364,82 @@ void decode_page(const Codec& codec, Kind kind, const uint8_t* page, float* out)
     }
 }
 
-// Codes of numbers that share a scale, `step` apart, into bytes of which each gets `bits` of a code.
-struct Group {
-    float scale, minimum;
+// Codes of `count` numbers: the nearest whole ones to (number - minimum) / scale, or 0 where that is no number.
+template <bool EACH>
+inline void find_codes(const float* numbers, const float* scales, const float* minima, size_t count, float most,
+                       uint8_t* codes) {
+    for (size_t i = 0; i < count; i++) {
+        const float scale = scales[EACH ? i : 0], code = std::nearbyint((numbers[i] - minima[EACH ? i : 0]) / scale);
+        const float positive = scale > 0.0f && code > 0.0f ? code : 0.0f;
+        codes[i] = static_cast<uint8_t>(positive < most ? positive : most);
+    }
+}
 
-    template <class Isa>
-    static Group of(const float* numbers, size_t count, size_t step, size_t bits, F16* scale, F16* minimum) {
-        float low = numbers[0], high = low;
-        for (size_t i = 1; i < count; i++) {
-            low = std::min(low, numbers[i * step]);
-            high = std::max(high, numbers[i * step]);
-        }
-        const float parts[2] = {(high - low) / static_cast<float>((1 << bits) - 1), low};
-        F16 rounded[2];
-        float back[2];
-        store_row<Isa>(parts, 2, rounded);
-        load_numbers<Isa>(rounded, 2, back);
-        *scale = rounded[0], *minimum = rounded[1];
-        return {back[0], back[1]};
+template <size_t BITS>
+inline void pack_codes(const uint8_t* codes, size_t count, uint8_t* out) {
+    constexpr size_t PER_BYTE = 8 / BITS;
+    for (size_t byte = 0; byte < (count + PER_BYTE - 1) / PER_BYTE; byte++) {
+        unsigned packed = 0;
+        for (size_t i = 0; i < PER_BYTE; i++) packed |= static_cast<unsigned>(codes[byte * PER_BYTE + i]) << (i * BITS);
+        out[byte] = static_cast<uint8_t>(packed);
     }
-    unsigned code(float number, size_t bits) const {
-        if (!(scale > 0.0f)) return 0;
-        const float code = std::nearbyint((number - minimum) / scale);  // 0 if it is no number
-        return static_cast<unsigned>(std::min(std::max(0.0f, code), static_cast<float>((1 << bits) - 1)));
-    }
-};
+}
+
+// Scales and minima from the lowest and the highest numbers, in float16, and as these read back.
+template <class Isa>
+inline void round_scales(float* low, float* high, size_t count, float most, F16* scales, F16* minima) {
+    for (size_t i = 0; i < count; i++) high[i] = (high[i] - low[i]) / most;
+    store_row<Isa>(high, count, scales);
+    store_row<Isa>(low, count, minima);
+    load_numbers<Isa>(scales, count, high);
+    load_numbers<Isa>(minima, count, low);
+}
 
 template <class Isa>
 void encode_page(const Codec& codec, Kind kind, const float* numbers, uint8_t* page) {
+    constexpr size_t AT_ONCE = 256;  // channels, a multiple of what shares a byte and of a group
     const size_t dim = codec.dim, row_bytes = codec.row_bytes(), bits = codec.bits, groups = codec.groups();
     if (codec.dense()) return store<Isa>(numbers, PAGE * dim, kind, page);
-    std::memset(page, 0, PAGE * row_bytes);
+    const float most = static_cast<float>((1 << bits) - 1);
     F16* scales = const_cast<F16*>(codec.scales_of(page));
     F16* minima = const_cast<F16*>(codec.minima_of(page));
-    const auto put = [&](size_t t, size_t d, unsigned code) {
-        page[t * row_bytes + d * bits / 8] |= static_cast<uint8_t>(code << (d * bits % 8));
-    };
-    if (codec.per_channel) {
-        for (size_t d = 0; d < dim; d++) {
-            const Group group = Group::of<Isa>(numbers + d, PAGE, dim, bits, scales + d, minima + d);
-            for (size_t t = 0; t < PAGE; t++) put(t, d, group.code(numbers[t * dim + d], bits));
+    float low[AT_ONCE], high[AT_ONCE];
+    uint8_t codes[AT_ONCE + 4];
+    for (size_t first = 0; first < dim; first += AT_ONCE) {
+        const size_t count = std::min(AT_ONCE, dim - first), of_row = (count + CODE_GROUP - 1) / CODE_GROUP;
+        if (codec.per_channel) {
+            std::copy(numbers + first, numbers + first + count, low);
+            std::copy(low, low + count, high);
+            for (size_t t = 1; t < PAGE; t++)
+                for (size_t i = 0; i < count; i++) {
+                    low[i] = std::min(low[i], numbers[t * dim + first + i]);
+                    high[i] = std::max(high[i], numbers[t * dim + first + i]);
+                }
+            round_scales<Isa>(low, high, count, most, scales + first, minima + first);
         }
-        return;
+        for (size_t t = 0; t < PAGE; t++) {
+            const float* row = numbers + t * dim + first;
+            if (codec.per_channel) {
+                find_codes<true>(row, high, low, count, most, codes);
+            } else {
+                for (size_t g = 0; g < of_row; g++) {
+                    const float* group = row + g * CODE_GROUP;
+                    const size_t size = std::min(CODE_GROUP, count - g * CODE_GROUP);
+                    low[g] = *std::min_element(group, group + size), high[g] = *std::max_element(group, group + size);
+                }
+                const size_t at = t * groups + first / CODE_GROUP;
+                round_scales<Isa>(low, high, of_row, most, scales + at, minima + at);
+                for (size_t g = 0; g < of_row; g++)
+                    find_codes<false>(row + g * CODE_GROUP, high + g, low + g, std::min(CODE_GROUP, count - g * CODE_GROUP),
+                                      most, codes + g * CODE_GROUP);
+            }
+            std::fill(codes + count, codes + count + 4, uint8_t(0));
+            uint8_t* out = page + t * row_bytes + first * bits / 8;
+            if (bits == 8) pack_codes<8>(codes, count, out);
+            else if (bits == 4) pack_codes<4>(codes, count, out);
+            else pack_codes<2>(codes, count, out);
+        }
     }
-    for (size_t t = 0; t < PAGE; t++)
-        for (size_t g = 0; g < groups; g++) {
-            const size_t first = g * CODE_GROUP, count = std::min(CODE_GROUP, dim - first);
-            const float* row = numbers + t * dim;
-            const Group group =
-                Group::of<Isa>(row + first, count, 1, bits, scales + t * groups + g, minima + t * groups + g);
-            for (size_t d = first; d < first + count; d++) put(t, d, group.code(row[d], bits));
-        }
 }
 
 inline void read_at(int file, uint8_t* out, size_t count, size_t at) {

@@ -422,11 +422,36 @@ public:
         }
     }
 
+    // mass[i] += what the rows give to token from + i, if `lse` is what their softmaxes divide by.
+    void give(size_t from, size_t to, const float* lse, float* mass) {
+        configure();
+        for (const size_t first = from; from < to;) {
+            const Range range(from, to);
+            from = range.to;
+            BlockPages pages{};
+            if (!head_.loaded()) pages = find_pages(head_, range.block, range.block + range.begin * PAGE, range.to, pages_);
+            for (size_t step = range.begin; step < range.end; step++)
+                keys_.find(head_, head_.loaded() ? nullptr : pages.keys[step], range, step);
+            Reader reader;
+            if (from < to && head_.file < 0) keys_.ask(head_, {from, to}, reader);
+            for (size_t set = 0; set < sets_; set++) {
+                score_tokens(set, range, reader);
+                see(set, range);
+                alignas(64) float sums[TILE];
+                std::fill(sums, sums + TILE, __builtin_inff());  // rows that there are not give nothing
+                std::copy(lse + set * WIDTH, lse + set * WIDTH + rows(set), sums);
+                for (size_t token = range.from; token < range.to; token++) {
+                    const float* at = scores(set) + (token - range.block) * WIDTH;
+                    const __m512 score = Avx512::load_part(at, WIDTH);
+                    mass[token - first] += Avx512::sum(exp2<Avx512>(_mm512_sub_ps(score, _mm512_load_ps(sums))));
+                }
+            }
+        }
+        _tile_release();
+    }
+
     void run(size_t from, size_t to, const uint8_t* next) {
-        TileConfig config;
-        for (size_t tile : {0, 1, 4}) config.row_bytes[tile] = 4 * WIDTH;
-        for (size_t tile : {5, 6, 7}) config.rows[tile] = static_cast<uint8_t>(rows(0));
-        _tile_loadconfig(&config);
+        configure();
         while (from < to) {
             const Range range(from, to);
             from = range.to;
@@ -443,6 +468,12 @@ public:
     }
 
 private:
+    void configure() const {
+        TileConfig config;
+        for (size_t tile : {0, 1, 4}) config.row_bytes[tile] = 4 * WIDTH;
+        for (size_t tile : {5, 6, 7}) config.rows[tile] = static_cast<uint8_t>(rows(0));
+        _tile_loadconfig(&config);
+    }
     size_t set_size() const { return keys_.steps * STEP * WIDTH; }
     size_t rows(size_t set) const { return std::min(WIDTH, queries_.rows - set * WIDTH); }
     float* wide(size_t set) const { return wide_ + set * set_size(); }
@@ -460,17 +491,26 @@ private:
             keys_.find(head_, paged ? pages.keys[step] : nullptr, range, step);
             values_.find(head_, paged ? pages.values[step] : nullptr, range, step);
         }
-        for (size_t set = 0; set < sets_; set++) {
-            prepare(set, range.begin);
-            for (size_t step = range.begin; step < range.end; step++) {
-                if (step + 1 < range.end) prepare(set, step + 1);
-                multiply_keys(set, step, reader);
-            }
-        }
+        for (size_t set = 0; set < sets_; set++) score_tokens(set, range, reader);
         for (size_t set = 0; set < sets_; set++) {
             weigh(set, range, reader);
             for (size_t s = 0; s < values_.steps; s++) add_values(set, s, range, reader);
         }
+    }
+
+    void score_tokens(size_t set, const Range& range, Reader& reader) {
+        prepare(set, range.begin);
+        for (size_t step = range.begin; step < range.end; step++) {
+            if (step + 1 < range.end) prepare(set, step + 1);
+            multiply_keys(set, step, reader);
+        }
+    }
+
+    // Limits scores, and makes those minus infinity that a row does not see.
+    void see(size_t set, const Range& range) {
+        const size_t begin = range.begin * STEP, count = range.end * STEP - begin;
+        if (queries_.softcap != 0.0f) limit(scores(set) + begin * WIDTH, count * WIDTH, queries_.softcap);
+        hide<WIDTH>(queries_, set * WIDTH, rows(set), range, scores(set));
     }
 
     // What the scores of a set with a step of tokens are computed from.
@@ -499,8 +539,7 @@ private:
     void weigh(size_t set, const Range& range, Reader& reader) {
         const size_t begin = range.begin * STEP, count = range.end * STEP - begin, first = set * WIDTH;
         float* scores = this->scores(set);
-        if (queries_.softcap != 0.0f) limit(scores + begin * WIDTH, count * WIDTH, queries_.softcap);
-        hide<WIDTH>(queries_, first, rows(set), range, scores);
+        see(set, range);
         weigh_columns<WIDTH>(scores + begin * WIDTH, count, rows(set), folded_.top + first, folded_.total + first, shrinks_,
                              reader);
         for (size_t token = begin; token < begin + count; token += TILE)
@@ -597,6 +636,13 @@ void amx_fold(const HeadCache& head, const Queries& queries, const float* q, siz
     if (!multiplies(head)) return avx512_attention_kernels.fold(head, queries, q, from, to, next, scratch, folded);
     if (queries.rows <= 8) Fold<8>(head, queries, q, scratch, folded).run(from, to, next);
     else Fold<16>(head, queries, q, scratch, folded).run(from, to, next);
+}
+
+void amx_weigh(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, const float* lse,
+               float* scratch, float* mass) {
+    if (!multiplies(head)) return avx512_attention_kernels.weigh(head, queries, q, from, to, lse, scratch, mass);
+    if (queries.rows <= 8) Fold<8>(head, queries, q, scratch, Folded{}).give(from, to, lse, mass);
+    else Fold<16>(head, queries, q, scratch, Folded{}).give(from, to, lse, mass);
 }
 
 }  // namespace tightfit

@@ -190,6 +190,8 @@ extern const AttentionKernels amx_attention_kernels;
 // coded.
 void amx_fold(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to,
               const uint8_t* next, float* scratch, const Folded& folded);
+void amx_weigh(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, const float* lse,
+               float* scratch, float* mass);
 
 // Attention with products in bfloat16 on AMX tiles. The rows that are folded at once, at most, and their scratch:
 size_t amx_prefill_rows(size_t key_dim, size_t value_dim);
