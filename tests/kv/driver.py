@@ -226,7 +226,8 @@ class Layer:
 
     def read(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (n, key_dim) and values (n, value_dim) of what a head keeps, as attention sees them."""
-        nothing = pages.Run(torch.empty(1, 1, self.layout.key_dim), torch.empty(1, 1, self.layout.value_dim), 0)
+        heads, dims = self.layout.kv_heads, (self.layout.key_dim, self.layout.value_dim)
+        nothing = pages.Run(*(torch.empty(heads, 1, dim) for dim in dims), 0)
         with self.ws.frame():
             k, v = pages.read(self.pages, 0, head, nothing, 0, self.length(head), self.ws)
             return k.clone(), v.clone()
