@@ -12,7 +12,8 @@ time:
 - KL divergence of the next-token distributions from those of the exact cache, on held-out code: after a long prompt,
   the next 64 tokens.
 
-Bytes are those of the `kv` account after the longest text: reserved, and resident as the operating system says.
+Bytes are those of the `kv` account after the longest text: reserved, and resident as the operating system says; and
+what the next token reads of keys, values and their bounds.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from benchmarks.common import held_out, machine, table
 
 import tightfit
 from tightfit import zoo
+from tightfit.kernels.pages import PAGE
+from tightfit.kv.cache import Cache
+from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Batch, Segment
 from tightfit.zoo.presets import BOS
 from tightfit.zoo.tasks import TASKS, Material
@@ -104,6 +108,31 @@ class Reader:
         receipt = self.model.receipt()["accounts"]["kv"]
         return receipt["reserved_bytes"], receipt["peak_bytes"]
 
+    def read_bytes(self) -> int:
+        """Bytes of keys and values, and of bounds, that the next token reads, from memory or the file."""
+        cache, total = self.engine.cache, 0
+        for layer in cache.own:
+            readers = cache.owners.count(layer)
+            if not isinstance(cache, PagedCache):
+                assert isinstance(cache, Cache)
+                kept = cache.layers[layer]
+                token = (kept.keys.shape[3] + kept.values.shape[3]) * kept.keys.element_size()
+                total += readers * kept.keys.shape[1] * min(cache.tokens[0], kept.keys.shape[2]) * token
+                continue
+            pages = cache.layers[layer]
+            token = (pages.keys.shape[3] + pages.values.shape[3]) * pages.keys.element_size()
+            code = pages.key_codec.page_bytes + pages.value_codec.page_bytes
+            lists = [counts[0].tolist() for counts in (pages.lengths, pages.coded, pages.bounded)]
+            for length, coded, bounded in zip(*lists, strict=True):
+                dense = length - coded * PAGE
+                if cache.selects(layer) and cache.composition.selector is not None:
+                    chosen = min(cache.composition.selector.tokens // PAGE, bounded)
+                    share = chosen / max(bounded, 1)  # coded pages are chosen as often as others
+                    total += readers * bounded * 2 * pages.keys.shape[3] * pages.keys.element_size()
+                    coded, dense = coded * share, dense * share + length - bounded * PAGE
+                total += int(readers * (coded * code + dense * token))
+        return total
+
 
 def questions(material: Material, task: str, tokens: int, count: int) -> list[Question]:
     rng = random.Random(f"{task}/{tokens}")
@@ -126,7 +155,13 @@ def measure(reader: Reader, asked: dict[tuple[str, int], list[Question]], rows: 
     }
     logits = [reader.follow(row.prompt, row.answer) for row in rows]
     reserved, resident = reader.kv_bytes()
-    return {"right": right, "logits": logits, "reserved": reserved, "resident": resident}
+    return {
+        "right": right,
+        "logits": logits,
+        "reserved": reserved,
+        "resident": resident,
+        "read": reader.read_bytes(),
+    }
 
 
 def divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
@@ -189,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"`{kv}`" + (" layered" if prefill == "layered" else ""),
                 f"{found['reserved'] / 2**20:.2f}",
                 f"{found['resident'] / 2**20:.2f}",
+                f"{found['read'] / 2**20:.2f}",
                 *(f"{statistics.mean(part):.4f} ± {interval(part):.4f}" for part in by_length),
                 *(
                     "/".join(f"{found['right'][f'{task}/{n}']}" for n in lengths)
@@ -200,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.json.write_text(json.dumps(numbers, indent=1))
     print(machine(options.threads, "torch"))
     print(f"\n{options.questions} questions for each task and length, {options.texts} texts for each length.\n")
-    columns = ["methods", "kv MiB reserved", "resident", *(f"KL after {n}" for n in TEXT_TOKENS)]
+    columns = ["methods", "kv MiB reserved", "resident", "read by a token", *(f"KL after {n}" for n in TEXT_TOKENS)]
     columns += [f"{task} {'/'.join(map(str, lengths))}" for task, lengths in TASK_TOKENS.items()]
     print(table(columns, lines))
     print(f"\nMeasured in {time.monotonic() - began:.0f} s.")

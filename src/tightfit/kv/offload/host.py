@@ -24,7 +24,8 @@ from tightfit.kv.method import Method
 class Host(Method):
     """Each head's last ``resident`` tokens are in memory, in whole pages, and the others in a file without a name in
     ``folder`` (default: the system's for temporary files), read with pread into scratch memory as they are needed
-    (after FlexGen's offloading of the cache). With a selector only what is selected is read. Results do not change.
+    (after FlexGen's offloading of the cache). With a selector only what is selected is read. Sums are made in another
+    order; nothing else changes.
     """
 
     resident: int = 256
