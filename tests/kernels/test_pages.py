@@ -395,7 +395,7 @@ def together(*rows: Rows) -> Rows:
 
 
 @given(bits=st.sampled_from([2, 4, 8]), dim=st.integers(1, 70), per_channel=st.booleans(), seed=st.integers(0, 1 << 30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_codes_are_within_half_a_step(bits: int, dim: int, per_channel: bool, seed: int) -> None:
     torch.manual_seed(seed)
     codec = Codec(bits, dim, per_channel)
@@ -434,7 +434,7 @@ def test_codes_of_a_page_lie_where_the_format_says() -> None:
 
 @compiled
 @given(case=cases())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_compiled_pages_have_the_bits_of_the_reference(level: str, case: Case) -> None:
     stores = []
     for kernels in (level, cpu.REFERENCE):
@@ -457,7 +457,7 @@ def test_compiled_pages_have_the_bits_of_the_reference(level: str, case: Case) -
 
 @levels
 @given(case=cases())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_pages_hold_what_was_kept_and_none_is_lost(level: str, case: Case) -> None:
     cpu.use(level)
     store = Store(case)
@@ -474,7 +474,7 @@ def test_pages_hold_what_was_kept_and_none_is_lost(level: str, case: Case) -> No
 
 @levels
 @given(case=cases(), threads=st.integers(1, 3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_rows_that_decode_see_what_is_kept(level: str, case: Case, threads: int) -> None:
     """Rows of two sequences at once: attention, what its softmax divides by, and what each token is given."""
     cpu.use(level)
@@ -506,7 +506,7 @@ def test_rows_that_decode_see_what_is_kept(level: str, case: Case, threads: int)
 
 @levels
 @given(case=cases(), threads=st.integers(1, 3), bf16=st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_tokens_of_a_run_see_what_is_kept_and_the_run(level: str, case: Case, threads: int, bf16: bool) -> None:
     cpu.use(level)
     cpu.set_threads(threads)
@@ -540,7 +540,7 @@ def test_tokens_of_a_run_see_what_is_kept_and_the_run(level: str, case: Case, th
 
 @levels
 @given(case=cases(), data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_a_node_of_a_tree_gets_what_plain_decoding_of_its_path_does(
     level: str, case: Case, data: st.DataObject
 ) -> None:
@@ -594,7 +594,7 @@ def test_a_node_of_a_tree_gets_what_plain_decoding_of_its_path_does(
 
 @levels
 @given(case=cases(), threads=st.integers(1, 3), data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_rows_see_the_pages_that_were_chosen(level: str, case: Case, threads: int, data: st.DataObject) -> None:
     case = dataclasses.replace(case, window=None, anchors=0)
     cpu.use(level)
@@ -630,7 +630,7 @@ def test_rows_see_the_pages_that_were_chosen(level: str, case: Case, threads: in
 
 @levels
 @given(case=cases(), threads=st.integers(1, 3), count=st.integers(1, 14))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_the_pages_with_the_largest_bounds_are_selected(level: str, case: Case, threads: int, count: int) -> None:
     cpu.use(level)
     cpu.set_threads(threads)
@@ -661,7 +661,7 @@ def test_the_pages_with_the_largest_bounds_are_selected(level: str, case: Case, 
 
 @compiled
 @given(case=cases(), bf16=st.booleans(), data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_bits_depend_on_the_query_and_what_it_sees_only(
     level: str, case: Case, bf16: bool, data: st.DataObject
 ) -> None:

@@ -90,7 +90,7 @@ class Layers:
                 assert everything == list(range(len(free) - 1))
 
 
-@settings(deadline=None, phases=[Phase.generate], max_examples=80)
+@settings(deadline=None, phases=[Phase.generate], max_examples=40)
 @given(
     model=st.sampled_from(sorted(SMALL)),
     evictor=st.sampled_from(EVICTORS),

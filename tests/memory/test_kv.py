@@ -13,9 +13,7 @@ PROMPT, NEW, CONTEXT = 3900, 100, 4096
 # The share of the exact cache that a method reserves, at most; KIVI's recent window is a tenth of this context.
 METHODS = {
     "int8": 0.66,
-    "int4": 0.40,
     "int4(recent=32)+think": 0.36,
-    "window(keep=512)": 0.16,
     "h2o(keep=512)": 0.16,
     "snapkv(keep=512,budget=adakv)": 0.18,
     "snapkv(keep=1024)+int4(recent=32)": 0.14,
