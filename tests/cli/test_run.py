@@ -188,7 +188,7 @@ def test_python_m_tightfit_is_the_command() -> None:
 
 def test_activations_are_a_choice_of_the_plan(tiny: Path) -> None:
     for chosen, asked in (("int8", ()), ("float32", ("--activations", "float32"))):
-        done = tightfit("plan", tiny, "--memory", "1GiB", "--json", *asked)
+        done = tightfit("plan", tiny, "--memory", "4GiB", "--json", *asked)
         assert done.json["plan"]["numerics"]["activations"] == chosen
     refused = tightfit("run", tiny, "-p", "a", "--activations", "int3")
     assert refused.status == USAGE

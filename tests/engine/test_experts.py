@@ -138,12 +138,12 @@ def test_a_file_that_shrinks_is_an_error_and_no_text(resident: Plan, tmp_path: P
 def test_a_census_is_kept_and_used(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="never counted"):
-        tightfit.load(model, memory="1GiB", experts="static")
-    with tightfit.load(model, memory="1GiB", context=64) as loaded:
+        tightfit.load(model, memory="4GiB", experts="static")
+    with tightfit.load(model, memory="4GiB", context=64) as loaded:
         found = loaded.census(PROMPTS[0] * 20)
         assert found["tokens"] > 200  # several contexts
         loaded.generate("a", max_new_tokens=1)  # is not counted
-    opened = open_model(Wish(model, "1GiB", experts="static"))
+    opened = open_model(Wish(model, "4GiB", experts="static"))
     opened.checkpoint.close()
     from tightfit.experts.census import read_census
 
@@ -153,7 +153,7 @@ def test_a_census_is_kept_and_used(model: str, tmp_path: Path, monkeypatch: pyte
     file = Path(found["file"])
     file.write_text(file.read_text()[:-20])
     with pytest.raises(CheckpointError, match="not a census"):
-        tightfit.load(model, memory="1GiB", experts="static")
+        tightfit.load(model, memory="4GiB", experts="static")
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_loaded(model: str) -> None:
@@ -161,5 +161,5 @@ def test_what_makes_no_sense_is_refused_before_anything_is_loaded(model: str) ->
         tightfit.load("nano", experts="lru")
     with pytest.raises(UsageError, match="unknown technique"):
         tightfit.load(model, experts="mru")
-    with tightfit.load("nano", memory="1GiB") as loaded, pytest.raises(UsageError, match="has no experts"):
+    with tightfit.load("nano", memory="4GiB") as loaded, pytest.raises(UsageError, match="has no experts"):
         loaded.census("text")
