@@ -164,7 +164,7 @@ def attend_rows(
                 keys, values, position = _along(keys, values, trees[0][row], int(trees[1][row]))
             reference.attend(q[one], keys, values, position, out[one], ws, *scoring)
         return
-    paths, certain = (None, None) if trees is None else trees
+    paths, committed = (None, None) if trees is None else trees
     with ws.frame():
         scratch = ws.empty(cache.handle.attend_rows_scratch(rows, heads, cpu.threads()), dtype=torch.uint8)
         _run(
@@ -172,7 +172,7 @@ def attend_rows(
             _places(places, rows),
             0 if paths is None else paths.data_ptr(),
             0 if paths is None else paths.shape[1],
-            0 if certain is None else certain.data_ptr(),
+            0 if committed is None else committed.data_ptr(),
             rows,
             *_block(q, (rows, heads, cache.key_shape[1])),
             heads,
@@ -219,13 +219,13 @@ def attend(
 
 
 def _along(
-    keys: torch.Tensor, values: torch.Tensor, path: torch.Tensor, certain: int
+    keys: torch.Tensor, values: torch.Tensor, path: torch.Tensor, committed: int
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Keys and values as a node of a tree sees them, one behind the other, and its position."""
     tail = path[path >= 0].long()
-    stop = certain + len(tail)
+    stop = committed + len(tail)
     first = max(0, stop - keys.shape[1])
-    places = torch.cat([torch.arange(first, certain), certain + tail]) % keys.shape[1]
+    places = torch.cat([torch.arange(first, committed), committed + tail]) % keys.shape[1]
     ring = torch.arange(first, stop) % keys.shape[1]
     copies = []
     for kept in (keys, values):

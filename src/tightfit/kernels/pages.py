@@ -8,6 +8,7 @@ lie in a file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -169,19 +170,17 @@ def attend_rows(
     if not cpu.available():
         _run(reference.attend_rows, pages, rows, looking, out, lse, scoring)
         return
-    with ws.frame():
-        scratch = ws.empty(pages.handle.attend_rows_scratch(count, heads, cpu.threads()), dtype=torch.uint8)
-        _run(
-            pages.handle.attend_rows,
-            rows.arguments(),
-            count,
-            _views(pages, looking),
-            _block(out, (count, heads, pages.value_shape[1])),
-            _rows(lse),
-            (heads, *scoring.arguments()),
-            scratch.data_ptr(),
-            cpu.threads(),
-        )
+    _call(
+        ws,
+        pages.handle.attend_rows_scratch(count, heads, cpu.threads()),
+        pages.handle.attend_rows,
+        rows.arguments(),
+        count,
+        _views(pages, looking),
+        _block(out, (count, heads, pages.value_shape[1])),
+        _rows(lse),
+        (heads, *scoring.arguments()),
+    )
 
 
 def attend(
@@ -204,22 +203,20 @@ def attend(
     if not cpu.available():
         _run(reference.attend, pages, sequence, run, start, looking, out, lse, scoring)
         return
-    with ws.frame():
-        scratch = ws.empty(pages.handle.attend_scratch(count, heads, bf16, cpu.threads()), dtype=torch.uint8)
-        _run(
-            pages.handle.attend,
-            sequence,
-            run.arguments(),
-            start,
-            count,
-            _views(pages, looking),
-            _block(out, (count, heads, pages.value_shape[1])),
-            _rows(lse),
-            (heads, *scoring.arguments()),
-            bf16,
-            scratch.data_ptr(),
-            cpu.threads(),
-        )
+    _call(
+        ws,
+        pages.handle.attend_scratch(count, heads, bf16, cpu.threads()),
+        pages.handle.attend,
+        sequence,
+        run.arguments(),
+        start,
+        count,
+        _views(pages, looking),
+        _block(out, (count, heads, pages.value_shape[1])),
+        _rows(lse),
+        (heads, *scoring.arguments()),
+        bf16,
+    )
 
 
 def weigh_rows(
@@ -236,19 +233,17 @@ def weigh_rows(
     if not cpu.available():
         _run(reference.weigh_rows, pages, rows, looking, lse, mass_, scoring)
         return
-    with ws.frame():
-        scratch = ws.empty(pages.handle.weigh_scratch(count, heads, cpu.threads()), dtype=torch.uint8)
-        _run(
-            pages.handle.weigh_rows,
-            rows.arguments(),
-            count,
-            _views(pages, looking),
-            _rows(lse),
-            (heads, *scoring.arguments()),
-            (mass_.data_ptr(), mass_.stride(1)),
-            scratch.data_ptr(),
-            cpu.threads(),
-        )
+    _call(
+        ws,
+        pages.handle.weigh_scratch(count, heads, cpu.threads()),
+        pages.handle.weigh_rows,
+        rows.arguments(),
+        count,
+        _views(pages, looking),
+        _rows(lse),
+        (heads, *scoring.arguments()),
+        (mass_.data_ptr(), mass_.stride(1)),
+    )
 
 
 def weigh(
@@ -268,21 +263,19 @@ def weigh(
     if not cpu.available():
         _run(reference.weigh, pages, sequence, run, start, looking, lse, mass_, scoring)
         return
-    with ws.frame():
-        scratch = ws.empty(pages.handle.weigh_scratch(count, heads, cpu.threads()), dtype=torch.uint8)
-        _run(
-            pages.handle.weigh,
-            sequence,
-            run.arguments(),
-            start,
-            count,
-            _views(pages, looking),
-            _rows(lse),
-            (heads, *scoring.arguments()),
-            (mass_.data_ptr(), mass_.stride(0)),
-            scratch.data_ptr(),
-            cpu.threads(),
-        )
+    _call(
+        ws,
+        pages.handle.weigh_scratch(count, heads, cpu.threads()),
+        pages.handle.weigh,
+        sequence,
+        run.arguments(),
+        start,
+        count,
+        _views(pages, looking),
+        _rows(lse),
+        (heads, *scoring.arguments()),
+        (mass_.data_ptr(), mass_.stride(0)),
+    )
 
 
 def keep(
@@ -347,19 +340,24 @@ def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor, ws: 
     if not cpu.available():
         _run(reference.select, pages, rows, q, chosen)
         return
+    _call(
+        ws,
+        pages.handle.select_scratch(cpu.threads()),
+        pages.handle.select,
+        rows.arguments(),
+        rows_count,
+        _block(q, (rows_count, heads, pages.key_shape[1])),
+        heads,
+        chosen.shape[2],
+        chosen.data_ptr(),
+    )
+
+
+def _call(ws: Workspace, nbytes: int, kernel: Callable[..., None], *arguments: Any) -> None:
+    """Runs a kernel that takes scratch memory and a number of threads."""
     with ws.frame():
-        scratch = ws.empty(pages.handle.select_scratch(cpu.threads()), dtype=torch.uint8)
-        _run(
-            pages.handle.select,
-            rows.arguments(),
-            rows_count,
-            _block(q, (rows_count, heads, pages.key_shape[1])),
-            heads,
-            chosen.shape[2],
-            chosen.data_ptr(),
-            scratch.data_ptr(),
-            cpu.threads(),
-        )
+        scratch = ws.empty(nbytes, dtype=torch.uint8)
+        _run(kernel, *arguments, scratch.data_ptr(), cpu.threads())
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -73,7 +73,7 @@ class Cache(BaseCache):
     ) -> None:
         kept, rows, bf16 = self.layers[self.owners[layer]], step.vector, self.gemm_dtype == torch.bfloat16
         if rows:
-            trees = None if step.paths is None else (step.paths, step.certain)
+            trees = None if step.paths is None else (step.paths, step.committed)
             attention.attend_rows(kept, step.places, q[:rows], out[:rows], ws, scoring, trees)
         for segment, a, b in step.prefills:
             attention.attend(kept, segment.slot, segment.start, q[a:b], out[a:b], ws, scoring, bf16)

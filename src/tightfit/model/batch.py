@@ -146,7 +146,7 @@ class Batch:
         return torch.tensor([path + [-1] * (depth - len(path)) for path in paths], dtype=torch.int32)
 
     @cached_property
-    def certain(self) -> torch.Tensor:
+    def committed(self) -> torch.Tensor:
         """(tokens that decode,) int64: of each how many tokens of its sequence are certain."""
         return torch.tensor([segment.start for segment in self.segments if segment.decode for _ in segment.tokens])
 
