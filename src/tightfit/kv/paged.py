@@ -28,11 +28,12 @@ from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
 from tightfit.kv.cache import as_bytes, place
 from tightfit.kv.compose import Composition
+from tightfit.kv.drafts import Drafts
 from tightfit.kv.evict.window import Window
+from tightfit.kv.merge.tokens import TokensAt
 from tightfit.kv.method import Merger, Seen, Tokens
 
 Made = TypeVar("Made")
-READ_AT_ONCE = 256  # tokens of a head that are read into float32 to merge them
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,14 @@ class PagedCache(BaseCache):
                 lambda layer: place(arena, (sequences, layouts[layer].kv_heads, numbers), torch.float32)
             )
         self.mass: list[torch.Tensor] = []
-        self.drafts: list[_Drafts] = []
+        self.drafts: list[Drafts] = []
         if self.observes != "nothing":
             shapes = [
                 (sequences, layout.kv_heads, size.table_pages * PAGE)
                 for layout, size in zip(layouts, self.sizes, strict=True)
             ]
             self.mass = self._of_owners(lambda layer: place(arena, shapes[layer], torch.float32))
-            self.drafts = [_Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
+            self.drafts = [Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
         self._nbytes = arena.used - before
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
@@ -700,12 +701,14 @@ class PagedCache(BaseCache):
         kept, layout = self.layers[layer], self.layouts[layer]
         values = None if layout.shared else ws.empty(len(places), layout.value_dim)
         staying, at = Tokens(ws.empty(len(places), layout.key_dim), values), 0
-        for block in _Some(kept, slot, head, run, places, ws).blocks():
+        for block in TokensAt(kept, slot, head, run, places, ws).blocks():
             for whole, part in zip(staying, block, strict=True):
                 if whole is not None and part is not None:
                     ops.copy_(whole[at : at + len(part)], part)
             at += len(block.keys)
-        changed = merger.merge(staying, _Some(kept, slot, head, run, leaving, ws), self.memory[layer][slot, head], ws)
+        changed = merger.merge(
+            staying, TokensAt(kept, slot, head, run, leaving, ws), self.memory[layer][slot, head], ws
+        )
         return staying, changed
 
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
@@ -771,65 +774,6 @@ class PagedCache(BaseCache):
                     looking = self._looking(layer, rows, drafts.q[slot, which], drafts.turned(slot, which), ws)
                     lse, scoring = drafts.lse[slot, which], drafts.scoring
                     pages.weigh_rows(kept, rows, looking, lse, self.mass[layer], ws, scoring)
-
-
-@dataclass(frozen=True)
-class _Some:
-    """Tokens of a head and of a run behind it, at ``places`` (n,) int64, ascending."""
-
-    pages: Pages
-    sequence: int
-    head: int
-    run: Run
-    places: torch.Tensor
-    ws: Workspace
-
-    @property
-    def count(self) -> int:
-        return len(self.places)
-
-    def blocks(self) -> Iterator[Tokens]:
-        """All of them in float32, some at a time, in scratch memory until the next ones are asked for."""
-        at, ws = 0, self.ws
-        while at < len(self.places):
-            first = int(self.places[at])
-            stop = int(torch.searchsorted(self.places, first + READ_AT_ONCE))
-            with ws.frame():
-                last = int(self.places[stop - 1])
-                k, v = pages.read(self.pages, self.sequence, self.head, self.run, first, last + 1, ws)
-                rows, count = self.places[at:stop] - first, stop - at
-                keys, values = ws.empty(count, k.shape[1]), ws.empty(count, v.shape[1])
-                ops.gather_rows(k, rows, keys)
-                ops.gather_rows(v, rows, values)
-                yield Tokens(keys, None if self.pages.shared else values)
-            at = stop
-
-
-class _Drafts:
-    """What tentative tokens of a layer look with: queries (sequences, tail, heads, key_dim), and lse."""
-
-    def __init__(self, layout: LayerLayout, sequences: int, tail: int, arena: Arena) -> None:
-        shape = (sequences, tail, layout.heads)
-        self.q = place(arena, (*shape, layout.key_dim), torch.float32)
-        self.anchor_q = place(arena, (*shape, layout.key_dim), torch.float32)
-        self.lse = place(arena, shape, torch.float32)
-        self.scoring = Scoring(1.0)
-        self._anchored = False
-
-    def put(self, rows: Rows, tokens: torch.Tensor, looking: Looking, lse: torch.Tensor, scoring: Scoring) -> None:
-        """Keeps those of a step."""
-        self.scoring, self._anchored = scoring, looking.anchor_q is not None
-        if ops.is_dry():
-            return
-        slots, places = rows.places[: len(lse)].long().unbind(1)
-        order = places - tokens[slots]
-        self.q[slots, order] = looking.q
-        self.lse[slots, order] = lse
-        if looking.anchor_q is not None:
-            self.anchor_q[slots, order] = looking.anchor_q
-
-    def turned(self, slot: int, order: torch.Tensor) -> torch.Tensor | None:
-        return self.anchor_q[slot, order] if self._anchored else None
 
 
 def _numbers(arena: Arena, *shape: int) -> torch.Tensor:

@@ -1,0 +1,47 @@
+"""Tokens of a head that are read to be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tightfit.budget.ledger import Workspace
+from tightfit.kernels import ops, pages
+from tightfit.kernels.pages import Pages, Run
+from tightfit.kv.method import Tokens
+
+READ_AT_ONCE = 256  # tokens of a head that are read into float32 to merge them
+
+
+@dataclass(frozen=True)
+class TokensAt:
+    """Tokens of a head and of a run behind it, at ``places`` (n,) int64, ascending."""
+
+    pages: Pages
+    sequence: int
+    head: int
+    run: Run
+    places: torch.Tensor
+    ws: Workspace
+
+    @property
+    def count(self) -> int:
+        return len(self.places)
+
+    def blocks(self) -> Iterator[Tokens]:
+        """All of them in float32, some at a time, in scratch memory until the next ones are asked for."""
+        at, ws = 0, self.ws
+        while at < len(self.places):
+            first = int(self.places[at])
+            stop = int(torch.searchsorted(self.places, first + READ_AT_ONCE))
+            with ws.frame():
+                last = int(self.places[stop - 1])
+                k, v = pages.read(self.pages, self.sequence, self.head, self.run, first, last + 1, ws)
+                rows, count = self.places[at:stop] - first, stop - at
+                keys, values = ws.empty(count, k.shape[1]), ws.empty(count, v.shape[1])
+                ops.gather_rows(k, rows, keys)
+                ops.gather_rows(v, rows, values)
+                yield Tokens(keys, None if self.pages.shared else values)
+            at = stop
