@@ -243,12 +243,18 @@ int main() {
                                   Case{kind, 1, 16, 130, 96, 140, 5, ALL, true, false, 0}})
                 for (size_t threads : {1, 3}) check_case(c, threads);
         for (bool in_file : {false, true})
-            for (const Pages& c : {Pages{1, 64, 64, 160, 0, 16, 16, in_file, false}, Pages{20, 72, 40, 333, 5, 16, 16, in_file, false},
-                                   Pages{4, 96, 64, 333, 40, 16, 16, in_file, true}, Pages{8, 64, 64, 384, 0, 4, 4, in_file, false},
-                                   Pages{7, 33, 17, 256, 35, 4, 4, in_file, false}, Pages{16, 1, 1, 128, 0, 2, 2, in_file, false},
-                                   Pages{2, 130, 200, 160, 1, 2, 2, in_file, false}, Pages{5, 5, 70, 192, 0, 8, 8, in_file, false},
-                                   Pages{35, 64, 96, 160, 33, 8, 2, in_file, false}, Pages{6, 128, 128, 288, 0, 2, 8, in_file, false},
-                                   Pages{4, 64, 64, 160, 0, 16, 4, in_file, false}, Pages{9, 40, 64, 160, 0, 4, 16, in_file, false},
+            for (const Pages& c : {Pages{1, 64, 64, 160, 0, 16, 16, in_file, false},
+                                   Pages{20, 72, 40, 333, 5, 16, 16, in_file, false},
+                                   Pages{4, 96, 64, 333, 40, 16, 16, in_file, true},
+                                   Pages{8, 64, 64, 384, 0, 4, 4, in_file, false},
+                                   Pages{7, 33, 17, 256, 35, 4, 4, in_file, false},
+                                   Pages{16, 1, 1, 128, 0, 2, 2, in_file, false},
+                                   Pages{2, 130, 200, 160, 1, 2, 2, in_file, false},
+                                   Pages{5, 5, 70, 192, 0, 8, 8, in_file, false},
+                                   Pages{35, 64, 96, 160, 33, 8, 2, in_file, false},
+                                   Pages{6, 128, 128, 288, 0, 2, 8, in_file, false},
+                                   Pages{4, 64, 64, 160, 0, 16, 4, in_file, false},
+                                   Pages{9, 40, 64, 160, 0, 4, 16, in_file, false},
                                    Pages{4, 64, 32, 160, 0, 4, 4, in_file, true}})
                 check_pages(c);
         for (bool interleaved : {false, true})

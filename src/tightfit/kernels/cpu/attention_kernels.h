@@ -318,16 +318,29 @@ void load_numbers(const uint8_t* from, Kind kind, size_t count, float* out) {
     }
 }
 
-// The codes of `count` numbers, a row of a page, as floats.
+// out = the lower BITS of each of `count` bytes and those above, in turn: a loop that compilers vectorise.
 template <size_t BITS>
-inline void unpack(const uint8_t* codes, size_t count, float* out) {
-    constexpr size_t PER_BYTE = 8 / BITS, MASK = (1 << BITS) - 1;
-    size_t byte = 0;
-    for (; (byte + 1) * PER_BYTE <= count; byte++)
-        for (size_t i = 0; i < PER_BYTE; i++)
-            out[byte * PER_BYTE + i] = static_cast<float>(codes[byte] >> (i * BITS) & MASK);
-    for (size_t i = byte * PER_BYTE; i < count; i++)
-        out[i] = static_cast<float>(codes[byte] >> (i % PER_BYTE * BITS) & MASK);
+inline void halve(const uint8_t* bytes, size_t count, uint8_t* out) {
+    for (size_t i = 0; i < count; i++) {
+        out[2 * i] = bytes[i] & ((1 << BITS) - 1);
+        out[2 * i + 1] = static_cast<uint8_t>(bytes[i] >> BITS);
+    }
+}
+
+// The codes of `count` numbers, a row of a page, as floats.
+template <class Isa, size_t BITS>
+void unpack(const uint8_t* codes, size_t count, float* out) {
+    constexpr size_t AT_ONCE = 64;
+    for (size_t at = 0; at < count; at += AT_ONCE, codes += AT_ONCE * BITS / 8) {
+        const size_t now = std::min(count - at, AT_ONCE), bytes = (now * BITS + 7) / 8;
+        uint8_t halves[AT_ONCE], quarters[AT_ONCE];
+        const uint8_t* from = codes;
+        if constexpr (BITS < 8) halve<4>(codes, bytes, halves), from = halves;
+        if constexpr (BITS < 4) halve<2>(halves, 2 * bytes, quarters), from = quarters;
+        size_t i = 0;
+        for (; i + Isa::LANES <= now; i += Isa::LANES) Isa::store(out + at + i, Isa::inputs(from + i, 0.0f));
+        for (; i < now; i++) out[at + i] = static_cast<float>(from[i]);
+    }
 }
 
 template <class Isa>
@@ -338,9 +351,9 @@ void decode_page(const Codec& codec, Kind kind, const uint8_t* page, float* out)
     for (size_t t = 0; t < PAGE; t++) {
         float* row = out + t * dim;
         const uint8_t* codes = page + t * row_bytes;
-        if (codec.bits == 8) unpack<8>(codes, dim, row);
-        else if (codec.bits == 4) unpack<4>(codes, dim, row);
-        else unpack<2>(codes, dim, row);
+        if (codec.bits == 8) unpack<Isa, 8>(codes, dim, row);
+        else if (codec.bits == 4) unpack<Isa, 4>(codes, dim, row);
+        else unpack<Isa, 2>(codes, dim, row);
     }
     if (codec.per_channel) {
         for (size_t d = 0; d < dim; d += std::size(scales)) {

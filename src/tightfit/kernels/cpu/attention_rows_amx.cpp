@@ -1,7 +1,7 @@
 // Attention of few rows, as decoding has them, on AMX tiles, so that it waits for memory only.
 //
 // Products have about the accuracy of float32: a float is the sum of three numbers in bfloat16, so queries are multiplied
-// in three parts with keys as they lie in the cache, and weights in two with values: errors of 2^-17, which do not add up.
+// in three parts with keys as they lie in the cache. Weights are in two with values, an error of 2^-17 for each weight.
 // Of coded pages the codes are multiplied, which bfloat16 holds exactly: scales go to the other side, of keys to the
 // queries of each page, here in two parts too, of values to the weights of each group; and minima are added to the sums.
 #include "attention_kernels.h"
@@ -155,15 +155,16 @@ struct Side {
     // Calls work(load) with load(token) for a step of the features of a step of tokens.
     template <class Work>
     void with(size_t step, size_t s, Work work) const {
-        const uint8_t* page = pages[step] + s * 4 * bits;
+        const uint8_t* page = pages[step] ? pages[step] + s * 4 * bits : nullptr;
         const size_t bytes = row_bytes, left = dim - s * STEP;
         if (bits == 2) return work([=](size_t t) { return load_codes<2>(page + t * bytes); });
         if (bits == 4) return work([=](size_t t) { return load_codes<4>(page + t * bytes); });
         if (bits == 8) return work([=](size_t t) { return load_codes<8>(page + t * bytes); });
-        if (pages[step] && left >= STEP) return work([=](size_t t) { return _mm512_loadu_si512(page + t * bytes); });
+        if (page && left >= STEP) return work([=](size_t t) { return _mm512_loadu_si512(page + t * bytes); });
         work([=](size_t t) {
-            const uint8_t* row = pages[step] ? pages[step] + t * bytes : rows[step * STEP + t];
-            return row ? load_row(reinterpret_cast<const BF16*>(row) + s * STEP, left) : _mm512_setzero_si512();
+            const uint8_t* row = page ? page + t * bytes : rows[step * STEP + t];
+            if (!row) return _mm512_setzero_si512();
+            return load_row(reinterpret_cast<const BF16*>(row) + (page ? 0 : s * STEP), left);
         });
     }
 
@@ -255,7 +256,7 @@ inline __m512 combine_four(const __m512 (&four)[2], Combine combine) {
 template <size_t WIDTH, size_t COUNT>
 void scale_queries(const float* wide, size_t steps, const float* scales, const float* minima, BF16* out,
                    float* constants) {
-    constexpr size_t VECTORS = WIDTH / 4;  // of four features, the first half of them in both pairs' first
+    constexpr size_t VECTORS = WIDTH / 4;  // of four features: first those of features 0 and 2, then of 1 and 3
     const auto spread = [](const float* numbers, size_t v) {
         if constexpr (WIDTH == 16) return _mm512_set1_ps(numbers[v % 2 * 2 + v / 2]);
         return _mm512_mask_broadcastss_ps(_mm512_set1_ps(numbers[v]), 0xff00, _mm_load_ss(numbers + v + 2));
@@ -366,9 +367,10 @@ inline void turn(const float* weights, float* out) {
 // Numbers of group g of the tokens in `seen`, of a page that has those of all `groups` token by token.
 inline void load_numbers_of_group(const F16* numbers, size_t groups, size_t g, uint32_t seen, float* out) {
     const auto every = [](size_t number) { return _mm512_set1_epi16(static_cast<int16_t>(number)); };
-    const __m512i tokens = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16,
-                                                                 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31));
-    __m512i at = _mm512_add_epi16(_mm512_mullo_epi16(tokens, every(groups)), every(g)), found = _mm512_setzero_si512();
+    const __m512i tokens = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                                                 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29,
+                                                                 30, 31));
+    __m512i found = _mm512_setzero_si512(), at = _mm512_add_epi16(_mm512_mullo_epi16(tokens, every(groups)), every(g));
     for (size_t v = 0; v < groups; v++) {
         const __mmask32 here = seen & _mm512_cmplt_epu16_mask(at, every(STEP));
         found = _mm512_mask_permutexvar_epi16(found, here, at, _mm512_loadu_si512(numbers + v * STEP));
@@ -400,7 +402,8 @@ public:
         : head_(head), queries_(queries), folded_(folded), keys_(head, true), values_(head, false),
           sets_((queries.rows + WIDTH - 1) / WIDTH) {
         Scratch scratch(reinterpret_cast<uint8_t*>(address));
-        wide_ = scratch.take<float>(sets_ * set_size()), split_ = scratch.take<BF16>(std::max<size_t>(sets_, 2) * KEY_PARTS * set_size());
+        wide_ = scratch.take<float>(sets_ * set_size());
+        split_ = scratch.take<BF16>(std::max<size_t>(sets_, 2) * KEY_PARTS * set_size());
         scales_ = scratch.take<float>(keys_.steps * STEP), minima_ = scratch.take<float>(keys_.steps * STEP);
         constants_ = scratch.take<float>(2 * TILE), scores_ = scratch.take<float>(sets_ * KEY_BLOCK * WIDTH);
         turned_ = scratch.take<float>(WIDTH * KEY_BLOCK), outputs_ = scratch.take<float>(2 * FLOATS);
@@ -561,7 +564,8 @@ private:
             } else if (s == 0) {
                 split_weights(set, step, reader, [](size_t, __m512&, size_t) {});
             }
-            values_.with(step, s, [&](const auto& load) { pack_values(load, packed_values_ + step * STEP * STEP, reader); });
+            BF16* packed = packed_values_ + step * STEP * STEP;
+            values_.with(step, s, [&](const auto& load) { pack_values(load, packed, reader); });
         }
         settle();
         _tile_zero(5);
