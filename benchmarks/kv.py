@@ -125,7 +125,7 @@ class Reader:
             lists = [counts[0].tolist() for counts in (pages.lengths, pages.coded, pages.bounded)]
             for length, coded, bounded in zip(*lists, strict=True):
                 dense = length - coded * PAGE
-                if cache.selects(layer) and cache.composition.selector is not None:
+                if cache.reserved.selects(layer) and cache.composition.selector is not None:
                     chosen = min(cache.composition.selector.tokens // PAGE, bounded)
                     share = chosen / max(bounded, 1)  # coded pages are chosen as often as others
                     total += readers * bounded * 2 * pages.keys.shape[3] * pages.keys.element_size()

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,28 +23,19 @@ from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import TightfitError, UsageError
 from tightfit.kernels import attention, ops, pages
 from tightfit.kernels.attention import Scoring
-from tightfit.kernels.pages import PAGE, Codec, Looking, Pages, Rows, Run
+from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
-from tightfit.kv.cache import as_bytes, place
+from tightfit.kv.cache import place
 from tightfit.kv.compose import Composition
 from tightfit.kv.drafts import Drafts
+from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
-from tightfit.kv.merge.tokens import TokensAt
-from tightfit.kv.method import Merger, Seen, Tokens
+from tightfit.kv.merge.merging import Merging
+from tightfit.kv.method import Merger, Seen
+from tightfit.kv.reserved import Reserved, numbers
 
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What one layer reserves for each sequence: tokens ``kept`` by each head on average, the most that one head can
-    have, and pages of all heads."""
-
-    kept: int
-    table_pages: int
-    dense_pages: int
-    coded_pages: int
 
 
 @dataclass
@@ -77,13 +68,6 @@ class Whole:
     given: torch.Tensor | None
 
 
-class InFile(NamedTuple):
-    """A page that lies in the file."""
-
-    at: int
-    nbytes: int
-
-
 class PagedCache(BaseCache):
     """The cache of a composition; ``tail`` tokens of each sequence may be tentative at once."""
 
@@ -114,26 +98,21 @@ class PagedCache(BaseCache):
         self.evictor = evictor = composition.evictor
         self.observes = "nothing" if evictor is None else evictor.observes
         self.anchors = 0 if evictor is None else evictor.anchors
-        self.sizes = [self._size(layout, kept) for layout, kept in zip(layouts, self._kept(context), strict=True)]
+        self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners)
         self._file = -1 if composition.tier is None else composition.tier.open()
         self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
-        self._file_size = 0
         before = arena.used
-        self.tokens = _numbers(arena, sequences)
-        self.layers = self._of_owners(lambda layer: self._pages(layer, arena))
-        self.merger = evictor if isinstance(evictor, Merger) else None
-        self.memory: list[torch.Tensor] = []  # of each layer (sequences, kv_heads, numbers that the merger remembers)
-        if self.merger is not None:
-            numbers = self.merger.remembers
-            self.memory = self._of_owners(
-                lambda layer: place(arena, (sequences, layouts[layer].kv_heads, numbers), torch.float32)
-            )
+        self.tokens = numbers(arena, sequences)
+        self.layers = self._of_owners(lambda layer: reserved.pages(layer, arena, dtype, self.tokens, self._file))
+        self.merging: list[Merging] = []
+        if isinstance(evictor, Merger):
+            self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
         self.mass: list[torch.Tensor] = []
         self.drafts: list[Drafts] = []
         if self.observes != "nothing":
             shapes = [
                 (sequences, layout.kv_heads, size.table_pages * PAGE)
-                for layout, size in zip(layouts, self.sizes, strict=True)
+                for layout, size in zip(layouts, reserved.sizes, strict=True)
             ]
             self.mass = self._of_owners(lambda layer: place(arena, shapes[layer], torch.float32))
             self.drafts = [Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
@@ -153,105 +132,13 @@ class PagedCache(BaseCache):
         made = {layer: make(layer) for layer in self.own}
         return [made[owner] for owner in self.owners]
 
+    def _merging(self, merger: Merger, layer: int, arena: Arena) -> Merging:
+        memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
+        return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
+
     def close(self) -> None:
         if self._file >= 0:
             self._closing()
-
-    # ---- what is reserved ----
-
-    @property
-    def _ahead(self) -> int:
-        """Tokens that may come between two moments at which tokens are let go of, and behind them tentative ones."""
-        return BLOCK + self.tail
-
-    def _kept(self, tokens: int) -> list[int]:
-        """How many tokens each head of each layer keeps on average of so many that came."""
-        evictor, own = self.evictor, self.own
-        if evictor is None:
-            return [tokens] * len(self.layouts)
-        keep = min(evictor.kept(tokens), tokens)
-        of_layers = budgets.of_layers(evictor.budget, keep, len(own), sum(evictor.protected(keep)), tokens)
-        of_owners = dict(zip(own, of_layers, strict=True))
-        return [of_owners[owner] for owner in self.owners]
-
-    def _limit(self, layer: int, tokens: int) -> int:
-        """As :meth:`_kept`, of one layer, whose queries may see no more than a window."""
-        window = self.layouts[layer].window
-        kept = min(max(self._kept(tokens)[layer], 1), self.sizes[layer].kept)
-        return kept if window is None else min(kept, window)
-
-    @property
-    def _has_codes(self) -> bool:
-        c = self.composition
-        return c.key_codec is not None or c.value_codec is not None or c.pruner is not None
-
-    def _size(self, layout: LayerLayout, kept: int) -> Sizes:
-        kept = min(kept, self.context, layout.window or kept)
-        heads, tier, recent = layout.kv_heads, self.composition.tier, self.composition.recent
-        ragged = self.evictor is not None and self.evictor.budget == "adakv"
-        more = self._ahead
-        table_pages = -(-(min(kept * heads if ragged else kept, self.context) + more) // PAGE)
-        # Of all heads together; each has a page that is not full.
-        whole = heads * -(-(kept + more) // PAGE) + (heads if ragged else 0)
-        if not self._has_codes:
-            in_memory = whole if tier is None else heads * (-(-tier.resident // PAGE) + -(-more // PAGE) + 2)
-            return Sizes(kept, table_pages, min(whole, in_memory), 0)
-        # What is not coded yet; and while pages change their kind, that of one head once more.
-        dense = heads * -(-(recent + PAGE - 1 + more) // PAGE) + -(-recent // PAGE) + 1
-        coded = whole if tier is None else heads * (max(-(-tier.resident // PAGE) - recent // PAGE, 0) + 1)
-        return Sizes(kept, table_pages, min(dense, whole + 1), min(whole, coded))
-
-    def _pages(self, index: int, arena: Arena) -> Pages:
-        layout, size, composition, sequences = self.layouts[index], self.sizes[index], self.composition, self.sequences
-        heads, as_they_are = layout.kv_heads, 8 * self.dtype.itemsize
-        pruner, key, value = composition.pruner, composition.key_codec, composition.value_codec
-        width = layout.key_dim if pruner is None else pruner.kept(layout.key_dim)
-        key_codec = Codec(as_they_are if key is None else key.bits, width, per_channel=True)
-        value_codec = Codec(as_they_are if value is None else value.bits, layout.value_dim, per_channel=False)
-        dense, coded = (sequences, size.dense_pages, PAGE), (sequences, size.coded_pages)
-        keys = place(arena, (*dense, layout.key_dim), self.dtype)
-        shared, listed = layout.shared, (sequences, heads, size.table_pages)
-        values = keys[..., : layout.value_dim] if shared else place(arena, (*dense, layout.value_dim), self.dtype)
-        coded_keys = coded_values = positions = channels = bounds = None
-        if self._has_codes:
-            coded_keys = place(arena, (*coded, key_codec.page_bytes), torch.uint8)
-            coded_values = None if shared else place(arena, (*coded, value_codec.page_bytes), torch.uint8)
-        if self.evictor is not None or layout.window is not None:
-            positions = _numbers(arena, sequences, heads, size.table_pages * PAGE)
-        if pruner is not None:
-            channels = _numbers(arena, sequences, heads, width)
-        if self.selects(index):
-            bounds = place(arena, (*listed, 2, layout.key_dim), self.dtype)
-        keys_at = self._file_size
-        values_at = keys_at + sequences * heads * size.table_pages * key_codec.page_bytes
-        self._file_size = values_at + sequences * heads * size.table_pages * value_codec.page_bytes
-        return Pages(
-            keys,
-            values,
-            _numbers(arena, *listed),
-            lengths=_numbers(arena, sequences, heads),
-            coded=_numbers(arena, sequences, heads),
-            cold=_numbers(arena, sequences, heads),
-            bounded=_numbers(arena, sequences, heads),
-            dense_free=_numbers(arena, sequences, 1 + size.dense_pages),
-            coded_free=_numbers(arena, sequences, 1 + size.coded_pages),
-            tokens=self.tokens,
-            key_codec=key_codec,
-            value_codec=value_codec,
-            coded_keys=coded_keys,
-            coded_values=coded_values,
-            positions=positions,
-            channels=channels,
-            bounds=bounds,
-            file=self._file,
-            keys_at=keys_at,
-            values_at=values_at,
-        )
-
-    def selects(self, layer: int) -> bool:
-        """Whether tokens that decode see only some pages of a layer."""
-        selector = self.composition.selector
-        return selector is not None and layer >= selector.full and self.layouts[layer].window is None
 
     # ---- a step ----
 
@@ -362,14 +249,14 @@ class PagedCache(BaseCache):
         self, layer: int, rows: Rows, q: torch.Tensor, anchor_q: torch.Tensor | None, ws: Workspace
     ) -> Looking:
         selector, chosen = self.composition.selector, None
-        if selector is not None and self.selects(self.owners[layer]):
+        if selector is not None and self.reserved.selects(self.owners[layer]):
             chosen = ws.empty(q.shape[0], self.layouts[layer].kv_heads, selector.tokens // PAGE, dtype=torch.int32)
             pages.select(self.layers[layer], rows, q, chosen, ws)
         return Looking(q, anchor_q, self._anchors(layer), chosen)
 
     def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor:
         """Zeros (kv_heads, tokens), for what the certain tokens and ``count`` others receive."""
-        given = ws.empty(self.layouts[layer].kv_heads, self.sizes[layer].table_pages * PAGE + count)
+        given = ws.empty(self.layouts[layer].kv_heads, self.reserved.sizes[layer].table_pages * PAGE + count)
         ops.zero_(given)
         return given
 
@@ -403,7 +290,7 @@ class PagedCache(BaseCache):
         self._begun[slot] = True
         for kept in self._stores:
             for head in range(kept.table.shape[1]):  # room for what decodes without a prompt
-                for page in range(-(-self._ahead // PAGE)):
+                for page in range(-(-self.reserved.ahead // PAGE)):
                     free = kept.dense_free[slot]
                     kept.table[slot, head, page] = free[int(free[0])]
                     free[0] -= 1
@@ -416,8 +303,8 @@ class PagedCache(BaseCache):
             kept.reset(slot)
         for mass in self.mass:
             mass[slot] = 0.0
-        for memory in self.memory:
-            memory[slot] = math.nan
+        for merging in self.merging:
+            merging.memory[slot] = math.nan
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = stop
@@ -432,7 +319,7 @@ class PagedCache(BaseCache):
     # ---- what is kept of prompts ----
 
     def largest_entry(self, chunk: int) -> int:
-        in_file = self._file_size if self._file >= 0 else 0
+        in_file = self.reserved.file_bytes if self._file >= 0 else 0
         return -(-(self._nbytes + in_file) // self.sequences)
 
     def entry_nbytes(self, slot: int, start: int, stop: int) -> int:
@@ -447,6 +334,12 @@ class PagedCache(BaseCache):
             else:
                 put(part)
 
+    def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
+        for layer in self.own:
+            mass = self.mass[layer] if self.mass else None
+            memory = self.merging[layer].memory if self.merging else None
+            yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, memory)
+
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
         for part in self._parts(slot):
@@ -458,43 +351,6 @@ class PagedCache(BaseCache):
                 get(part)
         self.tokens[slot] = stop
         self._begun[slot] = self._pruned[slot] = True
-
-    def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
-        """All that is kept of a sequence, as flat uint8 tensors and pages in the file. What comes later follows from
-        what came before, so that the same walk fills a sequence that is restored."""
-        for layer in self.own:
-            kept = self.layers[layer]
-            for numbers in (kept.lengths, kept.coded, kept.cold, kept.bounded, kept.dense_free, kept.coded_free):
-                yield as_bytes(numbers[slot])
-            yield as_bytes(kept.table[slot])
-            if kept.channels is not None:
-                yield as_bytes(kept.channels[slot])
-            if self.memory:
-                yield as_bytes(self.memory[layer][slot])
-            for head, length in enumerate(kept.lengths[slot].tolist()):
-                if kept.positions is not None:  # those of the next tokens are there too
-                    yield as_bytes(kept.positions[slot, head, : length + self._ahead])
-                if self.mass:
-                    yield as_bytes(self.mass[layer][slot, head, :length])
-                if kept.bounds is not None:
-                    yield as_bytes(kept.bounds[slot, head, : int(kept.bounded[slot, head])])
-                yield from self._pages_of(kept, slot, head, -(-length // PAGE))
-
-    @staticmethod
-    def _pages_of(kept: Pages, slot: int, head: int, count: int) -> Iterator[torch.Tensor | InFile]:
-        """Keys and values of a head's first ``count`` pages."""
-        cold, coded = int(kept.cold[slot, head]), int(kept.coded[slot, head])
-        for j, number in enumerate(kept.table[slot, head, :count].tolist()):
-            if j < cold:
-                yield from (InFile(*where) for where in kept.file_places(slot, head, j))
-                continue
-            keys: torch.Tensor = kept.keys
-            values: torch.Tensor | None = kept.values
-            if kept.coded_keys is not None and j < coded:
-                keys, values = kept.coded_keys, kept.coded_values
-            yield as_bytes(keys[slot, number])
-            if values is not None and not kept.shared:
-                yield as_bytes(values[slot, number])
 
     def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
         if self.drafts and self._drafting[slot]:
@@ -576,13 +432,13 @@ class PagedCache(BaseCache):
 
     def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
         """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
-        kept, evictor = self.layers[layer], self.evictor
+        kept = self.layers[layer]
         heads, tier = self.layouts[layer].kv_heads, self.composition.tier
         resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
 
         def keep(run: Run, indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
             try:
-                pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self._ahead)
+                pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self.reserved.ahead)
             except RuntimeError as error:
                 if tier is None:
                     raise
@@ -592,31 +448,30 @@ class PagedCache(BaseCache):
         if kept.positions is None or ops.is_dry():
             if kept.positions is not None:
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
-            if self.merger is not None:
-                self._merge_most(layer, slot, run, self.merger, ws)
+            if self.merging:
+                self.merging[layer].take_most(slot, run, ws)
             keep(run)
             return
         before = kept.lengths[slot].tolist()
         counts = [length + run.count for length in before]
         tokens = int(self.tokens[slot]) + run.count
-        limit = self._limit(layer, tokens)
+        limit = self.reserved.limit(layer, tokens)
         positions = ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
         for head, length in enumerate(before):
             positions[head, :length] = kept.positions[slot, head, :length]
             positions[head, length : length + run.count] = torch.arange(tokens - run.count, tokens)
             if given is not None and self._remembers(run.count):
                 given[head, :length] += self.mass[layer][slot, head, :length]
-        ragged = evictor is not None and evictor.budget == "adakv"
         window = self.layouts[layer].window
         # The next query stands at `tokens`, and sees itself too.
         oldest = min((int(positions[head, 0]) for head in range(heads) if counts[head]), default=tokens)
         too_old = window is not None and oldest <= tokens - window
-        if too_old or (sum(counts) > limit * heads if ragged else max(counts) > limit):
+        if too_old or (sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit):
             indices, left = self._judge(layer, given, positions, counts, tokens, limit)
             listed = indices
-            if self.merger is not None:
+            if self.merging:
                 horizon = -1 if window is None else tokens - window  # what no query sees any more is not merged
-                listed = self._merge(layer, slot, run, self.merger, (indices, left), positions > horizon, ws)
+                listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left
             keep(run, listed, torch.tensor(counts, dtype=torch.int32))
@@ -626,7 +481,7 @@ class PagedCache(BaseCache):
                 given[:, : indices.shape[1]] = given.gather(1, gather)
         else:
             keep(run)
-        ahead = torch.arange(tokens, tokens + self._ahead)
+        ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
             kept.positions[slot, head, length : length + len(ahead)] = ahead  # where the next tokens will be
@@ -644,77 +499,13 @@ class PagedCache(BaseCache):
             width = kept.shape[2] + count
             given = torch.zeros(layout.kv_heads, width)
             positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
-            limit = self._limit(layer, width)
+            limit = self.reserved.limit(layer, width)
             self._judge(layer, given, positions, [width] * layout.kv_heads, width, limit)
-
-    def _merge(
-        self,
-        layer: int,
-        slot: int,
-        run: Run,
-        merger: Merger,
-        staying: tuple[torch.Tensor, list[int]],
-        seen: torch.Tensor,
-        ws: Workspace,
-    ) -> torch.Tensor:
-        """Merges tokens that are let go of, and ``seen`` (kv_heads, n) bool by queries to come, into those that stay:
-        indices (kv_heads, m) int32 and how many for each head. What changes by that lies in the run, behind its own
-        tokens; gives the indices by which it is found there."""
-        kept, indices = self.layers[layer], staying[0].clone()
-        for head, count in enumerate(staying[1]):
-            total = int(kept.lengths[slot, head]) + run.count
-            places = indices[head, :count].long()
-            leaves = seen[head, :total].clone()
-            leaves[places] = False
-            if not leaves.any():
-                continue
-            with ws.frame():
-                leaving = leaves.nonzero()[:, 0]
-                tokens, changed = self._merge_head(layer, slot, head, run, merger, places, leaving, ws)
-                which = changed.nonzero()[:, 0]
-                behind = slice(run.count, run.count + len(which))
-                for of_run, merged in zip((run.keys, run.values), tokens, strict=True):
-                    if merged is not None:
-                        of_run[head, behind] = merged[which].to(self.dtype)
-                indices[head, which] = torch.arange(total, total + len(which), dtype=torch.int32)
-        return indices
-
-    def _merge_most(self, layer: int, slot: int, run: Run, merger: Merger, ws: Workspace) -> None:
-        """Takes the scratch of merging as many tokens into as many others as can be."""
-        most = self.sizes[layer].table_pages * PAGE
-        with ws.frame():
-            self._merge_head(layer, slot, 0, run, merger, torch.arange(most), torch.arange(most + run.count), ws)
-
-    def _merge_head(
-        self,
-        layer: int,
-        slot: int,
-        head: int,
-        run: Run,
-        merger: Merger,
-        places: torch.Tensor,
-        leaving: torch.Tensor,
-        ws: Workspace,
-    ) -> tuple[Tokens, torch.Tensor]:
-        """The tokens at ``places`` (m,) int64 of a head, ascending, after those at ``leaving`` (n,) were merged into
-        them, and which of them were changed."""
-        kept, layout = self.layers[layer], self.layouts[layer]
-        values = None if layout.shared else ws.empty(len(places), layout.value_dim)
-        staying, at = Tokens(ws.empty(len(places), layout.key_dim), values), 0
-        for block in TokensAt(kept, slot, head, run, places, ws).blocks():
-            for whole, part in zip(staying, block, strict=True):
-                if whole is not None and part is not None:
-                    ops.copy_(whole[at : at + len(part)], part)
-            at += len(block.keys)
-        changed = merger.merge(
-            staying, TokensAt(kept, slot, head, run, leaving, ws), self.memory[layer][slot, head], ws
-        )
-        return staying, changed
 
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
         layout = self.layouts[layer]
-        slots = max(count, 1) + (0 if self.merger is None else self.sizes[layer].table_pages * PAGE)
+        slots = max(count, 1) + (self.reserved.sizes[layer].table_pages * PAGE if self.merging else 0)
         keys = ws.empty(layout.kv_heads, slots, layout.key_dim, dtype=self.dtype)
         if layout.shared:
             return Run(keys, keys[..., : layout.value_dim], count)
@@ -774,10 +565,6 @@ class PagedCache(BaseCache):
                     looking = self._looking(layer, rows, drafts.q[slot, which], drafts.turned(slot, which), ws)
                     lse, scoring = drafts.lse[slot, which], drafts.scoring
                     pages.weigh_rows(kept, rows, looking, lse, self.mass[layer], ws, scoring)
-
-
-def _numbers(arena: Arena, *shape: int) -> torch.Tensor:
-    return place(arena, shape, torch.int32)
 
 
 def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:

@@ -192,7 +192,7 @@ def test_what_is_saved_of_a_prompt_is_what_owners_keep(decoder: Decoder, kv: str
 def test_layers_keep_the_average_without_those_that_keep_nothing(decoder: Decoder) -> None:
     cache, _ = cache_of(decoder, "kvsharer+h2o(keep=100,budget=pyramid)")
     assert isinstance(cache, PagedCache)
-    kept = [cache.sizes[layer].kept for layer in cache.own]
+    kept = [cache.reserved.sizes[layer].kept for layer in cache.own]
     assert len(kept) == 2
     assert abs(sum(kept) - 200) <= 1
     assert kept[0] > kept[1]

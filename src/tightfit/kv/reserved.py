@@ -1,0 +1,148 @@
+"""How much of each layer a composition of methods keeps, and the pages that are reserved for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tightfit.budget.ledger import Arena
+from tightfit.kernels.pages import PAGE, Codec, Pages
+from tightfit.kv import budgets
+from tightfit.kv.base import BLOCK, LayerLayout
+from tightfit.kv.cache import place
+from tightfit.kv.compose import Composition
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one layer reserves for each sequence: tokens ``kept`` by each head on average, the most that one head can
+    have, and pages of all heads."""
+
+    kept: int
+    table_pages: int
+    dense_pages: int
+    coded_pages: int
+
+
+class Reserved:
+    """What a composition reserves for ``context`` tokens of each of ``sequences``; ``tail`` tokens of each may be
+    tentative at once. ``owners`` says of each layer which one's keys and values it reads."""
+
+    def __init__(
+        self,
+        layouts: list[LayerLayout],
+        composition: Composition,
+        context: int,
+        sequences: int,
+        tail: int,
+        owners: Sequence[int],
+    ) -> None:
+        self.layouts = layouts
+        self.composition = composition
+        self.context = context
+        self.sequences = sequences
+        self.owners = owners
+        self.ahead = BLOCK + tail  # tokens between two moments at which some are let go of, and tentative ones behind
+        self.ragged = composition.evictor is not None and composition.evictor.budget == "adakv"
+        self.file_bytes = 0
+        self.sizes = [self._size(layout, kept) for layout, kept in zip(layouts, self._kept(context), strict=True)]
+
+    def limit(self, layer: int, tokens: int) -> int:
+        """How many tokens each head of a layer keeps on average of so many that came; queries may see no more than a
+        window."""
+        window = self.layouts[layer].window
+        kept = min(max(self._kept(tokens)[layer], 1), self.sizes[layer].kept)
+        return kept if window is None else min(kept, window)
+
+    def selects(self, layer: int) -> bool:
+        """Whether tokens that decode see only some pages of a layer."""
+        selector = self.composition.selector
+        return selector is not None and layer >= selector.full and self.layouts[layer].window is None
+
+    def _kept(self, tokens: int) -> list[int]:
+        """As :meth:`limit`, of all layers, and where no layer has a window."""
+        evictor, own = self.composition.evictor, sorted(set(self.owners))
+        if evictor is None:
+            return [tokens] * len(self.layouts)
+        keep = min(evictor.kept(tokens), tokens)
+        of_layers = budgets.of_layers(evictor.budget, keep, len(own), sum(evictor.protected(keep)), tokens)
+        of_owners = dict(zip(own, of_layers, strict=True))
+        return [of_owners[owner] for owner in self.owners]
+
+    @property
+    def _has_codes(self) -> bool:
+        c = self.composition
+        return c.key_codec is not None or c.value_codec is not None or c.pruner is not None
+
+    def _size(self, layout: LayerLayout, kept: int) -> Sizes:
+        kept = min(kept, self.context, layout.window or kept)
+        heads, tier, recent = layout.kv_heads, self.composition.tier, self.composition.recent
+        ragged, more = self.ragged, self.ahead
+        table_pages = -(-(min(kept * heads if ragged else kept, self.context) + more) // PAGE)
+        # Of all heads together; each has a page that is not full.
+        whole = heads * -(-(kept + more) // PAGE) + (heads if ragged else 0)
+        if not self._has_codes:
+            in_memory = whole if tier is None else heads * (-(-tier.resident // PAGE) + -(-more // PAGE) + 2)
+            return Sizes(kept, table_pages, min(whole, in_memory), 0)
+        # What is not coded yet; and while pages change their kind, that of one head once more.
+        dense = heads * -(-(recent + PAGE - 1 + more) // PAGE) + -(-recent // PAGE) + 1
+        coded = whole if tier is None else heads * (max(-(-tier.resident // PAGE) - recent // PAGE, 0) + 1)
+        return Sizes(kept, table_pages, min(dense, whole + 1), min(whole, coded))
+
+    def pages(self, index: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int) -> Pages:
+        """The pages of a layer, in ``arena`` and behind what other layers have in ``file`` (-1: there is none).
+
+        Keys and values that are not coded are of ``dtype``; ``tokens`` (sequences,) says how many came of each.
+        """
+        layout, size, composition, sequences = self.layouts[index], self.sizes[index], self.composition, self.sequences
+        heads, as_they_are = layout.kv_heads, 8 * dtype.itemsize
+        pruner, key, value = composition.pruner, composition.key_codec, composition.value_codec
+        width = layout.key_dim if pruner is None else pruner.kept(layout.key_dim)
+        key_codec = Codec(as_they_are if key is None else key.bits, width, per_channel=True)
+        value_codec = Codec(as_they_are if value is None else value.bits, layout.value_dim, per_channel=False)
+        dense, coded = (sequences, size.dense_pages, PAGE), (sequences, size.coded_pages)
+        keys = place(arena, (*dense, layout.key_dim), dtype)
+        shared, listed = layout.shared, (sequences, heads, size.table_pages)
+        values = keys[..., : layout.value_dim] if shared else place(arena, (*dense, layout.value_dim), dtype)
+        coded_keys = coded_values = positions = channels = bounds = None
+        if self._has_codes:
+            coded_keys = place(arena, (*coded, key_codec.page_bytes), torch.uint8)
+            coded_values = None if shared else place(arena, (*coded, value_codec.page_bytes), torch.uint8)
+        if composition.evictor is not None or layout.window is not None:
+            positions = numbers(arena, sequences, heads, size.table_pages * PAGE)
+        if pruner is not None:
+            channels = numbers(arena, sequences, heads, width)
+        if self.selects(index):
+            bounds = place(arena, (*listed, 2, layout.key_dim), dtype)
+        keys_at = self.file_bytes
+        values_at = keys_at + sequences * heads * size.table_pages * key_codec.page_bytes
+        self.file_bytes = values_at + sequences * heads * size.table_pages * value_codec.page_bytes
+        return Pages(
+            keys,
+            values,
+            numbers(arena, *listed),
+            lengths=numbers(arena, sequences, heads),
+            coded=numbers(arena, sequences, heads),
+            cold=numbers(arena, sequences, heads),
+            bounded=numbers(arena, sequences, heads),
+            dense_free=numbers(arena, sequences, 1 + size.dense_pages),
+            coded_free=numbers(arena, sequences, 1 + size.coded_pages),
+            tokens=tokens,
+            key_codec=key_codec,
+            value_codec=value_codec,
+            coded_keys=coded_keys,
+            coded_values=coded_values,
+            positions=positions,
+            channels=channels,
+            bounds=bounds,
+            file=file,
+            keys_at=keys_at,
+            values_at=values_at,
+        )
+
+
+def numbers(arena: Arena, *shape: int) -> torch.Tensor:
+    """Room for int32 numbers."""
+    return place(arena, shape, torch.int32)
