@@ -1,4 +1,5 @@
-"""What --vary says becomes configurations: products of alternatives, each written in one way, mistakes found at once."""
+"""What --vary says becomes configurations: products of alternatives, each written in one way; mistakes are found at
+once."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ def test_without_anything_varied_there_is_what_is_given() -> None:
     ],
 )
 def test_a_mistake_is_found_before_anything_runs(text: str, part: str) -> None:
-    with pytest.raises(UsageError, match="^.*") as found:
+    with pytest.raises(UsageError) as found:
         keys(text)
     assert part in found.value.message
 

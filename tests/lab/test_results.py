@@ -53,7 +53,7 @@ def test_every_whole_line_counts_wherever_a_kill_cut_the_last_one(tmp_path: Path
 def test_any_other_damage_is_an_error_that_names_the_line(tmp_path: Path, line: str) -> None:
     write(tmp_path, SAMPLE)
     (tmp_path / RESULTS).write_bytes(to_line(SAMPLE).encode() + line.encode("latin-1") + b"\n")
-    with pytest.raises(UsageError, match="line 2 of .* is damaged"):
+    with pytest.raises(UsageError, match=r"line 2 of .* is damaged"):
         Results.open(tmp_path)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,13 +122,15 @@ def run(
     results = begin(out, experiment)
     before = len(results.samples)
     try:
-        with _Watcher() as watcher:
-            measure(results, samples, model, watcher)
+        with foreseen("lab") as progress:
+            measure(results, samples, model, _Watcher(progress))
     except KeyboardInterrupt:
-        say(f"\n{len(results.samples)} samples are kept in {out}: the same command goes on")
+        line = f"{len(results.samples)} samples are kept in {out}: the same command goes on"
+        say(f"\n{line}" if sys.stderr.isatty() else line)
         raise
     if json:
-        print_json({"folder": str(out), "measured": len(results.samples) - before, "configurations": _described(results)})
+        measured = len(results.samples) - before
+        print_json({"folder": str(out), "measured": measured, "configurations": _described(results)})
     else:
         _show(results)
     crashed = [refused.configuration for refused in results.refused.values() if refused.crashed]
@@ -135,19 +139,14 @@ def run(
         raise typer.Exit(TightfitError.exit_status)
 
 
+@dataclass(frozen=True)
 class _Watcher:
     """Shows how far a run is: a bar on a terminal, elsewhere a line for each configuration."""
 
-    def __enter__(self) -> _Watcher:
-        self._bar = foreseen("lab")
-        self._progress = self._bar.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._bar.__exit__(*exception)
+    progress: Callable[[str, int, int, float | None], None]
 
     def at(self, state: State) -> None:
-        self._progress(state.configuration, state.done, state.total, state.left)
+        self.progress(state.configuration, state.done, state.total, state.left)
 
     def ended(self, configuration: str, outcome: End | Refused) -> None:
         if not sys.stderr.isatty():
@@ -189,11 +188,11 @@ def _show(results: Results) -> None:
 
     made = table("configuration", "samples", "peak", "weights", "kv", "")
     for entry in _described(results):
-        sizes = ["", "", ""]
-        if entry["state"] == "done":
-            indicators = entry["indicators"]
-            sizes = [entry["peak_rss_bytes"], indicators["weights_bytes"], indicators["kv_resident_bytes"]]
-            sizes = [format_bytes(size) for size in sizes]
-        why = entry["state"] if entry["state"] == "done" else f"{entry['state']}: {entry['error']}"
-        made.add_row(entry["key"], str(entry["samples"]), *sizes, why)
+        sizes, state = ["", "", ""], entry["state"]
+        if state == "done":
+            weights, kv = (entry["indicators"][name] for name in ("weights_bytes", "kv_resident_bytes"))
+            sizes = [format_bytes(size) for size in (entry["peak_rss_bytes"], weights, kv)]
+        elif "error" in entry:
+            state += f": {entry['error']}"
+        made.add_row(entry["key"], str(entry["samples"]), *sizes, state)
     show(made)

@@ -58,18 +58,19 @@ def weight_bytes_per_token(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) 
 
 def attended(cache: BaseCache, slot: int = 0) -> list[float]:
     """How many tokens the next query of a sequence sees in each layer, on average over the heads."""
+    assert isinstance(cache, Cache | PagedCache)
     windows = [layout.window for layout in cache.layouts]
     if isinstance(cache, Cache):
         found = [float(cache.tokens[slot])] * len(windows)
     else:
-        assert isinstance(cache, PagedCache)
         found = [_in_pages(cache, layer, slot) for layer in range(len(windows))]
     return [tokens if window is None else min(tokens, window) for tokens, window in zip(found, windows, strict=True)]
 
 
 def _in_pages(cache: PagedCache, layer: int, slot: int) -> float:
     pages = cache.layers[layer]
-    lengths, bounded = pages.lengths[slot].tolist(), pages.bounded[slot].tolist()
+    lengths: list[int] = pages.lengths[slot].tolist()
+    bounded: list[int] = pages.bounded[slot].tolist()
     hidden = 0
     if cache.selects(layer) and cache.composition.selector is not None:
         most = cache.composition.selector.tokens // PAGE

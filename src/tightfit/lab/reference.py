@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from tightfit.errors import FileError
 
@@ -64,16 +65,24 @@ class Stored:
         """Writes both, each whole or not at all. Raises FileError."""
         try:
             self.rows.parent.mkdir(exist_ok=True)
-            for path, blocks in ((self.rows, (row.numpy().data for row in rows)), (self.new, [json.dumps(tokens).encode()])):
-                part = path.with_suffix(path.suffix + ".part")
-                with open(part, "wb") as file:
-                    for block in blocks:
-                        file.write(block)
-                os.replace(part, path)
+            with _whole(self.rows) as file:
+                for row in rows:
+                    file.write(row.numpy().data)
+            with _whole(self.new) as file:
+                file.write(json.dumps(tokens).encode())
         except OSError as error:
             raise FileError(
                 f"{error.filename or self.rows} cannot be written: {error.strerror}", "Name another folder with --out."
             ) from error
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that has its name once it is complete."""
+    part = path.with_suffix(path.suffix + ".part")
+    with open(part, "wb") as file:
+        yield file
+    os.replace(part, path)
 
 
 def _gone(path: Path, reason: str | None) -> FileError:

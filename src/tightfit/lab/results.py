@@ -121,7 +121,7 @@ class Results:
         """Holds the file open, and for itself. Raises UsageError if another process does."""
         path = self.folder / RESULTS
         try:
-            file = open(path, "ab", buffering=0)
+            file = FileIO(path, "a")
         except OSError as error:
             raise FileError(f"{path} cannot be written: {error.strerror}", "Name another folder with --out.") from error
         with file:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from tightfit import child, zoo
 from tightfit.budget.machine import machine_identity, versions
@@ -43,8 +43,8 @@ class State:
     left: float | None
 
 
-class Watcher:
-    """Is told what happens; this one does nothing."""
+class Watcher(Protocol):
+    """Is told how far a run is: when a configuration begins, after each sample, and what came of the configuration."""
 
     def at(self, state: State) -> None: ...
 
@@ -93,7 +93,7 @@ def prepare(
         folder = zoo.path(model) if model in zoo.EMBEDDED else None
         material = Material.read(checkpoint.tokenizer(), folder, texts)
         samples = {spec_string(task): task.samples(material, context, seed) for task in chosen}
-        machine = machine_identity()
+        known, kernels = versions(), {"kernels": cpu.features()["chosen"]}
         experiment = Experiment(
             model=checkpoint.name,
             fingerprint=checkpoint.fingerprint,
@@ -103,9 +103,8 @@ def prepare(
             text=[asdict(source) for source in material.sources],
             common={name: value for name, value in common.items() if value is not None},
             configurations=[first, *others],
-            machine={name: value for name, value in machine.items() if name not in versions()}
-            | {"kernels": cpu.features()["chosen"]},
-            versions=versions(),
+            machine={name: value for name, value in machine_identity().items() if name not in known} | kernels,
+            versions=known,
             command=command,
         )
     return experiment, samples
@@ -219,7 +218,8 @@ class _Process:
     errors: IO[str]
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self.popen.stdin is not None and self.popen.stdout is not None
+        assert self.popen.stdin is not None
+        assert self.popen.stdout is not None
         with suppress(BrokenPipeError):  # it has ended: what it said last, if anything, says why
             self.popen.stdin.write(json.dumps(question) + "\n")
             self.popen.stdin.flush()

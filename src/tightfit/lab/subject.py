@@ -1,5 +1,5 @@
-"""The process that measures one configuration: it opens the model as any run does, measures samples one by one, and says
-at the end what it took.
+"""The process that measures one configuration: it opens the model as any run does, measures samples one by one, and
+says at the end what it took.
 
 It holds one sample at a time, and imports what measuring needs before it plans, so that this is part of what the plan
 counts with.
