@@ -12,11 +12,12 @@ from tightfit.plan.operations import active, operations_per_token
 from tightfit.weights.placement.places import EMBEDDINGS, LAYER, groups
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tightfit.checkpoints.checkpoint import Checkpoint
     from tightfit.kv.base import BaseCache
     from tightfit.lab.reader import Reader
     from tightfit.model.spec import ModelSpec
-    from tightfit.plan.schema import Plan
 
 
 def indicators(reader: Reader, spec: ModelSpec) -> dict[str, float]:
@@ -28,23 +29,24 @@ def indicators(reader: Reader, spec: ModelSpec) -> dict[str, float]:
     """
     model = reader.model
     kv_bytes, kv_resident = reader.kv_bytes()
+    formats = [layer.format for layer in model.plan.layers]
+    read = weight_bytes_per_token(model.checkpoint, spec, model.plan.outer.format, formats) + reader.read_bytes()
     return {
         "weights_bytes": model.plan.weights_bytes,
         "kv_bytes": kv_bytes,
         "kv_resident_bytes": kv_resident,
-        "read_bytes_per_token": weight_bytes_per_token(model.checkpoint, spec, model.plan) + reader.read_bytes(),
+        "read_bytes_per_token": read,
         "operations_per_token": operations_per_token(spec, attended(model.borrow_engine().cache)),
         "parameters": spec.parameter_count,
     }
 
 
-def weight_bytes_per_token(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
+def weight_bytes_per_token(checkpoint: Checkpoint, spec: ModelSpec, outer: str, formats: Sequence[str]) -> int:
     """Bytes of weights that a decoding step of one sequence reads, wherever they lie: one row of the embeddings, unless
-    they are the head too, of a mixture the experts that are chosen, and all the others."""
-    total = 0
-    formats = {index: layer.format for index, layer in enumerate(plan.layers)}
-    layers = iter(spec.layers)
-    for group in groups(checkpoint, spec, plan.outer.format, formats):
+    they are the head too, of a mixture the experts that are chosen, and all the others. ``outer`` is the format of the
+    embeddings and the head, ``formats`` are those of the layers."""
+    total, layers = 0, iter(spec.layers)
+    for group in groups(checkpoint, spec, outer, dict(enumerate(formats))):
         layer = next(layers) if group.name.startswith(LAYER) else None
         for place in group.places:
             if layer is not None:

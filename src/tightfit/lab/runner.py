@@ -262,7 +262,7 @@ def _process() -> Iterator[_Process]:
 
 
 def _length(sample: Sample) -> int:
-    return len(sample.prompt) + len(sample.following)
+    return len(sample.prompt) + len(sample.following) + sample.new_tokens
 
 
 def _mean(values: list[float]) -> float:

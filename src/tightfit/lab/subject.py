@@ -72,7 +72,7 @@ def _measure(answer: Answer) -> None:
             question = json.loads(line)
             if "longest" in question:
                 sample = Sample(**question["longest"])
-                for _ in reader.follow(sample.prompt):
+                for _ in reader.follow(sample.prompt, sample.following or [0] * sample.new_tokens):
                     pass
                 receipt = model.receipt()
                 answer(
