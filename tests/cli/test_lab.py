@@ -31,7 +31,7 @@ def test_a_table_on_standard_output_and_a_line_for_each_configuration_beside_it(
         "kv=int4: refused: it does not fit",
     ]
     table = done.stdout.split("\n ")
-    assert ["configuration", "samples", "peak", "weights", "kv"] == table[1].split()
+    assert table[1].split() == ["configuration", "samples", "peak", "weights", "kv"]
     assert [row.split()[0] for row in table[3:]] == ["exact", "kv=none", "kv=int4"]
     assert "refused: it does not fit" in table[5]
 
