@@ -14,6 +14,7 @@ from tightfit.errors import UsageError
 if TYPE_CHECKING:
     from tightfit.budget.ledger import Ledger
     from tightfit.checkpoints.checkpoint import Checkpoint
+    from tightfit.engine.engine import Engine
     from tightfit.engine.generate import Completion, Generator
     from tightfit.engine.opening import Opened, Wish
     from tightfit.engine.request import Requests
@@ -50,6 +51,14 @@ class Model:
         for _ in self.stream_many(prompts, completions, **options):
             pass
         return completions[0] if isinstance(prompt, str) else completions
+
+    def generate_tokens(self, prompts: Many[Many[int]], **options: Any) -> list[Completion]:
+        """As :meth:`generate`, for prompts that are token ids already, those that begin a sequence included."""
+        completions = [self.new_completion() for _ in prompts]
+        requests = [self._requests.of_tokens(prompt, options) for prompt in prompts]
+        for _ in self._generator.run(requests, completions):
+            pass
+        return completions
 
     def stream(self, prompt: str, **options: Any) -> abc.Generator[str, None, None]:
         """Continues a prompt, piece by piece; no piece ends inside a character.
@@ -132,6 +141,11 @@ class Model:
             "owners": found.owners,
             "similarity": found.similarity,
         }
+
+    def borrow_engine(self) -> Engine:
+        """What computes, for measurements that fill its cache by hand while nothing is generated. A conversation that
+        was kept is forgotten."""
+        return self._generator.borrow()
 
     def receipt(self) -> dict[str, Any]:
         """What was promised, what the operating system saw, and how fast it was. Sizes in bytes, times in seconds."""

@@ -11,16 +11,18 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from tightfit.errors import UsageError
-from tightfit.zoo.corpus import Tokens
 from tightfit.zoo.presets import BOS
 
 WORD = re.compile("[a-z]{4,9}")
 FEWEST_WORDS = 16
+NEEDLE = "# The secret number for {} is {}.\n"
+ASKED_NEEDLE = "# Question: what is the secret number for {}? Answer: "
 ATTEMPTS = 1000  # a place in the code with two whole lines is found at once unless there is none
 
 
@@ -45,12 +47,12 @@ class Material:
     """What examples are made of: real code as token ids, and words that the tokenizer knows as one token."""
 
     tokenizer: Tokenizer
-    code: Tokens
+    code: np.ndarray[tuple[int], np.dtype[np.integer[Any]]]
     words: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # A byte-level vocabulary writes a space as Ġ.
-        known = (token[1:] for token in self.tokenizer.get_vocab() if token.startswith("Ġ"))
+        # A byte-level vocabulary writes a space as Ġ, SentencePiece as ▁.
+        known = (token[1:] for token in self.tokenizer.get_vocab() if token.startswith(("Ġ", "▁")))
         words = tuple(sorted(word for word in known if WORD.fullmatch(word) and not keyword.iskeyword(word)))
         if len(words) < FEWEST_WORDS:
             raise UsageError(
@@ -120,7 +122,7 @@ def needles(rng: random.Random, material: Material, tokens: int) -> Example:
     room = tokens
     for key in rng.sample(material.words, rng.randint(1, 6)):
         value = number(rng)
-        needle = f"# The secret number for {key} is {value}.\n"
+        needle = NEEDLE.format(key, value)
         room -= len(material.encode(needle))
         if hidden and room < tokens / 2:
             break
@@ -129,7 +131,7 @@ def needles(rng: random.Random, material: Material, tokens: int) -> Example:
     lines = material.lines(rng, room)
     for needle in hidden:
         lines.insert(rng.randint(0, len(lines)), needle)
-    return Example("".join(lines), _ask(rng, values, "# Question: what is the secret number for {}? Answer: "))
+    return Example("".join(lines), _ask(rng, values, ASKED_NEEDLE))
 
 
 def copy(rng: random.Random, material: Material, tokens: int) -> Example:
