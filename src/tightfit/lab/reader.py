@@ -92,7 +92,7 @@ def _paged_bytes(cache: PagedCache, layer: int) -> float:
     lists = [counts[0].tolist() for counts in (pages.lengths, pages.coded, pages.bounded)]
     for length, coded, bounded in zip(*lists, strict=True):
         dense = length - coded * PAGE
-        if selector is not None and cache.selects(layer):
+        if selector is not None and cache.reserved.selects(layer):
             share = min(selector.tokens // PAGE, bounded) / max(bounded, 1)
             total += bounded * 2 * pages.keys.shape[3] * pages.keys.element_size()
             coded, dense = coded * share, (bounded * PAGE - coded * PAGE) * share + length - bounded * PAGE
