@@ -98,7 +98,7 @@ class Reader:
                     hidden = engine.decoder.hidden(Batch((segment,)), engine.cache, engine.ws)
                     engine.cache.commit(0, [0], engine.ws)
                 else:
-                    hidden = engine._hidden(Batch((segment,)))
+                    hidden = engine.hidden(Batch((segment,)))
                 if segment.stop >= len(prompt):
                     found.append(engine.decoder.logits(hidden, engine.ws)[-1].clone())
         return torch.stack(found)

@@ -14,6 +14,7 @@ from tightfit.errors import UsageError
 if TYPE_CHECKING:
     from tightfit.budget.ledger import Ledger
     from tightfit.checkpoints.checkpoint import Checkpoint
+    from tightfit.engine.engine import Engine
     from tightfit.engine.generate import Completion, Generator
     from tightfit.engine.opening import Opened, Wish
     from tightfit.engine.request import Requests
@@ -132,6 +133,11 @@ class Model:
             "owners": found.owners,
             "similarity": found.similarity,
         }
+
+    def borrow_engine(self) -> Engine:
+        """What computes, for measurements that fill its cache by hand while nothing is generated. A conversation that
+        was kept is forgotten."""
+        return self._generator.borrow()
 
     def receipt(self) -> dict[str, Any]:
         """What was promised, what the operating system saw, and how fast it was. Sizes in bytes, times in seconds."""

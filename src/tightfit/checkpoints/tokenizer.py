@@ -83,6 +83,11 @@ class Tokenizer:
         return self._tokenizer.token_to_id(token)
 
     @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's own object."""
+        return self._tokenizer
+
+    @property
     def vocab_size(self) -> int:
         """How many tokens there are, added ones included. The model's embedding may have more rows."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)

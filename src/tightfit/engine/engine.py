@@ -57,7 +57,7 @@ class Engine:
             return []
         sampled = []
         with self.ws.frame():
-            hidden = self._hidden(batch)
+            hidden = self.hidden(batch)
             logits = self.decoder.logits(hidden, self.ws)
             row = 0
             for segment, sequence in zip(batch.segments, sequences, strict=True):
@@ -75,8 +75,9 @@ class Engine:
             self._accept(sequence, token)
         return sampled
 
-    def _hidden(self, batch: Batch) -> torch.Tensor:
-        """Computes a batch; its prompt tokens are certain then."""
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Computes a batch; its prompt tokens are certain then. The normalised hidden states (n, hidden) of the rows
+        for which logits are wanted, in scratch memory of the enclosing frame."""
         use_threads(batch, self.threads, self.cache.gemm_dtype)
         for segment, _, _ in batch.prefills:
             self.cache.begin(segment.slot, segment.start)
@@ -118,7 +119,7 @@ class Engine:
             part = tokens[start : start + at_once]
             batch = Batch((Segment(slot, start, part, logits="all", length=len(tokens)),))
             with self.ws.frame():
-                hidden = self._hidden(batch)
+                hidden = self.hidden(batch)
                 following = torch.tensor(tokens[start + 1 : start + len(part) + 1])
                 free = self.ws.arena.capacity - self.ws.top
                 rows_at_once = max(1, min(SCORED_AT_ONCE, free // 2 // (4 * self.decoder.spec.vocab_size)))

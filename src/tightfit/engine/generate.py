@@ -123,11 +123,16 @@ class Generator:
 
     def score(self, tokens: list[int]) -> list[float]:
         """See :meth:`Engine.score`; a conversation that was kept is forgotten."""
+        return self.borrow().score(tokens)
+
+    def borrow(self) -> Engine:
+        """The engine, no place of its cache being used; a conversation that was kept is forgotten. Raises UsageError as
+        :meth:`run` does."""
         self._check_idle()
         kept = self._take_kept()
         if kept is not None:
             self.engine.scheduler.release(kept.slot)
-        return self.engine.score(tokens)
+        return self.engine
 
     def _check_open(self) -> None:
         if self._closed:

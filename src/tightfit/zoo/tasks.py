@@ -11,12 +11,12 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from tightfit.errors import UsageError
-from tightfit.zoo.corpus import Tokens
 from tightfit.zoo.presets import BOS
 
 WORD = re.compile("[a-z]{4,9}")
@@ -45,12 +45,12 @@ class Material:
     """What examples are made of: real code as token ids, and words that the tokenizer knows as one token."""
 
     tokenizer: Tokenizer
-    code: Tokens
+    code: np.ndarray[tuple[int], np.dtype[np.integer[Any]]]
     words: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # A byte-level vocabulary writes a space as Ġ.
-        known = (token[1:] for token in self.tokenizer.get_vocab() if token.startswith("Ġ"))
+        # A byte-level vocabulary writes a space as Ġ, SentencePiece as ▁.
+        known = (token[1:] for token in self.tokenizer.get_vocab() if token.startswith(("Ġ", "▁")))
         words = tuple(sorted(word for word in known if WORD.fullmatch(word) and not keyword.iskeyword(word)))
         if len(words) < FEWEST_WORDS:
             raise UsageError(

@@ -1,0 +1,1 @@
+"""The lab: techniques measured side by side. Importing this costs nothing."""

@@ -1,0 +1,100 @@
+"""A loaded model that is followed by hand, token by token, through its weights and its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from itertools import chain
+
+import torch
+
+from tightfit.api import Model
+from tightfit.engine.engine import Engine
+from tightfit.errors import UsageError
+from tightfit.kernels.pages import PAGE
+from tightfit.kv.cache import Cache
+from tightfit.kv.paged import PagedCache
+from tightfit.model.batch import Batch, Segment
+
+
+class Reader:
+    """Takes texts through ``model``, one after the other: prompts under the plan's prefill schedule, what follows by
+    decoding steps. So all tokens go through the plan's weights and its cache, as they do in a run. Each text begins
+    with an empty cache."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def follow(self, prompt: Sequence[int], following: Sequence[int] = ()) -> Iterator[torch.Tensor]:
+        """Rows of logits (vocab,) float32, the i-th of which predicts ``following[i]``: one after the prompt, one after
+        each token that follows but the last. A row lies in scratch memory and is valid until the next one is asked for.
+
+        Raises UsageError where these are more tokens than the context.
+        """
+        return self._rows(prompt, following[:-1], len(prompt) + len(following))
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The ``count`` tokens that greedy decoding adds; an end token does not end it."""
+        tokens: list[int] = []
+        with closing(self._rows(prompt, tokens, len(prompt) + count)) as rows:  # reads what is added to `tokens`
+            for _ in range(count):
+                tokens.append(int(next(rows).argmax()))
+        return tokens
+
+    @torch.inference_mode()
+    def _rows(self, prompt: Sequence[int], decoded: Sequence[int], total: int) -> Generator[torch.Tensor, None, None]:
+        engine, count = self.model.borrow_engine(), len(prompt)
+        if not 0 < count <= total <= engine.context:
+            raise UsageError(f"{total} tokens in a context of {engine.context}", "Load the model with a longer one.")
+        steps = (Segment(0, count + i, [token], decode=True) for i, token in enumerate(decoded))
+        for segment in chain(_prefill(engine, prompt), steps):
+            with engine.ws.frame():
+                hidden = engine.hidden(Batch((segment,)))
+                if segment.decode:
+                    engine.cache.commit(0, [0], engine.ws)
+                if segment.logits == "last":
+                    yield engine.decoder.logits(hidden, engine.ws)[0]
+
+    def kv_bytes(self) -> tuple[int, int]:
+        """Of keys and values the bytes that are reserved, and the most that were resident."""
+        account = self.model.receipt()["accounts"]["kv"]
+        return account["reserved_bytes"], account["peak_bytes"]
+
+    def read_bytes(self) -> int:
+        """Bytes of keys and values, and of bounds of pages, that one more token would read, from memory or a file."""
+        cache, total = self.model.borrow_engine().cache, 0.0
+        for layer in cache.own:
+            readers = cache.owners.count(layer)
+            if isinstance(cache, PagedCache):
+                total += readers * _paged_bytes(cache, layer)
+            else:
+                assert isinstance(cache, Cache)
+                kept = cache.layers[layer]
+                token = (kept.keys.shape[3] + kept.values.shape[3]) * kept.keys.element_size()
+                total += readers * kept.keys.shape[1] * min(cache.tokens[0], kept.keys.shape[2]) * token
+        return int(total)
+
+
+def _prefill(engine: Engine, prompt: Sequence[int]) -> Iterator[Segment]:
+    count = len(prompt)
+    at_once = count if engine.layered else engine.chunk
+    for start in range(0, count, at_once):
+        part = prompt[start : start + at_once]
+        yield Segment(0, start, part, logits="last" if start + len(part) == count else "none", length=count)
+
+
+def _paged_bytes(cache: PagedCache, layer: int) -> float:
+    """What one query of all heads reads of the first sequence in a layer. Of pages that a selector chooses among, those
+    in few bits are chosen as often as others."""
+    pages, selector, total = cache.layers[layer], cache.composition.selector, 0.0
+    token = (pages.keys.shape[3] + pages.values.shape[3]) * pages.keys.element_size()
+    code = pages.key_codec.page_bytes + pages.value_codec.page_bytes
+    lists = [counts[0].tolist() for counts in (pages.lengths, pages.coded, pages.bounded)]
+    for length, coded, bounded in zip(*lists, strict=True):
+        dense = length - coded * PAGE
+        if selector is not None and cache.selects(layer):
+            share = min(selector.tokens // PAGE, bounded) / max(bounded, 1)
+            total += bounded * 2 * pages.keys.shape[3] * pages.keys.element_size()
+            coded, dense = coded * share, (bounded * PAGE - coded * PAGE) * share + length - bounded * PAGE
+        total += coded * code + dense * token
+    return total
