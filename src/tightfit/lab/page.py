@@ -3,7 +3,6 @@ tables can be sorted and plots chosen."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from tightfit.lab.report import (
     Row,
     separate,
 )
+from tightfit.lab.shown import interval, number
 from tightfit.lab.statistics import Estimate
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -87,33 +87,6 @@ def title(measure: Measure) -> str:
     return f"{measure.task} {measure.metric}".replace("_", " ")
 
 
-def number(value: float, unit: str) -> str:
-    """For people, with as many digits as tell something: shares in percent, bytes in MiB, seconds as they are read."""
-    if unit == "share":
-        return f"{value:.1%}"
-    if unit == "bytes":
-        return f"{value / MiB:.1f} MiB"
-    if unit == "s":
-        return f"{_digits(value * 1000)} ms" if abs(value) < 1 else f"{_digits(value)} s"
-    if unit == "operations":
-        return f"{_digits(value / 1e6)} M"
-    return _digits(value)
-
-
-def _digits(value: float) -> str:
-    """Three of them, and no more than four behind the point."""
-    if value == 0 or abs(value) < 5e-5:
-        return "0"
-    behind = min(max(2 - math.floor(math.log10(abs(value))), 0), 4)
-    return f"{value:.{behind}f}"
-
-
-def interval(estimate: Estimate, unit: str) -> str:
-    if estimate.low is None or estimate.high is None:
-        return ""
-    return f"{number(estimate.low, unit)} to {number(estimate.high, unit)}"
-
-
 def _name(row: Row) -> Cell:
     return Cell(row.key, row.key, marks=() if row.finished else (("unfinished", "it was not measured to its end"),))
 
@@ -121,7 +94,7 @@ def _name(row: Row) -> Cell:
 def _measured(estimate: Estimate | None, unit: str, marks: tuple[tuple[str, str], ...] = ()) -> Cell:
     if estimate is None:
         return Cell("", None)
-    return Cell(number(estimate.value, unit), estimate.value, interval(estimate, unit), marks)
+    return Cell(number(estimate.value, unit), estimate.value, interval(estimate.low, estimate.high, unit), marks)
 
 
 def _overview(report: Report) -> tuple[list[str], list[list[Cell]]]:
@@ -170,7 +143,7 @@ def _difference(estimate: Estimate | None, measure: Measure) -> Cell:
     kind = "noise" if not separate(estimate) else "gain" if better else "loss"
     sign = "+" if estimate.value > 0 else ""
     return Cell(
-        sign + number(estimate.value, measure.unit), estimate.value, interval(estimate, measure.unit), kind=kind
+        sign + number(estimate.value, measure.unit), estimate.value, interval(estimate.low, estimate.high, measure.unit), kind=kind
     )
 
 

@@ -7,9 +7,8 @@ them.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import combinations, permutations
 from typing import Any, Literal
@@ -18,9 +17,12 @@ from tightfit.catalog import parse_one
 from tightfit.lab.experiment import EXACT, Configuration, Experiment
 from tightfit.lab.results import Refused, Results, SampleResult
 from tightfit.lab.statistics import Estimate
-from tightfit.lab.tasks.base import Metric, Task
+from tightfit.lab.tasks.base import Task
 
 SEAMS = ("weights", "kv")
+COST_UNITS = ("bytes", "s", "J")  # of metrics that are about what a model takes, and not about what it writes
+LENGTHS = ("tokens", "after")  # groups of samples that say how long their prompts are
+SPEED = ("latency", "token")  # the task and metric of the seconds that each new token takes
 BASELINE = "int8"  # what a lossy technique must beat in either seam: it is simple, and loses next to nothing
 PEAK, STORED, SECONDS = "peak_rss_bytes", "stored_bytes", "seconds_per_token"
 COSTS = (PEAK, STORED, SECONDS)  # what quality is drawn against
@@ -87,7 +89,8 @@ class Row:
         """Over all samples, or those of one length."""
         if tokens is None:
             return self.values.get(measure.id)
-        return self.groups.get(measure.id, {}).get("tokens", {}).get(str(tokens))
+        by_length = (self.groups.get(measure.id, {}).get(group, {}).get(str(tokens)) for group in LENGTHS)
+        return next(filter(None, by_length), None)
 
 
 @dataclass(frozen=True)
@@ -180,11 +183,11 @@ def summarise(results: Results) -> Report:
     """Everything the report shows. Raises UsageError for tasks that this version does not know."""
     found = _Found(results)
     measures = found.measures()
-    speed = next((measure for measure in measures if found.tasks[measure.task].token_seconds == measure.metric), None)
+    speed = next((each for each in measures if (found.tasks[each.task].name, each.metric) == SPEED), None)
     rows = [found.row(configuration, measures, speed) for configuration in results.experiment.configurations]
     rows = [row for row in rows if row.samples or row.finished]
     rows.sort(key=lambda row: (not row.finished, row.indicators.get(PEAK, 0)))
-    rows = [_numbered(row, number) for number, row in enumerate(rows, start=1)]
+    rows = [replace(row, number=number) for number, row in enumerate(rows, start=1)]
     report = Report(
         results.experiment,
         measures,
@@ -214,15 +217,23 @@ class _Found:
     def measures(self) -> list[Measure]:
         found = []
         for spec, task in self.tasks.items():
-            lengths = {
-                sample.group["tokens"]
-                for (_, of), samples in self.samples.items()
-                if of == spec
-                for sample in samples.values()
-                if isinstance(sample.group.get("tokens"), int)
-            }
-            for index, metric in enumerate(task.metrics):
-                found.append(_measure(spec, task, metric, index == 0, sorted(int(length) for length in lengths)))
+            samples = (each for (_, of), of_task in self.samples.items() if of == spec for each in of_task.values())
+            lengths = {int(each.group[name]) for each in samples for name in LENGTHS if name in each.group}
+            for metric in task.metrics:
+                quality, main = metric.unit not in COST_UNITS, metric is task.metrics[0]
+                found.append(
+                    Measure(
+                        _id(spec, metric.name),
+                        spec,
+                        metric.name,
+                        metric.unit,
+                        metric.better,
+                        metric.summary,
+                        quality,
+                        main,
+                        sorted(lengths),
+                    )
+                )
         return found
 
     def row(self, configuration: Configuration, measures: list[Measure], speed: Measure | None) -> Row:
@@ -268,10 +279,11 @@ class _Found:
                 found += [other.key for other in self.results.experiment.configurations if other.vary == vary]
         return found
 
-    def compared(self, one: str, other: str) -> dict[str, Estimate]:
-        """The differences of the measures of two configurations, on the samples that both have."""
+    def compared(self, one: str, other: str, tasks: Iterable[str] | None = None) -> dict[str, Estimate]:
+        """The differences of the measures of two configurations, in all tasks or some, on the samples that both have."""
         found = {}
-        for spec, task in self.tasks.items():
+        for spec in self.tasks if tasks is None else tasks:
+            task = self.tasks[spec]
             mine, theirs = self.samples.get((one, spec), {}), self.samples.get((other, spec), {})
             both = [name for name in theirs if name in mine]
             if both:
@@ -280,50 +292,28 @@ class _Found:
         return found
 
     def flips(self, rows: Sequence[Row], speed: Measure | None) -> list[Flip]:
-        """The worst first."""
+        """The largest first."""
         found = []
-        for one, other in combinations([row for row in rows if row.finished], 2):
-            larger = {name: self._larger(name, one, other) for name in INDICATORS}
-            flips = [
-                Flip(less.key, more.key, i, j, more.indicators[i] / less.indicators[i], less.indicators[j] / more.indicators[j])
-                for i, j in permutations(INDICATORS, 2)
-                for less, more in ((one, other),)
-                if larger[i] == other.key and larger[j] == one.key
-            ]
-            if any(SECONDS in (flip.indicator, flip.contradicted_by) for flip in flips):
+        for one, other in permutations([row for row in rows if row.finished], 2):
+            flipped = [(i, j) for i, j in combinations(INDICATORS, 2) if _more(i, other, one) and _more(j, one, other)]
+            if any(SECONDS in pair for pair in flipped):
                 assert speed is not None
-                difference = self.compared(one.key, other.key)[speed.id]
-                if not separate(difference):
-                    flips = [flip for flip in flips if SECONDS not in (flip.indicator, flip.contradicted_by)]
-            found += flips
+                if not separate(self.compared(one.key, other.key, [speed.task])[speed.id]):
+                    flipped = [pair for pair in flipped if SECONDS not in pair]
+            mine, theirs = one.indicators, other.indicators
+            found += [Flip(one.key, other.key, i, j, theirs[i] / mine[i], mine[j] / theirs[j]) for i, j in flipped]
         return sorted(found, key=lambda flip: -flip.size)
 
-    @staticmethod
-    def _larger(indicator: str, one: Row, other: Row) -> str | None:
-        """Which of two has more by so much that it counts."""
-        a, b = (row.indicators.get(indicator) for row in (one, other))
-        if a is None or b is None or abs(a - b) <= INDICATORS[indicator] * max(a, b):
-            return None
-        return one.key if a > b else other.key
+
+def _more(indicator: str, one: Row, other: Row) -> bool:
+    """Whether one has more of an indicator than another by so much that it counts."""
+    a, b = (row.indicators.get(indicator) for row in (one, other))
+    return a is not None and b is not None and a > b * (1 + INDICATORS[indicator])
 
 
 def separate(difference: Estimate) -> bool:
     """Whether the interval of a difference leaves out zero."""
     return difference.low is not None and difference.high is not None and not difference.low <= 0 <= difference.high
-
-
-def _measure(spec: str, task: Task, metric: Metric, main: bool, lengths: list[int]) -> Measure:
-    return Measure(
-        _id(spec, metric.name),
-        spec,
-        metric.name,
-        metric.unit,
-        metric.better,
-        metric.summary,
-        task.quality,
-        main,
-        lengths,
-    )
 
 
 def _id(spec: str, metric: str) -> str:
@@ -342,12 +332,6 @@ def _seconds(row: Row, speed: Measure | None, tokens: int | None = None) -> Esti
         tokens = min(speed.lengths, key=lambda length: abs(length - tokens))
         return row.value(speed, tokens)
     return row.value(speed)
-
-
-def _numbered(row: Row, number: int) -> Row:
-    from dataclasses import replace
-
-    return replace(row, number=number)
 
 
 def _fronts(report: Report) -> list[Front]:
