@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from tokenizers.pre_tokenizers import ByteLevel
 
 from tightfit.checkpoints.tokenizer import Tokenizer
 from tightfit.errors import UsageError
@@ -20,6 +22,7 @@ from tightfit.zoo import corpus, tasks
 # Of the standard library, where a model has no held-out files and none are given: prose in docstrings, and code.
 PACKAGES = ("asyncio", "email", "http", "json", "logging", "unittest", "xml")
 PIECE = 1 << 16  # characters encoded at once: what the tokenizer takes for a moment stays under 10 MiB
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,30 @@ class Material:
         start = rng.randint(0, len(self.ids) - tokens)
         window: list[int] = self.ids[start : start + tokens].tolist()
         return window
+
+    def continued(self, rng: random.Random, tokens: int, following: int) -> tuple[list[int], list[int]]:
+        """A prompt of ``tokens`` tokens, those that begin a sequence included, and what is ``following`` it."""
+        beginning = self.begin[:tokens]
+        text = self.window(rng, tokens - len(beginning) + following)
+        ids = beginning + text
+        return ids[:tokens], ids[tokens:]
+
+
+def text_bytes(tokenizer: Tokenizer, ids: Iterable[int]) -> int:
+    """UTF-8 bytes of the text that token ids stand for, exactly, wherever they were cut; special tokens stand for
+    none."""
+    backend = tokenizer.backend
+    byte_level = all(backend.token_to_id(character) is not None for character in ByteLevel.alphabet())
+    total = 0
+    for index in ids:
+        token = backend.id_to_token(index)
+        if token is None or index in tokenizer.special_token_ids:
+            continue
+        if byte_level:  # each character stands for a byte
+            total += len(token)
+        else:  # as SentencePiece writes it: <0x0A> is a byte, and the mark for a space is longer than one
+            total += 1 if BYTE.fullmatch(token) else len(token.replace("▁", " ").encode())
+    return total
 
 
 def held_out(folder: Path) -> tuple[list[tuple[str, str]], int]:

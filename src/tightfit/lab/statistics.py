@@ -55,6 +55,13 @@ def maximum(rows: Array) -> Array:
     return found
 
 
+def ratio(rows: Array) -> Array:
+    """The sum of the first numbers over that of the second ones, 0 where that is 0."""
+    sums = rows.sum(-2)
+    found: Array = sums[..., 0] / np.where(sums[..., 1] == 0, np.inf, sums[..., 1])
+    return found
+
+
 STATISTICS: dict[str, Statistic] = {"mean": mean, "median": median, "max": maximum}
 
 

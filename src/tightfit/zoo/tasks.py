@@ -21,6 +21,8 @@ from tightfit.zoo.presets import BOS
 
 WORD = re.compile("[a-z]{4,9}")
 FEWEST_WORDS = 16
+NEEDLE = "# The secret number for {} is {}.\n"
+ASKED_NEEDLE = "# Question: what is the secret number for {}? Answer: "
 ATTEMPTS = 1000  # a place in the code with two whole lines is found at once unless there is none
 
 
@@ -120,7 +122,7 @@ def needles(rng: random.Random, material: Material, tokens: int) -> Example:
     room = tokens
     for key in rng.sample(material.words, rng.randint(1, 6)):
         value = number(rng)
-        needle = f"# The secret number for {key} is {value}.\n"
+        needle = NEEDLE.format(key, value)
         room -= len(material.encode(needle))
         if hidden and room < tokens / 2:
             break
@@ -129,7 +131,7 @@ def needles(rng: random.Random, material: Material, tokens: int) -> Example:
     lines = material.lines(rng, room)
     for needle in hidden:
         lines.insert(rng.randint(0, len(lines)), needle)
-    return Example("".join(lines), _ask(rng, values, "# Question: what is the secret number for {}? Answer: "))
+    return Example("".join(lines), _ask(rng, values, ASKED_NEEDLE))
 
 
 def copy(rng: random.Random, material: Material, tokens: int) -> Example:
