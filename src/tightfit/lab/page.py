@@ -3,10 +3,13 @@ tables can be sorted and plots chosen."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup, escape
 
 from tightfit.budget.units import MiB, format_bytes
 from tightfit.lab.plots import Axis, Point, require_matplotlib, tradeoff
@@ -14,6 +17,7 @@ from tightfit.lab.report import (
     BASELINE,
     COSTS,
     INDICATORS,
+    MARKS,
     PEAK,
     SECONDS,
     STORED,
@@ -36,7 +40,6 @@ TITLES = {
     "operations_per_token": "operations for a token",
 }
 UNITS = {name: "bytes" for name in INDICATORS} | {SECONDS: "s", "operations_per_token": "operations"}
-SHORT = {PEAK: "M", STORED: "B", SECONDS: "T"}  # marks of those on a front
 KINDS = {
     "exact": "the exact model",
     "weights": "weights",
@@ -48,13 +51,15 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """``text`` with its ``interval`` below, ``order`` to sort by (None comes last), and ``marks`` (text, title)."""
+    """``text`` with its ``interval`` below, ``order`` to sort by (None comes last), and ``marks`` (text, title);
+    ``shade`` is how dark the ground is, from 0 to 1."""
 
     text: str
     order: float | str | None
     interval: str = ""
     marks: tuple[tuple[str, str], ...] = ()
     kind: str = ""
+    shade: float | None = None
 
 
 def page(report: Report) -> str:
@@ -63,6 +68,7 @@ def page(report: Report) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["breakable"] = _breakable
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         report=report,
@@ -70,21 +76,28 @@ def page(report: Report) -> str:
         kinds=[(kind, title) for kind, title in KINDS.items() if any(row.kind == kind for row in report.rows)],
         views=list(_views(report)),
         measures=report.quality,
-        title=title,
         overview=_overview(report),
         differences=_differences(report),
         tasks=list(_tasks(report)),
         memory=_memory(report),
-        flips=[_flip(report, flip) for flip in report.flips[:MOST_FLIPS]],
+        flips=[_flip(report, flip) for flip in _largest(report)],
+        ranks=_ranks(report),
         thresholds={TITLES[name]: f"{share:.0%}" for name, share in INDICATORS.items()},
         format_bytes=format_bytes,
         baseline=BASELINE,
     )
 
 
-def title(measure: Measure) -> str:
-    """For people: ``lookup right``."""
-    return f"{measure.task} {measure.metric}".replace("_", " ")
+def _breakable(text: str) -> Markup:
+    """Escaped, with places where a line may break between the parts of a name."""
+    return Markup(re.sub(r"(?<=[=(,+])(?=.)", "<wbr>", str(escape(text))))
+
+
+def title(measure: Measure, report: Report) -> str:
+    """For people: ``lookup: correct``, with settings of the task where there is another of its name."""
+    name, _, _ = measure.task.partition("(")
+    same = [spec for spec in report.experiment.tasks if spec.partition("(")[0] == name]
+    return f"{name if len(same) == 1 else measure.task}: {measure.metric.replace('_', ' ')}"
 
 
 def _name(row: Row) -> Cell:
@@ -99,7 +112,7 @@ def _measured(estimate: Estimate | None, unit: str, marks: tuple[tuple[str, str]
 
 def _overview(report: Report) -> tuple[list[str], list[list[Cell]]]:
     """The table of all configurations: costs, and the first measure of each task."""
-    heads = ["#", "configuration", *(TITLES[name] for name in INDICATORS), *(title(each) for each in report.quality)]
+    heads = ["#", "configuration", *(TITLES[name] for name in INDICATORS), *(title(each, report) for each in report.quality)]
     rows = []
     for row in report.rows:
         cells = [Cell(str(row.number), row.number, kind=row.kind), _name(row)]
@@ -110,7 +123,7 @@ def _overview(report: Report) -> tuple[list[str], list[list[Cell]]]:
             cells.append(_measured(cost, UNITS[name], marks))
         for measure in report.quality:
             on = [cost for cost in COSTS if report.on_front(row, measure, cost)]
-            marks = tuple((SHORT[cost], f"on the front of {title(measure)} against {TITLES[cost]}") for cost in on)
+            marks = tuple((MARKS[cost], f"on the front of {title(measure, report)} against {TITLES[cost]}") for cost in on)
             cells.append(_measured(row.value(measure), measure.unit, marks))
         rows.append(cells)
     return heads, rows
@@ -118,7 +131,7 @@ def _overview(report: Report) -> tuple[list[str], list[list[Cell]]]:
 
 def _differences(report: Report) -> tuple[list[str], list[list[Cell]]]:
     """Each configuration against the exact model and its baselines, on the same samples."""
-    heads = ["#", "configuration", "against", "bytes", *(title(each) for each in report.quality)]
+    heads = ["#", "configuration", "against", "bytes", *(title(each, report) for each in report.quality)]
     rows = []
     for row in report.rows:
         for key, differences in row.against.items():
@@ -210,6 +223,27 @@ def _flip(report: Report, flip: Flip) -> dict[str, str]:
     }
 
 
+def _largest(report: Report) -> list[Flip]:
+    """The largest flip of each pair, of as many pairs as are listed."""
+    pairs: dict[frozenset[str], Flip] = {}
+    for flip in report.flips:
+        pairs.setdefault(frozenset((flip.one, flip.other)), flip)
+    return list(pairs.values())[:MOST_FLIPS]
+
+
+def _ranks(report: Report) -> tuple[list[str], list[list[Cell]]]:
+    """Which place each configuration has by each indicator, the smallest first."""
+    rows = [row for row in report.rows if row.finished]
+    names = [name for name in INDICATORS if all(name in row.indicators for row in rows)]
+    ordered = {name: sorted(row.indicators[name] for row in rows) for name in names}
+    ranked = []
+    for row in sorted(rows, key=lambda row: row.indicators[STORED]):
+        ranks = [ordered[name].index(row.indicators[name]) + 1 for name in names]
+        shades = [Cell(str(rank), rank, shade=rank / len(rows)) for rank in ranks]
+        ranked.append([Cell(str(row.number), row.number, kind=row.kind), _name(row), *shades])
+    return ["#", "configuration", *(TITLES[name] for name in names)], ranked
+
+
 def _sentence(report: Report, flip: Flip) -> str:
     told = _flip(report, flip)
     return f"{told['one']} against {told['other']}: {told['says']}, but {told['contradicts']}"
@@ -230,12 +264,12 @@ def _views(report: Report) -> Iterator[dict[str, Any]]:
                 ]
                 if not points:
                     continue
-                name = f"{title(measure)} against {TITLES[cost]}, {_length(tokens)}"
-                x, y = _axis(cost), Axis(title(measure) + _unit(measure.unit), measure.better)
+                name = f"{title(measure, report)} against {TITLES[cost]}, {_length(tokens)}"
+                x, y = _axis(cost), Axis(title(measure, report) + _unit(measure.unit), measure.better)
                 members = [row for row in report.rows if report.on_front(row, measure, cost, tokens)]
                 plots.append({"svg": tradeoff(points, x, y, name), "cost": TITLES[cost], "members": members})
             if plots:
-                yield {"measure": title(measure), "length": _length(tokens), "plots": plots}
+                yield {"measure": title(measure, report), "length": _length(tokens), "plots": plots}
 
 
 def _length(tokens: int | None) -> str:

@@ -41,7 +41,7 @@ STYLE: dict[str, Any] = {
     "ytick.labelcolor": COLORS["muted"],
     "text.color": COLORS["ink"],
 }
-SIZE = (4.5, 3.3)  # inches of 72 of the SVG's units
+SIZE = (4.0, 3.1)  # inches of 72 of the SVG's units
 LOGARITHMIC = 30  # a ratio of the largest to the smallest value beyond which an axis is logarithmic
 
 
@@ -71,7 +71,7 @@ def require_matplotlib() -> None:
     except ImportError:
         raise UsageError(
             "the page's plots need matplotlib, which is not installed",
-            "Type `pip install 'tightfit[report]'`, or look at the table alone: `tightfit lab report DIR --table`.",
+            "Type `pip install 'tightfit[report]'`. The table and --json do without.",
         ) from None
 
 
@@ -123,7 +123,7 @@ def _axes() -> Axes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, dpi=72)  # so that a point is a unit of the drawing
-    axes = figure.add_axes((0.16, 0.14, 0.82, 0.83))
+    axes = figure.add_axes((0.185, 0.145, 0.8, 0.83))
     axes.patch.set_visible(False)
     axes.grid(color=COLORS["rule"], linewidth=0.5, alpha=0.6)
     axes.set_axisbelow(True)
@@ -131,35 +131,32 @@ def _axes() -> Axes:
 
 
 def _scale(axes: Axes, which: Literal["x", "y"], values: Sequence[tuple[float, float, float]]) -> None:
-    """Logarithmic where values span much; values of zero, as of the exact model, are then at the edge."""
-    positive = [value for value, _, _ in values if value > 0]
-    if not positive or max(positive) < LOGARITHMIC * min(positive):
-        axes.margins(**{which: 0.08})
-        return
+    """Limits with room around all intervals; logarithmic where values span much, with zero, as of the exact model, at
+    the edge."""
+    from matplotlib.scale import SymmetricalLogScale
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    if min(value for value, _, _ in values) > 0:
+    lowest, highest = min(low for _, low, _ in values), max(high for _, _, high in values)
+    positive = [value for value, _, _ in values if value > 0]
+    axis, limit = (axes.xaxis, axes.set_xlim) if which == "x" else (axes.yaxis, axes.set_ylim)
+    if not positive or max(positive) < LOGARITHMIC * min(positive):
+        room = 0.08 * (highest - lowest) or 1
+        limit(lowest - room, highest + room)
+        return
+    if lowest > 0:
         axes.set(**{f"{which}scale": "log"})
+        limit(lowest / 1.7, highest * 1.7)
     else:
-        edge = 10 ** math.floor(math.log10(min(positive)))
-        axes.set(**{f"{which}scale": _symmetric(edge)})
-        low = min(value for value, _, _ in values)
-        axes.set(**{f"{which}lim": (min(low, -0.15 * edge), None)})
+        edge = 10 ** math.floor(math.log10(min(positive)))  # below it the scale is linear
+        axes.set(**{f"{which}scale": SymmetricalLogScale(None, linthresh=edge, linscale=0.4)})
+        limit(min(lowest, -0.3 * edge), highest * 1.7)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _symmetric(edge: float) -> Any:
-    from matplotlib.scale import SymmetricalLogScale
-
-    return SymmetricalLogScale(None, linthresh=edge, linscale=0.4)
 
 
 def _number(axes: Axes, points: Sequence[Point]) -> None:
     """Puts its number beside each point, on the front first, where there is room; no two numbers overlap. Those that
     are not on the front and find no room have none: the page's table has all."""
-    axes.autoscale_view()
     places = {point.number: axes.transData.transform((point.x[0], point.y[0])) for point in points}
     frame = axes.bbox
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places.values()]

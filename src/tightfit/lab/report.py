@@ -25,7 +25,8 @@ LENGTHS = ("tokens", "after")  # groups of samples that say how long their promp
 SPEED = ("latency", "token")  # the task and metric of the seconds that each new token takes
 BASELINE = "int8"  # what a lossy technique must beat in either seam: it is simple, and loses next to nothing
 PEAK, STORED, SECONDS = "peak_rss_bytes", "stored_bytes", "seconds_per_token"
-COSTS = (PEAK, STORED, SECONDS)  # what quality is drawn against
+MARKS = {PEAK: "M", STORED: "B", SECONDS: "T"}  # what quality is drawn against, and marks of who is on such a front
+COSTS = tuple(MARKS)
 # What a configuration costs, and by which share two must differ before they do: bytes and operations are counted, so
 # there is no noise in them and the share only leaves out what nobody cares for; peaks and seconds are measured, and
 # seconds must differ by their paired interval too.
@@ -152,7 +153,8 @@ class Report:
         return (measure.id, tokens, cost, row.key) in self._members
 
     def cost(self, row: Row, cost: str, tokens: int | None = None) -> Estimate | None:
-        """What a row costs, as an estimate. Seconds are those measured after prompts of the nearest length."""
+        """What a row costs, as an estimate. Seconds are those after prompts of the nearest length that was measured, or
+        the longest."""
         if cost == SECONDS:
             return _seconds(row, next((each for each in self.measures if each.id == self.speed), None), tokens)
         value = row.indicators.get(cost)
@@ -279,17 +281,26 @@ class _Found:
                 found += [other.key for other in self.results.experiment.configurations if other.vary == vary]
         return found
 
-    def compared(self, one: str, other: str, tasks: Iterable[str] | None = None) -> dict[str, Estimate]:
-        """The differences of the measures of two configurations, in all tasks or some, on the samples that both have."""
+    def compared(self, one: str, other: str) -> dict[str, Estimate]:
+        """The differences of the measures of two configurations, on the samples that both have."""
         found = {}
-        for spec in self.tasks if tasks is None else tasks:
-            task = self.tasks[spec]
-            mine, theirs = self.samples.get((one, spec), {}), self.samples.get((other, spec), {})
-            both = [name for name in theirs if name in mine]
-            if both:
-                compared = task.compare([mine[name].values for name in both], [theirs[name].values for name in both])
-                found |= {_id(spec, metric): estimate for metric, estimate in compared.items()}
+        for spec in self.tasks:
+            found |= self._compared(one, other, spec, self.samples.get((one, spec), {}))
         return found
+
+    def _compared(self, one: str, other: str, spec: str, names: Iterable[str]) -> dict[str, Estimate]:
+        mine, theirs = self.samples.get((one, spec), {}), self.samples.get((other, spec), {})
+        both = [name for name in names if name in mine and name in theirs]
+        if not both:
+            return {}
+        values = [[each[name].values for name in both] for each in (mine, theirs)]
+        return {_id(spec, metric): found for metric, found in self.tasks[spec].compare(*values).items()}
+
+    def take_as_long(self, one: str, other: str, speed: Measure) -> bool:
+        """Whether the seconds of two configurations, as :func:`_seconds` has them, may be the same."""
+        samples = self.samples.get((one, speed.task), {}).values()
+        longest = [each.sample for each in samples if speed.lengths[-1] in each.group.values()]
+        return not separate(self._compared(one, other, speed.task, longest)[speed.id])
 
     def flips(self, rows: Sequence[Row], speed: Measure | None) -> list[Flip]:
         """The largest first."""
@@ -298,7 +309,7 @@ class _Found:
             flipped = [(i, j) for i, j in combinations(INDICATORS, 2) if _more(i, other, one) and _more(j, one, other)]
             if any(SECONDS in pair for pair in flipped):
                 assert speed is not None
-                if not separate(self.compared(one.key, other.key, [speed.task])[speed.id]):
+                if self.take_as_long(one.key, other.key, speed):
                     flipped = [pair for pair in flipped if SECONDS not in pair]
             mine, theirs = one.indicators, other.indicators
             found += [Flip(one.key, other.key, i, j, theirs[i] / mine[i], mine[j] / theirs[j]) for i, j in flipped]
@@ -326,12 +337,11 @@ def _estimates(spec: str, task: Task, samples: Iterable[SampleResult]) -> dict[s
 
 
 def _seconds(row: Row, speed: Measure | None, tokens: int | None = None) -> Estimate | None:
+    """After prompts of the length nearest to ``tokens``, or the longest, of which the other indicators are too."""
     if speed is None:
         return None
-    if tokens is not None and speed.lengths:
-        tokens = min(speed.lengths, key=lambda length: abs(length - tokens))
-        return row.value(speed, tokens)
-    return row.value(speed)
+    wanted = speed.lengths[-1] if tokens is None else tokens
+    return row.value(speed, min(speed.lengths, key=lambda length: abs(length - wanted)))
 
 
 def _fronts(report: Report) -> list[Front]:
