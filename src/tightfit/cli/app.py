@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tightfit import __version__
-from tightfit.cli import census, compress, doctor, fit, plan, run, techniques
+from tightfit.cli import census, compress, doctor, fit, lab, plan, run, techniques
 from tightfit.cli.options import Debug, Json
 from tightfit.cli.output import print_json, say, write
 from tightfit.errors import UsageError
@@ -50,6 +50,7 @@ def run_doctor(
 
 
 app.command("techniques")(techniques.techniques)
+app.add_typer(lab.app, name="lab")
 
 
 def _version(wanted: bool) -> None:
