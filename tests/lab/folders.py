@@ -4,7 +4,7 @@ and one that was not measured to its end. Values are drawn by seed around what a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,14 @@ from tightfit.lab.results import EXPERIMENT, RESULTS, End, Record, Refused, Samp
 MiB = 1 << 20
 TASKS = {
     "divergence(texts=6)": [(f"{n}/{i}", {"tokens": n}) for n in (245, 1024, 3891) for i in range(6)],
-    "lookup": [(f"dictionary/{n}/{i}", {"form": "dictionary", "tokens": n}) for n in (1024, 2048, 3686) for i in range(12)],
+    "lookup": [
+        (f"dictionary/{n}/{i}", {"form": "dictionary", "tokens": n}) for n in (1024, 2048, 3686) for i in range(12)
+    ],
     "needle(questions=4)": [
-        (f"{n}/{d}/{i}", {"tokens": n, "needles": 1, "depth": d}) for n in (1024, 3686) for d in (0, 50, 100) for i in range(4)
+        (f"{n}/{d}/{i}", {"tokens": n, "needles": 1, "depth": d})
+        for n in (1024, 3686)
+        for d in (0, 50, 100)
+        for i in range(4)
     ],
     "perplexity": [(f"1024/{i}", {"after": 1024}) for i in range(16)],
     "latency": [(f"{n}/0", {"tokens": n}) for n in (409, 2048, 3891)],
@@ -35,7 +40,11 @@ KV = {
 
 
 def write(
-    folder: Path, extra: str | None = None, weights: dict[str, Any] = WEIGHTS, kv: dict[str, Any] = KV
+    folder: Path,
+    extra: str | None = None,
+    weights: dict[str, Any] = WEIGHTS,
+    kv: dict[str, Any] = KV,
+    tasks: Sequence[str] = tuple(TASKS),
 ) -> Path:
     """``extra`` is one more configuration by its key, as bad as names can be."""
     configurations = [Configuration(EXACT, {}, dict(EXACT_WISH, context=4096))]
@@ -53,7 +62,7 @@ def write(
     experiment = Experiment(
         model="nano",
         fingerprint="f" * 64,
-        tasks=list(TASKS),
+        tasks=list(tasks),
         seed=7,
         context=4096,
         text=[{"name": "argparse.py", "sha256": "0" * 64}],
@@ -65,7 +74,7 @@ def write(
     )
     records: list[Record] = []
     for key, cost in costs.items():
-        records += _samples(key, *cost)
+        records += _samples(tasks, key, *cost)
         if key != "weights=ternary":  # a run that was ended
             records.append(_end(key, *cost))
     records = [record for record in records if not _unmeasured(record)]
@@ -86,10 +95,10 @@ def _unmeasured(record: Record) -> bool:
     return late and record.task not in ("divergence(texts=6)", "lookup")  # type: ignore[union-attr]
 
 
-def _samples(key: str, weights: float, kv: float, time: float, worse: float) -> list[Record]:
+def _samples(tasks: Sequence[str], key: str, weights: float, kv: float, time: float, worse: float) -> list[Record]:
     found: list[Record] = []
-    for task, samples in TASKS.items():
-        for name, group in samples:
+    for task in tasks:
+        for name, group in TASKS[task]:
             hardness = random.Random(name).random()  # the same for all configurations
             noise = random.Random(f"{key}/{task}/{name}")
             tokens = int(group.get("tokens", 1024))  # type: ignore[call-overload]
@@ -134,7 +143,8 @@ def _end(key: str, weights: float, kv: float, time: float, worse: float) -> End:
     receipt = {
         "predicted_bytes": int((sum(accounts.values()) + 16) * MiB),
         "accounts": {
-            name: {"reserved_bytes": int(size * 1.1 * MiB), "peak_bytes": int(size * MiB)} for name, size in accounts.items()
+            name: {"reserved_bytes": int(size * 1.1 * MiB), "peak_bytes": int(size * MiB)}
+            for name, size in accounts.items()
         },
     }
     indicators = {

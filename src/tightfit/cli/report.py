@@ -76,7 +76,9 @@ def _table(found: Report, measures: list[tuple[Measure, str]]) -> Table:
     costs = {PEAK: ("peak", "bytes"), STORED: ("weights+kv", "bytes"), SECONDS: ("token", "s")}
     made = table("configuration", *(head for head, _ in costs.values()), *(head for _, head in measures))
     for row in found.rows:
-        shown = (number(row.indicators[cost], unit) if cost in row.indicators else "" for cost, (_, unit) in costs.items())
+        shown = (
+            number(row.indicators[cost], unit) if cost in row.indicators else "" for cost, (_, unit) in costs.items()
+        )
         made.add_row(row.key, *shown, *(_value(found, row, measure) for measure, _ in measures))
     return made
 

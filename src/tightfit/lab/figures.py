@@ -57,8 +57,8 @@ def why_missing(entry: Technique) -> str:
 
 
 def make(folders: Sequence[Path]) -> dict[str, Any]:
-    """What ``figures.json`` is to hold, from the results in ``folders``. Raises UsageError for a folder without results,
-    several that were not measured alike, and a technique that none of them has."""
+    """What ``figures.json`` is to hold, from the results in ``folders``. Raises UsageError for a folder without
+    results, several that were not measured alike, and a technique that none of them has."""
     from tightfit.lab.report import summarise
     from tightfit.lab.results import Results
 
@@ -92,9 +92,9 @@ def make(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def spot_sample(experiment: Experiment) -> dict[str, Any]:
-    """The sample that tests measure again, with its tokens: the first of the divergence task's shortest prompts that are
-    long enough for every method to do something. Raises UsageError where there is none, or the texts that samples were
-    made of are no longer here."""
+    """The sample that tests measure again, with its tokens: the first of the divergence task's shortest prompts that
+    are long enough for every method to do something. Raises UsageError where there is none, or the texts that samples
+    were made of are no longer here."""
     from tightfit import zoo
     from tightfit.checkpoints.checkpoint import open_checkpoint
     from tightfit.lab.material import Material
@@ -150,7 +150,21 @@ def _quality(report: Report, row: Row) -> dict[str, Any]:
 
 
 def _speed(results: Results, report: Report, row: Row, whole: Row) -> dict[str, Any]:
-    """How many times as many tokens a second come as from the exact cache, sample by sample."""
+    """How many times as many tokens come in a second as from the whole cache, after the longest prompt measured."""
+    from tightfit.lab.statistics import Array, estimate, median
+
+    def ratio(rows: Array) -> Array:
+        return median(rows) / median(rows[..., 1:])
+
+    task = _task(report.experiment, "latency")
+    return asdict(estimate([*zip(*(_times(results, key, task) for key in (whole.key, row.key)), strict=True)], ratio))
+
+
+def _times(results: Results, key: str, task: str) -> list[float]:
+    """Seconds for each new token, of all repetitions after the longest prompt."""
+    samples = (each for (configuration, of, _), each in results.samples.items() if (configuration, of) == (key, task))
+    longest = max(samples, key=lambda sample: sample.group["tokens"])
+    return [token for _, token in longest.values["repetitions"]]
 
 
 def _exactly(value: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The report as one HTML page that opens without a network: everything is inside, and without scripts it only loses that
+"""The report as one HTML page that opens without a network: everything is inside. Without scripts it only loses that
 tables can be sorted and plots chosen."""
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TITLES = {
     "read_bytes_per_token": "read for a token",
     "operations_per_token": "operations for a token",
 }
-UNITS = {name: "bytes" for name in INDICATORS} | {SECONDS: "s", "operations_per_token": "operations"}
+UNITS = dict.fromkeys(INDICATORS, "bytes") | {SECONDS: "s", "operations_per_token": "operations"}
 KINDS = {
     "exact": "the exact model",
     "weights": "weights",
@@ -112,7 +112,12 @@ def _measured(estimate: Estimate | None, unit: str, marks: tuple[tuple[str, str]
 
 def _overview(report: Report) -> tuple[list[str], list[list[Cell]]]:
     """The table of all configurations: costs, and the first measure of each task."""
-    heads = ["#", "configuration", *(TITLES[name] for name in INDICATORS), *(title(each, report) for each in report.quality)]
+    heads = [
+        "#",
+        "configuration",
+        *(TITLES[name] for name in INDICATORS),
+        *(title(each, report) for each in report.quality),
+    ]
     rows = []
     for row in report.rows:
         cells = [Cell(str(row.number), row.number, kind=row.kind), _name(row)]
@@ -123,7 +128,9 @@ def _overview(report: Report) -> tuple[list[str], list[list[Cell]]]:
             cells.append(_measured(cost, UNITS[name], marks))
         for measure in report.quality:
             on = [cost for cost in COSTS if report.on_front(row, measure, cost)]
-            marks = tuple((MARKS[cost], f"on the front of {title(measure, report)} against {TITLES[cost]}") for cost in on)
+            marks = tuple(
+                (MARKS[cost], f"on the front of {title(measure, report)} against {TITLES[cost]}") for cost in on
+            )
             cells.append(_measured(row.value(measure), measure.unit, marks))
         rows.append(cells)
     return heads, rows
@@ -141,7 +148,7 @@ def _differences(report: Report) -> tuple[list[str], list[list[Cell]]]:
             ratio = Cell("", None)
             if row.finished and other.finished:
                 share = row.indicators[STORED] / other.indicators[STORED]
-                ratio = Cell(f"×{share:.2f}", share)
+                ratio = Cell(f"{share:.0%}", share)
             cells = [Cell(str(row.number), row.number, kind=row.kind), _name(row), Cell(key, key), ratio]
             for measure in report.quality:
                 cells.append(_difference(differences.get(measure.id), measure))
@@ -156,7 +163,10 @@ def _difference(estimate: Estimate | None, measure: Measure) -> Cell:
     kind = "noise" if not separate(estimate) else "gain" if better else "loss"
     sign = "+" if estimate.value > 0 else ""
     return Cell(
-        sign + number(estimate.value, measure.unit), estimate.value, interval(estimate.low, estimate.high, measure.unit), kind=kind
+        sign + number(estimate.value, measure.unit),
+        estimate.value,
+        interval(estimate.low, estimate.high, measure.unit),
+        kind=kind,
     )
 
 
@@ -166,12 +176,7 @@ def _tasks(report: Report) -> Iterator[dict[str, Any]]:
         measures = [measure for measure in report.measures if measure.task == spec]
         main = measures[0]
         parts = sorted(
-            {
-                (name, value)
-                for row in report.rows
-                for name, of in row.groups.get(main.id, {}).items()
-                for value in of
-            },
+            {(name, value) for row in report.rows for name, of in row.groups.get(main.id, {}).items() for value in of},
             key=lambda pair: (pair[0], float(pair[1]) if _is_number(pair[1]) else 0, pair[1]),
         )
         heads = ["#", "configuration", *(measure.metric.replace("_", " ") for measure in measures)]
@@ -286,7 +291,8 @@ def _axis(cost: str) -> Axis:
 
 def _point(report: Report, row: Row, measure: Measure, cost: str, tokens: int | None) -> Point:
     value, price = row.value(measure, tokens), report.cost(row, cost, tokens)
-    assert value is not None and price is not None
+    assert value is not None
+    assert price is not None
     unit = UNITS[cost]
     says = f"{row.number} {row.key}: {number(value.value, measure.unit)}, {number(price.value, unit)}"
     return Point(
@@ -303,5 +309,3 @@ def _scaled(estimate: Estimate, factor: float) -> tuple[float, float, float]:
     low = estimate.value if estimate.low is None else estimate.low
     high = estimate.value if estimate.high is None else estimate.high
     return estimate.value * factor, low * factor, high * factor
-
-

@@ -96,7 +96,9 @@ def tradeoff(points: Sequence[Point], x: Axis, y: Axis, name: str) -> str:
             )
         colors = [COLORS[point.kind] for point in points]
         looks: dict[str, Any] = {"colors": colors, "linewidth": 0.7, "alpha": 0.55, "zorder": 2}
-        (xs, left, right), (ys, low, high) = (zip(*(getattr(point, of) for point in points), strict=True) for of in "xy")
+        (xs, left, right), (ys, low, high) = (
+            zip(*(getattr(point, of) for point in points), strict=True) for of in "xy"
+        )
         axes.hlines(ys, left, right, **looks)
         axes.vlines(xs, low, high, **looks)
         for point in points:
@@ -163,7 +165,9 @@ def _number(axes: Axes, points: Sequence[Point]) -> None:
     for point in sorted(points, key=lambda point: (not point.front, point.number)):
         x, y = places[point.number]
         width, height = 4.6 * len(str(point.number)) + 2, 8
-        for distance, angle in product((8, 12, 17, 23, 30, 40), (45, 135, 315, 225, 90, 0, 180, 270, 20, 160, 200, 340)):
+        for distance, angle in product(
+            (8, 12, 17, 23, 30, 40), (45, 135, 315, 225, 90, 0, 180, 270, 20, 160, 200, 340)
+        ):
             if distance > 12 and not point.front:
                 break
             right = x + distance * math.cos(math.radians(angle))
