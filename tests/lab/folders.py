@@ -26,6 +26,7 @@ TASKS = {
     "perplexity": [(f"1024/{i}", {"after": 1024}) for i in range(16)],
     "latency": [(f"{n}/0", {"tokens": n}) for n in (409, 2048, 3891)],
 }
+UNFINISHED = "weights=ternary"  # of which the run was ended
 # (weights, kv): MiB of weights, of the cache, of what a token reads, relative time, and how much worse than exact.
 WEIGHTS = {
     "bf16": (25.0, 1.0, 0.0001), "int8": (13.3, 0.72, 0.0006), "int6": (10.2, 0.80, 0.004), "int5": (8.6, 0.78, 0.012),
@@ -45,6 +46,7 @@ def write(
     weights: dict[str, Any] = WEIGHTS,
     kv: dict[str, Any] = KV,
     tasks: Sequence[str] = tuple(TASKS),
+    unfinished: str | None = UNFINISHED,
 ) -> Path:
     """``extra`` is one more configuration by its key, as bad as names can be."""
     configurations = [Configuration(EXACT, {}, dict(EXACT_WISH, context=4096))]
@@ -75,9 +77,10 @@ def write(
     records: list[Record] = []
     for key, cost in costs.items():
         records += _samples(tasks, key, *cost)
-        if key != "weights=ternary":  # a run that was ended
+        if key != unfinished:
             records.append(_end(key, *cost))
-    records = [record for record in records if not _unmeasured(record)]
+    early = tasks[:2]  # the run was ended there
+    records = [each for each in records if each.configuration != unfinished or getattr(each, "task", None) in early]
     records.append(Refused("kv=kvsharer", "layers of nano were never looked for", "Find them with `tightfit fit`."))
     records.append(Refused("weights=f32", "it does not fit into 1 GiB", "Give more.", 1_200_000_000))
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,11 +91,6 @@ def write(
 
 def _varied(seam: str, name: str) -> Configuration:
     return Configuration(f"{seam}={name}", {seam: name}, {"memory": "1GiB", "threads": 2, seam: name})
-
-
-def _unmeasured(record: Record) -> bool:
-    late = isinstance(record, SampleResult) and record.configuration == "weights=ternary"
-    return late and record.task not in ("divergence(texts=6)", "lookup")  # type: ignore[union-attr]
 
 
 def _samples(tasks: Sequence[str], key: str, weights: float, kv: float, time: float, worse: float) -> list[Record]:

@@ -80,7 +80,8 @@ def tradeoff(points: Sequence[Point], x: Axis, y: Axis, name: str) -> str:
     both. ``name`` is unique in the page and says what is drawn."""
     from matplotlib import rc_context
 
-    with rc_context({**STYLE, "svg.hashsalt": name}):
+    style: Any = STYLE | {"svg.hashsalt": name}  # names inside of an SVG, of which a page has many
+    with rc_context(style):
         axes = _axes()
         members = sorted((point for point in points if point.front), key=lambda point: point.x[0])
         _scale(axes, "x", [point.x for point in points])
@@ -202,7 +203,9 @@ def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 def _svg(axes: Axes, name: str, titles: dict[str, str]) -> str:
     """The drawing as an element for a page: as wide as its place, with titles for those groups that have an id."""
     out = io.StringIO()
-    axes.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r" font-family: [^;]*;", "", text)
