@@ -52,6 +52,14 @@ class Model:
             pass
         return completions[0] if isinstance(prompt, str) else completions
 
+    def generate_tokens(self, prompts: Many[Many[int]], **options: Any) -> list[Completion]:
+        """As :meth:`generate`, for prompts that are token ids already, those that begin a sequence included."""
+        completions = [self.new_completion() for _ in prompts]
+        requests = [self._requests.of_tokens(prompt, options) for prompt in prompts]
+        for _ in self._generator.run(requests, completions):
+            pass
+        return completions
+
     def stream(self, prompt: str, **options: Any) -> abc.Generator[str, None, None]:
         """Continues a prompt, piece by piece; no piece ends inside a character.
 

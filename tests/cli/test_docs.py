@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 from tests.cli.command import tightfit
+from tests.lab.subjects import subject
+
+from tightfit.lab import runner
 
 PAGE = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
 
@@ -73,12 +76,20 @@ def test_keys_of_techniques() -> None:
     assert set(paths(tightfit("techniques", "--json").json, known)) == known
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "compress", "doctor", "techniques"])
+def test_keys_of_lab_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "SUBJECT", subject(refuse=("int4",)))
+    options = ["--vary", "kv=[none,int4]", "--tasks", "perplexity(windows=1,tokens=8,after=8)"]
+    answer = tightfit("lab", "run", tiny, *options, "--text", runner.__file__, "--out", tmp_path, "--json").json
+    known = documented("`tightfit lab run --json`:")
+    assert set(paths(answer, known)) == known
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "compress", "doctor", "techniques", "lab run"])
 def test_every_option_in_the_examples_is_there(command: str) -> None:
     used = {
         option
         for line in re.findall(rf"tightfit {command} ([^`\n]*)", PAGE)
         for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", line)
     }
-    text = tightfit(command, "--help").stdout
+    text = tightfit(*command.split(), "--help").stdout
     assert used <= set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", text)), used

@@ -32,3 +32,13 @@ def test_a_bar_is_shown_on_a_terminal_after_a_while(
         report(4 << 20, 4 << 20)
     assert ("reading" in stream.getvalue()) is shown
     assert capsys.readouterr().out == ""
+
+
+def test_a_bar_of_unlike_things_shows_what_is_done_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(sys, "stderr", stream := Screen())
+    with progress.foreseen("lab") as report:
+        report("kv=[none]", 0, 40, None)
+        report("kv=[int4]", 10, 40, 3723.4)
+    for part in ("kv=[int4]", "10/40", "1:02:03 left"):
+        assert part in stream.getvalue()

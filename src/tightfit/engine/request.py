@@ -60,6 +60,16 @@ class Requests:
         self, prompt: str, options: Mapping[str, Any], what: str = "the prompt", add_special_tokens: bool = True
     ) -> Request:
         """As :meth:`make`; ``what`` names the prompt in messages."""
+        return self._request(self._encode(prompt, what, add_special_tokens), options)
+
+    def of_tokens(self, tokens: Sequence[int], options: Mapping[str, Any], what: str = "the prompt") -> Request:
+        """As :meth:`make`, for a prompt that is token ids already."""
+        if not tokens:
+            raise UsageError(f"{what} is empty", "Give some tokens to continue.")
+        self._check(tokens, what)
+        return self._request(list(tokens), options)
+
+    def _request(self, tokens: list[int], options: Mapping[str, Any]) -> Request:
         given = {name: value for name, value in options.items() if value is not None}
         stop = given.pop("stop", ())
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -70,7 +80,7 @@ class Requests:
         if max_new_tokens < 1:
             raise UsageError(f"{max_new_tokens} new tokens were asked for", "Ask for at least one (max_new_tokens).")
         return Request(
-            tokens=self._encode(prompt, what, add_special_tokens),
+            tokens=tokens,
             max_new_tokens=max_new_tokens,
             sampling=self._sampling(given),
             stop=stop,
@@ -105,9 +115,12 @@ class Requests:
         tokens = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         if not tokens:
             raise UsageError(f"the tokenizer of {self._name} makes no token of {what}", "Give some text to continue.")
+        self._check(tokens, what)
+        return tokens
+
+    def _check(self, tokens: Sequence[int], what: str) -> None:
         self.check_length(len(tokens), what)
         self.check(tokens, what)
-        return tokens
 
     def _advice(self, wanted: int | None) -> str:
         """What to do about a prompt that is too long; a context of ``wanted`` tokens would do."""

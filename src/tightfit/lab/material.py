@@ -138,8 +138,11 @@ def _held_out(folder: Path | None) -> list[tuple[str, str]]:
 
 def _standard_library() -> list[tuple[str, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    documents = corpus.collect([root / package for package in PACKAGES])
-    return [(document.name, document.text) for document in documents]
+    return [
+        (f"{package}/{document.name}", document.text)
+        for package in PACKAGES
+        for document in corpus.collect([root / package])
+    ]
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ from tightfit import child, zoo
 from tightfit.budget.machine import machine_identity, versions
 from tightfit.catalog import parse_one, spec_string, split
 from tightfit.engine.opening import DEFAULT_CONTEXT, Wish, open_model
-from tightfit.errors import BudgetError, CheckpointError, TightfitError, UsageError
+from tightfit.errors import BudgetError, CheckpointError, FileError, TightfitError, UsageError
 from tightfit.kernels import cpu
 from tightfit.lab.experiment import EXACT, Configuration, Experiment, configurations
 from tightfit.lab.material import Material
@@ -199,6 +199,9 @@ class _RefusedError(Exception):
         self.kind, self.answer = kind, answer
 
     def as_error(self) -> TightfitError:
+        """What it is for the user if the exact model is refused."""
+        if self.kind == FileError.__name__:
+            return FileError(self.answer["error"], self.answer["hint"])
         hint = 'Compare with another one, for example --exact "weights=bf16".'
         message = f"the exact model is refused: {self.answer['error']}"
         if self.kind == BudgetError.__name__:

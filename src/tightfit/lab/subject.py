@@ -32,7 +32,7 @@ def main() -> None:
       model, and where what that gives is kept. The answer is ``{}`` once the model is loaded.
     - ``{"task", "sample"}``: ``{"values", "seconds"}``.
     - Last ``{"longest": sample}``: ``{"peak_rss_bytes", "budget_bytes", "plan", "receipt", "indicators"}``, the latter
-      of the token after that sample's prompt.
+      of the token after that sample.
 
     An error of the user's is answered by ``{"kind", "error", "hint", "smallest_bytes"}``, and is the end.
     """
