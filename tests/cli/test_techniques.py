@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 from rich.console import Console
@@ -42,7 +43,7 @@ def test_the_list_cuts_nothing_off_where_it_is_not_a_terminal() -> None:
 
 
 def test_the_list_fits_a_terminal_of_100_columns() -> None:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console = Console(width=100, record=True, file=io.StringIO())
     for seam in ("weights", "kv", "experts"):
         console.print(techniques._list(seam, [entry for entry in all_techniques() if entry.seam == seam]))
     text = console.export_text()
@@ -61,8 +62,8 @@ def test_one_seam_can_be_asked_for() -> None:
 
 def test_an_entry_has_settings_paper_companions_and_figures_with_intervals() -> None:
     text = tightfit("techniques", "snapkv").stdout
-    for part in ("keep=512", "https://arxiv.org/abs/2404.14469", "int4", "fills", "tokens", "arXiv"):
-        assert part in text or part == "arXiv"
+    for part in ("keep=512", "https://arxiv.org/abs/2404.14469", "int4", "fills", "tokens"):
+        assert part in text
     value = figures()["techniques"]["kv"]["snapkv"]["kl"]
     assert re.search(r"KL divergence, nats +[\d.]+ \([\d.]+ to [\d.]+\)", text)
     assert value["low"] <= value["value"] <= value["high"]

@@ -1,4 +1,4 @@
-"""The catalog's figures are of the techniques that there are and of the model that ships, and still what is measured."""
+"""The catalog's figures are of the techniques that there are and of the model that ships, and are still true."""
 
 from __future__ import annotations
 

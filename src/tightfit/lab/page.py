@@ -52,12 +52,14 @@ KINDS = {
 @dataclass(frozen=True)
 class Cell:
     """``text`` with its ``interval`` below, ``order`` to sort by (None comes last), and ``marks`` (text, title);
-    ``shade`` is how dark the ground is, from 0 to 1."""
+    ``dot`` is the color of one before it, ``kind`` of a difference ``gain``, ``loss`` or ``noise``, and ``shade`` how
+    dark the ground is, from 0 to 1."""
 
     text: str
     order: float | str | None
     interval: str = ""
     marks: tuple[tuple[str, str], ...] = ()
+    dot: str = ""
     kind: str = ""
     shade: float | None = None
 
@@ -75,7 +77,6 @@ def page(report: Report) -> str:
         experiment=report.experiment,
         kinds=[(kind, title) for kind, title in KINDS.items() if any(row.kind == kind for row in report.rows)],
         views=list(_views(report)),
-        measures=report.quality,
         overview=_overview(report),
         differences=_differences(report),
         tasks=list(_tasks(report)),
@@ -120,7 +121,7 @@ def _overview(report: Report) -> tuple[list[str], list[list[Cell]]]:
     ]
     rows = []
     for row in report.rows:
-        cells = [Cell(str(row.number), row.number, kind=row.kind), _name(row)]
+        cells = [Cell(str(row.number), row.number, dot=row.kind), _name(row)]
         for name in INDICATORS:
             cost = report.cost(row, name)
             flips = report.flips_of(row, name)
@@ -149,7 +150,7 @@ def _differences(report: Report) -> tuple[list[str], list[list[Cell]]]:
             if row.finished and other.finished:
                 share = row.indicators[STORED] / other.indicators[STORED]
                 ratio = Cell(f"{share:.0%}", share)
-            cells = [Cell(str(row.number), row.number, kind=row.kind), _name(row), Cell(key, key), ratio]
+            cells = [Cell(str(row.number), row.number, dot=row.kind), _name(row), Cell(key, key), ratio]
             for measure in report.quality:
                 cells.append(_difference(differences.get(measure.id), measure))
             rows.append(cells)
@@ -183,7 +184,7 @@ def _tasks(report: Report) -> Iterator[dict[str, Any]]:
         heads += [f"{main.metric.replace('_', ' ')}, {name} {value}" for name, value in parts]
         rows = []
         for row in report.rows:
-            cells = [Cell(str(row.number), row.number, kind=row.kind), _name(row)]
+            cells = [Cell(str(row.number), row.number, dot=row.kind), _name(row)]
             cells += [_measured(row.value(measure), measure.unit) for measure in measures]
             groups = row.groups.get(main.id, {})
             cells += [_measured(groups.get(name, {}).get(value), main.unit) for name, value in parts]
@@ -245,7 +246,7 @@ def _ranks(report: Report) -> tuple[list[str], list[list[Cell]]]:
     for row in sorted(rows, key=lambda row: row.indicators[STORED]):
         ranks = [ordered[name].index(row.indicators[name]) + 1 for name in names]
         shades = [Cell(str(rank), rank, shade=rank / len(rows)) for rank in ranks]
-        ranked.append([Cell(str(row.number), row.number, kind=row.kind), _name(row), *shades])
+        ranked.append([Cell(str(row.number), row.number, dot=row.kind), _name(row), *shades])
     return ["#", "configuration", *(TITLES[name] for name in names)], ranked
 
 

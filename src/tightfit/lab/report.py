@@ -338,7 +338,7 @@ def _estimates(spec: str, task: Task, samples: Iterable[SampleResult]) -> dict[s
 
 def _seconds(row: Row, speed: Measure | None, tokens: int | None = None) -> Estimate | None:
     """After prompts of the length nearest to ``tokens``, or the longest, of which the other indicators are too."""
-    if speed is None:
+    if speed is None or not speed.lengths:
         return None
     wanted = speed.lengths[-1] if tokens is None else tokens
     return row.value(speed, min(speed.lengths, key=lambda length: abs(length - wanted)))
