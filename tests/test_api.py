@@ -91,6 +91,16 @@ def test_a_second_text_while_one_is_streamed_is_refused(model: tightfit.Model) -
     assert model.generate(PROMPT, max_new_tokens=2).finish == "length"
 
 
+def test_prompts_can_be_token_ids(model: tightfit.Model) -> None:
+    prompts = [PROMPT, "import os"]
+    ids = [model.tokenizer.encode(prompt) for prompt in prompts]
+    assert model.generate_tokens(ids, max_new_tokens=4) == model.generate(prompts, max_new_tokens=4)
+    with pytest.raises(tightfit.UsageError, match="is empty"):
+        model.generate_tokens([[]])
+    with pytest.raises(tightfit.CheckpointError, match="vocabulary"):
+        model.generate_tokens([[1 << 20]])
+
+
 def test_an_unknown_option_is_refused_with_the_known_ones(model: tightfit.Model) -> None:
     with pytest.raises(tightfit.UsageError, match=r"unknown option 'tempereture'\nKnown: .*temperature"):
         model.generate(PROMPT, tempereture=1)

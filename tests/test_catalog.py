@@ -115,6 +115,35 @@ def test_every_technique_can_be_listed_and_written():
         assert all(hints[field] in catalog.VALUE_TYPES for field in entry.settings)
 
 
+def test_companions_are_those_that_compose():
+    """For methods of the cache it is the roles that decide, and what compose refuses beside them."""
+    from tightfit.kv.compose import compose
+
+    entries = [entry for entry in catalog.all_techniques() if entry.seam == "kv"]
+    for one in entries:
+        for other in entries:
+            try:
+                goes = len(compose(f"{one.name}+{other.name}").methods) == 2
+            except UsageError:
+                goes = False
+            assert (other.name in catalog.companions(one)) == goes
+    of = {(entry.seam, entry.name): catalog.companions(entry) for entry in catalog.all_techniques()}
+    assert {"int4", "quest", "host"} <= set(of["kv", "snapkv"])
+    assert not {"h2o", "window"} & set(of["kv", "snapkv"])
+    assert of["experts", "gate"] == ["lfu", "lru", "score", "static"]
+    assert of["experts", "lru"] == ["gate"]
+    assert "pruned" in of["weights", "mixed"]
+    assert "mixed" not in of["weights", "mixed"]
+    assert of["weights", "int4"] == ["mixed"]
+
+
+def test_what_needs_calibration_says_by_which_command():
+    needing = {entry.name: entry.calibration for entry in catalog.all_techniques() if entry.calibration}
+    assert needing.keys() == {"static", "kvsharer"}
+    assert "`tightfit census`" in needing["static"]
+    assert "`tightfit fit`" in needing["kvsharer"]
+
+
 def test_the_catalog_is_listed_without_importing_torch():
     # torch costs some 200 MiB of a budget, and a plan is made before it is loaded.
     program = (

@@ -47,6 +47,7 @@ class Technique:
     paper: str
     exact: bool  # gives the same result as doing without it
     summary: str
+    calibration: str = ""  # what must be found out about a model first, and by which command; "" for nothing
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -57,11 +58,14 @@ class Technique:
 TECHNIQUES: dict[tuple[str, str], Technique] = {}
 
 
-def technique(*, seam: str, name: str, paper: str, exact: bool, summary: str) -> Callable[[Class], Class]:
+def technique(
+    *, seam: str, name: str, paper: str, exact: bool, summary: str, calibration: str = ""
+) -> Callable[[Class], Class]:
     """Registers a dataclass as the technique ``name`` of ``seam``, and sets ``name`` on the class.
 
     ``paper`` is a title or address ("" for common practice), ``exact`` says that results do not change, ``summary`` is
-    one line. Fields are of type bool, int, float or str. Raises ValueError if the name is taken.
+    one line, ``calibration`` what must be known of a model first. Fields are of type bool, int, float or str. Raises
+    ValueError if the name is taken.
     """
 
     def register(cls: Class) -> Class:
@@ -69,7 +73,7 @@ def technique(*, seam: str, name: str, paper: str, exact: bool, summary: str) ->
         if known is not None and known.cls.__qualname__ != cls.__qualname__:
             raise ValueError(f"two techniques of seam {seam!r} are named {name!r}: {known.cls} and {cls}")
         cls.name = name  # type: ignore[attr-defined]
-        TECHNIQUES[seam, name] = Technique(seam, name, cls, paper, exact, summary)
+        TECHNIQUES[seam, name] = Technique(seam, name, cls, paper, exact, summary, calibration)
         return cls
 
     return register
@@ -82,6 +86,30 @@ def all_techniques() -> list[Technique]:
             _load(seam)
     found = (entry for entry in TECHNIQUES.values() if entry.seam != MEASURING)
     return sorted(found, key=lambda entry: (entry.seam, entry.name))
+
+
+def companions(entry: Technique) -> list[str]:
+    """The names of those of its seam that ``entry`` composes with, found by composing them with their defaults.
+
+    Methods of the cache fill other roles, a policy for experts takes a predictor, and weight formats are parts of
+    ``mixed``.
+    """
+    return [other.name for other in all_techniques() if other.seam == entry.seam and _compose(entry, other)]
+
+
+def _compose(one: Technique, other: Technique) -> bool:
+    both = f"{one.name}+{other.name}"
+    try:
+        if one.seam == "kv":
+            importlib.import_module("tightfit.kv.compose").compose(both)
+        elif one.seam == "experts":
+            importlib.import_module("tightfit.experts.policy").scheme(both)
+        else:
+            outer, part = (one, other) if one.name == "mixed" else (other, one)
+            parse(one.seam, f"{outer.name}(rest={part.name})")
+    except UsageError:
+        return False
+    return True
 
 
 def parse(seam: str, text: str) -> list[Any]:

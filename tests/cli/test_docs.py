@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.cli.command import tightfit
+from tests.lab import folders
 from tests.lab.subjects import subject
 
 from tightfit.lab import runner
@@ -84,7 +85,13 @@ def test_keys_of_lab_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(paths(answer, known)) == known
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "compress", "doctor", "techniques", "lab run"])
+def test_keys_of_lab_report(tmp_path: Path) -> None:
+    answer = tightfit("lab", "report", folders.write(tmp_path), "--json").json
+    known = documented("`tightfit lab report --json`:")
+    assert set(paths(answer, known)) == known
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "compress", "doctor", "techniques", "lab run", "lab report"])
 def test_every_option_in_the_examples_is_there(command: str) -> None:
     used = {
         option

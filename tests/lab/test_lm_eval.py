@@ -138,16 +138,18 @@ def test_a_task_of_lm_eval_runs_on_local_data(
     assert 0 < right < len(QUESTIONS)
 
 
-def test_the_class_is_found_by_its_name_and_keeps_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_class_is_found_by_its_name_and_keeps_the_budget() -> None:
     from lm_eval.api.registry import get_model
 
     options = {"pretrained": "nano", "memory": "4GiB", "kv": "window(keep=32)", "context": 128}
-    found = get_model("tightfit").create_from_arg_obj(options, {"batch_size": 1, "device": None})
+    found = get_model("tightfit").create_from_arg_obj(
+        options, {"batch_size": "1", "device": "cuda:0"}
+    )  # as its command does
     assert found.model.plan.cache == "window(keep=32)"
     assert found.model.plan.budget == 4 << 30
     [(total, _)] = found.loglikelihood([instance("loglikelihood", "", "import os\n")], disable_tqdm=True)
     assert -math.inf < total < 0
     assert found.model.receipt()["peak_rss_bytes"] <= 4 << 30
     found.model.close()
-    with pytest.raises(UsageError, match="device"):
-        TightfitLM(device="cuda")
+    with pytest.raises(UsageError, match="batch size"):
+        TightfitLM(batch_size="auto")

@@ -53,6 +53,9 @@ def test_shares_that_are_all_alike_are_not_taken_for_certain(value):
     assert found.high - found.low > 0.2
     paired = difference(rows([value] * 12), rows([value] * 12), share=True)
     assert (paired.value, paired.low, paired.high) == (0, -wilson(0, 12)[1], wilson(0, 12)[1])
+    apart = difference(rows([value] * 12), rows([1 - value] * 12), share=True)
+    assert apart.value == 2 * value - 1
+    assert 0.3 < apart.high - apart.low < 1
 
 
 def test_one_sample_and_maxima_have_no_interval():

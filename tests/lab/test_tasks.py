@@ -16,6 +16,7 @@ from tests.lab.conftest import CONTEXT, measure, record
 
 from tightfit.catalog import all_techniques, parse_one, spec_string
 from tightfit.errors import UsageError
+from tightfit.kernels.pages import PAGE
 from tightfit.lab.material import Material
 from tightfit.lab.reader import Reader
 from tightfit.lab.tasks import Task
@@ -216,6 +217,18 @@ def test_memory_counts_the_accounts_of_a_full_context(found: Any, exact: Reader)
     assert "experts" not in task("memory").summarise([values])
 
 
+def test_a_selector_reads_bounds_and_the_pages_it_chooses(readers: Callable[..., Reader], material: Material) -> None:
+    reader = readers(kv="quest(tokens=64)")
+    for _ in reader.follow(material.ids[:400].tolist()):
+        pass
+    heads, token, full = 2, 2 * 64 * 2, 2  # two layers see everything; keys and values of 64 features in 2 bytes
+    pages, tail = divmod(400, PAGE)
+    chosen = heads * (
+        pages * token + (64 + tail) * token
+    )  # of each page the least and the most of each feature of keys
+    assert reader.read_bytes() == full * heads * 400 * token + (8 - full) * chosen
+
+
 def test_perplexity_is_of_all_tokens_together(found: Any) -> None:
     values = found("perplexity", "exact")
     summary = task("perplexity").summarise(values)
@@ -241,6 +254,7 @@ def test_needles_lie_where_they_are_asked_to(material: Material) -> None:
     ("spec", "said"),
     [
         ("lookup(tokens=many)", "tokens cannot be 'many'"),
+        ("lookup(tokens=0)", "tokens cannot be '0'"),
         ("lookup(questions=0)", "questions cannot be 0"),
         ("needle(depths=0/120)", "depths cannot be"),
         ("needle(needles=0)", "needles cannot be"),

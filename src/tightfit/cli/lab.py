@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tightfit.cli import report
 from tightfit.cli.options import (
     Activations,
     Chunk,
@@ -196,3 +197,6 @@ def _show(results: Results) -> None:
             state += f": {entry['error']}"
         made.add_row(entry["key"], str(entry["samples"]), *sizes, state)
     show(made)
+
+
+app.command("report")(report.report)

@@ -41,13 +41,11 @@ class TightfitLM(TemplateLM):  # type: ignore[misc]
         memory: str | int | None = None,
         *,
         batch_size: str | int = 1,
-        max_batch_size: int | None = None,
+        max_batch_size: int | None = None,  # lm-eval passes these two to every class; neither means anything here
         device: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        if device not in (None, "cpu"):
-            raise UsageError(f"there is no device {device!r}", "Leave --device out: models run on the processor.")
         if not str(batch_size).isdigit():
             raise UsageError(f"the batch size cannot be {batch_size!r}", "Give a number: --batch_size 4.")
         self.model = tightfit.load(pretrained, memory, batch=int(batch_size), **options)
@@ -130,7 +128,8 @@ class TightfitLM(TemplateLM):  # type: ignore[misc]
         progress = tqdm(total=len(requests), desc="texts", disable=disable_tqdm)
         for wanted, group in groupby((request.args for request in requests), lambda args: args[1]):
             options = dict(normalize_gen_kwargs(wanted))
-            del options["do_sample"]  # a temperature of 0 says the same
+            options.setdefault("temperature", 1.0 if options["do_sample"] else 0.0)
+            del options["do_sample"]
             new = options["max_new_tokens"] = options.pop("max_gen_toks")
             options["stop"] = [text for text in options.pop("until") if text]
             room = self.model.plan.context - new

@@ -86,7 +86,8 @@ def difference(
     seed: int = 0,
 ) -> Estimate:
     """The statistic of ``rows`` less that of ``others``, which come from the same samples in the same order: both are
-    resampled alike. Shares that agree on every sample get Wilson's interval for how many samples might disagree.
+    resampled alike. Shares that are the same on every sample, or all right for one and all wrong for the other, get
+    Wilson's bound for how many samples might be otherwise.
 
     Raises ValueError where there are more of one than of the other.
     """
@@ -100,9 +101,10 @@ def difference(
         return statistic(pairs[..., :columns]) - statistic(pairs[..., columns:])
 
     value = float(less(both))
-    if share and (first == second).all():
+    if share and ((first == second).all() or abs(value) == 1):
         _, most = wilson(0, len(first))
-        return Estimate(value, -most, most, len(first))
+        most *= 1 + abs(value)  # both may be otherwise
+        return Estimate(value, max(value - most, -1.0), min(value + most, 1.0), len(first))
     low, high = (None, None) if statistic is maximum else _bootstrap(both, less, seed)
     return Estimate(value, low, high, len(first))
 

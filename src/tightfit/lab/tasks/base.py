@@ -117,21 +117,21 @@ def numbers(text: str, setting: str) -> list[float]:
 def lengths(text: str, setting: str, context: int = 1 << 30, besides: int = 0) -> list[int]:
     """The numbers of tokens that a setting names: ``"512/25%"`` are 512 and a quarter of the context, the latter cut to
     what ``besides`` tokens leave of it. Raises UsageError for anything else, and for a number that does not fit."""
-    found = []
+    found, most = [], context - besides
     for part in text.split("/"):
+        share = part.endswith("%")
         try:
-            tokens = int(float(part[:-1]) / 100 * context) if part.endswith("%") else int(part)
+            tokens = min(int(float(part[:-1]) / 100 * context), most) if share else int(part)
         except ValueError:
-            hint = f"Write numbers of tokens or shares of the context with / between them: {setting}=512/50%."
-            raise UsageError(f"{setting} cannot be {text!r}", hint) from None
-        most = context - besides
-        if part.endswith("%"):
-            tokens = min(tokens, most)
-        if not 0 < tokens <= most:
+            tokens = 0
+        if tokens > most or most < 1:
             raise UsageError(
                 f"{setting}={part} does not fit into {context} tokens of context with {besides} more",
                 f"Give at most {most} tokens, or a longer --context." if most > 0 else "Give a longer --context.",
             )
+        if tokens < 1:
+            hint = f"Write numbers of tokens or shares of the context with / between them: {setting}=512/50%."
+            raise UsageError(f"{setting} cannot be {text!r}", hint)
         found.append(tokens)
     return sorted(set(found))
 
