@@ -294,3 +294,14 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
     assert report.rows == []
     assert Page(page(report)).svgs == 0
     assert tightfit("lab", "report", folder, "--json").json["configurations"] == []
+
+
+def test_peaks_that_are_all_the_same_but_for_noise_are_said_to_be(tmp_path: Path) -> None:
+    weights = {"int8": (13.3, 0.7, 0.001), "int6": (12.0, 0.8, 0.004)}
+    report = summarise(Results.open(folders.write(tmp_path, weights=weights, kv={}, tasks=["divergence(texts=6)"])))
+    assert not report.within_noise(PEAK)  # the exact model takes 37 MiB more
+    for row in report.rows:
+        row.indicators[PEAK] = 240 << 20
+    assert report.within_noise(PEAK)
+    assert not report.within_noise(STORED)
+    assert "within 2% of each other" in page(report)

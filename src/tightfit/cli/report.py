@@ -58,10 +58,13 @@ def _page(found: Report) -> str:
 def _show(found: Report) -> None:
     from tightfit.cli.screen import show
     from tightfit.lab.page import title
+    from tightfit.lab.report import PEAK
 
     lines = []
     if found.quality:
         lines.append("M, B, T: on the Pareto front against peak memory, bytes of weights and kv, time for a token")
+    if found.within_noise(PEAK):
+        lines.append("all peaks are within noise of each other: who has an M is chance")
     lines += [f"{row.key} was not measured to its end" for row in found.rows if not row.finished]
     lines += [f"{each.configuration} was refused: {each.error}" for each in found.refused]
     show(_table(found, [(measure, title(measure, found)) for measure in found.quality]), *lines)

@@ -150,7 +150,8 @@ def _scale(axes: Axes, which: Literal["x", "y"], values: Sequence[tuple[float, f
         axes.set(**{f"{which}scale": "log"})
         limit(lowest / 1.7, highest * 1.7)
     else:
-        edge = 10 ** math.floor(math.log10(min(positive)))  # below it the scale is linear
+        # Below the edge the scale is linear: what is five decades below the largest is as good as nothing.
+        edge = 10.0 ** max(math.floor(math.log10(min(positive))), math.floor(math.log10(max(positive))) - 5)
         axes.set(**{f"{which}scale": SymmetricalLogScale(None, linthresh=edge, linscale=0.4)})
         limit(min(lowest, -0.3 * edge), highest * 1.7)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
