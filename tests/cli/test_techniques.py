@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
 
 from rich.console import Console
 from tests.cli.command import USAGE, check, tightfit
@@ -77,3 +79,14 @@ def test_a_name_in_two_seams_shows_both() -> None:
     [one] = tightfit("techniques", "int4", "--seam", "kv", "--json").json["techniques"]
     assert one["roles"] == ["codec of keys", "codec of values"]
     check(tightfit("techniques", "int44"), USAGE, "no technique 'int44'", "int4")
+
+
+def test_listing_imports_nothing_heavy() -> None:
+    program = "import sys; from tightfit.cli.techniques import techniques; techniques(None, None, True)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}; print({{'torch', 'numpy'}} & set(sys.modules), file=sys.stderr)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.strip() == "set()"

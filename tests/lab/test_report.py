@@ -265,7 +265,7 @@ def test_the_command_writes_a_page_and_marks_the_front(few: Path, tmp_path: Path
     assert done.status == 0, done.stderr
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     [exact] = [line for line in done.stdout.splitlines() if line.split()[:1] == ["exact"]]
-    assert re.search(r" 0 ±0 MBT$", exact)
+    assert re.search(r" 0 \(0 to 0\) MBT$", exact)
 
 
 def test_json_has_all_there_is(few: Path) -> None:

@@ -87,15 +87,14 @@ def _table(found: Report, measures: list[tuple[Measure, str]]) -> Table:
 
 
 def _value(found: Report, row: Row, measure: Measure) -> str:
-    """With half of its interval, and marks of the fronts that it is on."""
+    """With its interval, and marks of the fronts that it is on."""
     from tightfit.lab.report import MARKS
-    from tightfit.lab.shown import number
+    from tightfit.lab.shown import interval, number
 
     estimate = row.value(measure)
     if estimate is None:
         return ""
-    text = number(estimate.value, measure.unit)
-    if estimate.low is not None and estimate.high is not None:
-        text += f" ±{number((estimate.high - estimate.low) / 2, measure.unit)}"
+    between = interval(estimate.low, estimate.high, measure.unit)
+    text = number(estimate.value, measure.unit) + (f" ({between})" if between else "")
     marks = (mark if found.on_front(row, measure, cost) else " " for cost, mark in MARKS.items())
     return f"{text} {''.join(marks)}"

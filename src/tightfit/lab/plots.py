@@ -25,10 +25,12 @@ COLORS = {
     "weights": "#050505",
     "kv": "#060606",
     "both": "#070707",
-    "surface": "#080808",
+    "other": "#080808",
+    "surface": "#090909",
 }
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and has the page's font
+    "text.parse_math": False,
     "font.size": 8,
     "axes.edgecolor": COLORS["rule"],
     "axes.labelcolor": COLORS["muted"],

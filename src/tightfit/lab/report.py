@@ -200,12 +200,11 @@ def summarise(results: Results) -> Report:
         measures,
         speed.id if speed else None,
         rows,
-        [],
-        found.flips(rows, speed),
-        list(results.refused.values()),
+        fronts=[],
+        flips=found.flips(rows, speed),
+        refused=list(results.refused.values()),
     )
-    report.fronts.extend(_fronts(report))
-    return report
+    return replace(report, fronts=_fronts(report))
 
 
 @dataclass
