@@ -80,7 +80,7 @@ def test_samples_depend_on_the_seed_alone_and_fit_into_the_context(name: str, ma
 @pytest.mark.parametrize("name", SMALL)
 def test_values_have_every_metric_and_can_be_written_as_json(name: str, found: Any) -> None:
     for values in found(name, "exact"):
-        assert json.loads(json.dumps(values)) == values or name == "latency"  # tuples become lists
+        assert json.loads(json.dumps(values)) == values
         assert {metric.name for metric in task(name).metrics} <= values.keys()
 
 

@@ -49,7 +49,7 @@ class Latency(Task):
     def measure(self, reader: Reader, sample: Sample, exact: Reference | None) -> dict[str, Any]:
         _, *times = [_seconds(reader, sample) for _ in range(1 + self.repetitions)]
         first, token = zip(*times, strict=True)
-        return {"first_token": median(first), "token": median(token), "repetitions": times}
+        return {"first_token": median(first), "token": median(token), "repetitions": [list(pair) for pair in times]}
 
     def rows(self, metric: Metric, values: Sequence[Values]) -> list[list[float]]:
         column = self.metrics.index(metric)
