@@ -91,6 +91,13 @@ def test_keys_of_lab_report(tmp_path: Path) -> None:
     assert set(paths(answer, known)) == known
 
 
+@pytest.mark.parametrize("arguments", ["--seam weights", "int4 --seam kv"])
+def test_examples_of_techniques_are_what_is_printed(arguments: str) -> None:
+    [example] = re.findall(rf"\$ tightfit techniques {arguments}\n(.*?)```", PAGE, re.DOTALL)
+    printed = [line.split() for line in tightfit("techniques", *arguments.split()).stdout.splitlines()]
+    assert all(line.split() in printed for line in example.splitlines() if line.strip() != "...")
+
+
 @pytest.mark.parametrize("command", ["run", "plan", "compress", "doctor", "techniques", "lab run", "lab report"])
 def test_every_option_in_the_examples_is_there(command: str) -> None:
     used = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
 
 from rich.console import Console
 from tests.cli.command import USAGE, check, tightfit
@@ -37,18 +39,19 @@ def test_the_list_cuts_nothing_off_where_it_is_not_a_terminal() -> None:
         for entry in all_techniques():
             if entry.seam == seam:
                 [line] = [line for line in lines if line.split()[:1] == [entry.name]]
-                paper = entry.paper.replace("https://arxiv.org/abs/", "arXiv ")
+                paper = entry.paper.removeprefix("https://arxiv.org/abs/")
                 for part in (entry.summary, paper, entry.calibration, "exact" if entry.exact else "lossy"):
                     assert part in line
 
 
 def test_the_list_fits_a_terminal_of_100_columns() -> None:
     console = Console(width=100, record=True, file=io.StringIO())
-    for seam in ("weights", "kv", "experts"):
-        console.print(techniques._list(seam, [entry for entry in all_techniques() if entry.seam == seam]))
+    listed = [entry for entry in all_techniques() if entry.seam in ("weights", "kv", "experts")]
+    for seam in dict.fromkeys(entry.seam for entry in listed):
+        console.print(techniques._list(seam, [entry for entry in listed if entry.seam == seam]))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 100
-    for entry in all_techniques():
+    for entry in listed:
         assert re.search(rf"^ *{entry.name} +(exact|lossy)", text, re.MULTILINE)  # names and figures are whole
     assert "4.5" in text
 
@@ -76,3 +79,14 @@ def test_a_name_in_two_seams_shows_both() -> None:
     [one] = tightfit("techniques", "int4", "--seam", "kv", "--json").json["techniques"]
     assert one["roles"] == ["codec of keys", "codec of values"]
     check(tightfit("techniques", "int44"), USAGE, "no technique 'int44'", "int4")
+
+
+def test_listing_imports_nothing_heavy() -> None:
+    program = "import sys; from tightfit.cli.techniques import techniques; techniques(None, None, True)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}; print({{'torch', 'numpy'}} & set(sys.modules), file=sys.stderr)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.strip() == "set()"

@@ -57,6 +57,8 @@ def write(
     for name, (size, time, worse) in kv.items():
         configurations.append(_varied("kv", name))
         costs[f"kv={name}"] = (25.0, size, time, worse)
+    configurations.append(Configuration("chunk=64", {"chunk": 64}, {"chunk": 64}))
+    costs["chunk=64"] = (25.0, 16.0, 1.1, 0.0001)
     configurations += [_varied("kv", "kvsharer"), _varied("weights", "f32")]
     if extra is not None:
         configurations.append(Configuration(extra, {"kv": extra}, {"kv": extra}))

@@ -58,10 +58,13 @@ def _page(found: Report) -> str:
 def _show(found: Report) -> None:
     from tightfit.cli.screen import show
     from tightfit.lab.page import title
+    from tightfit.lab.report import PEAK
 
     lines = []
     if found.quality:
         lines.append("M, B, T: on the Pareto front against peak memory, bytes of weights and kv, time for a token")
+    if found.within_noise(PEAK):
+        lines.append("all peaks are within noise of each other: who has an M is chance")
     lines += [f"{row.key} was not measured to its end" for row in found.rows if not row.finished]
     lines += [f"{each.configuration} was refused: {each.error}" for each in found.refused]
     show(_table(found, [(measure, title(measure, found)) for measure in found.quality]), *lines)
@@ -84,15 +87,14 @@ def _table(found: Report, measures: list[tuple[Measure, str]]) -> Table:
 
 
 def _value(found: Report, row: Row, measure: Measure) -> str:
-    """With half of its interval, and marks of the fronts that it is on."""
+    """With its interval, and marks of the fronts that it is on."""
     from tightfit.lab.report import MARKS
-    from tightfit.lab.shown import number
+    from tightfit.lab.shown import interval, number
 
     estimate = row.value(measure)
     if estimate is None:
         return ""
-    text = number(estimate.value, measure.unit)
-    if estimate.low is not None and estimate.high is not None:
-        text += f" ±{number((estimate.high - estimate.low) / 2, measure.unit)}"
+    between = interval(estimate.low, estimate.high, measure.unit)
+    text = number(estimate.value, measure.unit) + (f" ({between})" if between else "")
     marks = (mark if found.on_front(row, measure, cost) else " " for cost, mark in MARKS.items())
     return f"{text} {''.join(marks)}"

@@ -24,12 +24,12 @@ SHOWN = {
     "weights": (
         ("bits_per_weight", "bits", "bits per weight", ""),
         ("kl", "KL", "KL divergence, nats", ""),
-        ("lookups", "look-ups", "look-ups right", "share"),
+        ("lookups", "found", "look-ups right", "share"),
     ),
     "kv": (
         ("cache_share", "bytes", "bytes of the exact cache", "share"),
         ("kl", "KL", "KL divergence, nats", ""),
-        ("lookups", "look-ups", "look-ups right", "share"),
+        ("lookups", "found", "look-ups right", "share"),
         ("speed_ratio", "speed", "tokens per second, times the exact cache's", ""),
     ),
 }
@@ -102,7 +102,7 @@ def _list(seam: str, entries: list[Technique]) -> Table:
     from tightfit.cli.screen import table
 
     shown = SHOWN.get(seam, ())
-    listed = table(seam, "", "what it does", "paper", *(head for _, head, _, _ in shown))
+    listed = table(seam, "", "what it does", "arXiv", *(head for _, head, _, _ in shown))
     for column in listed.columns[:4]:
         column.justify = "left"
     for column in (*listed.columns[:2], *listed.columns[3:]):
@@ -114,10 +114,14 @@ def _list(seam: str, entries: list[Technique]) -> Table:
             entry.name,
             "exact" if entry.exact else "lossy",
             entry.summary + needs,
-            entry.paper.replace(ARXIV, "arXiv "),
-            *(number(found[key]["value"], unit) if key in found else "" for key, _, _, unit in shown),
+            entry.paper.removeprefix(ARXIV),
+            *(_short(found[key]["value"], unit) if key in found else "" for key, _, _, unit in shown),
         )
     return listed
+
+
+def _short(value: float, unit: str) -> str:
+    return f"{value:.0%}" if unit == "share" else number(value, unit)
 
 
 def _entry(entry: Technique) -> Table:
@@ -159,8 +163,9 @@ def _figures(entry: Technique) -> list[tuple[str, str]]:
 
 
 def _roles(entry: Technique) -> list[str]:
-    """The roles that a method of the cache fills, with its defaults."""
-    return list(getattr(entry.cls(), "roles", ()))
+    """The roles that a method of the cache fills; where settings decide that, with their defaults."""
+    roles = getattr(entry.cls, "roles", ())
+    return list(entry.cls().roles if isinstance(roles, property) else roles)
 
 
 def _written(value: Any) -> str:
@@ -169,4 +174,7 @@ def _written(value: Any) -> str:
 
 def _measured() -> str:
     made = figures()
-    return f"Figures: the lab on {made['model']}, the embedded model, in a context of {made['context']} tokens."
+    return (
+        f"Measured by the lab on {made['model']}, the embedded model: KL divergence in nats, look-ups whose answer was "
+        "found, bytes and speed of a cache as shares of the whole one's."
+    )

@@ -30,7 +30,7 @@ class _Counted(Ranking):
     paper="https://arxiv.org/abs/2303.06182",
     exact=True,
     summary="keeps the experts that a text activated most (`tightfit census`), from the first token on",
-    calibration="a census of a text (`tightfit census`)",
+    calibration="a text (`tightfit census`)",
 )
 @dataclass(frozen=True)
 class Static(Policy):

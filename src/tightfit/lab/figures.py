@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.catalog import Technique, all_techniques, parse_one
-from tightfit.errors import UsageError
+from tightfit.errors import TightfitError, UsageError
 
 if TYPE_CHECKING:
     from tightfit.lab.experiment import Experiment
@@ -185,7 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="results of `tightfit lab run`")
     parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="default: the package's own")
     options = parser.parse_args(arguments)
-    options.out.write_text(json.dumps(make(options.folders), indent=1) + "\n", encoding="utf-8")
+    try:
+        made = make(options.folders)
+    except TightfitError as error:
+        raise SystemExit(f"error: {error}") from error
+    options.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ tables can be sorted and plots chosen."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Cell:
     text: str
     order: float | str | None
     interval: str = ""
-    marks: tuple[tuple[str, str], ...] = ()
+    marks: Sequence[tuple[str, str]] = ()
     dot: str = ""
     kind: str = ""
     shade: float | None = None
@@ -105,7 +105,7 @@ def _name(row: Row) -> Cell:
     return Cell(row.key, row.key, marks=() if row.finished else (("unfinished", "it was not measured to its end"),))
 
 
-def _measured(estimate: Estimate | None, unit: str, marks: tuple[tuple[str, str], ...] = ()) -> Cell:
+def _measured(estimate: Estimate | None, unit: str, marks: Sequence[tuple[str, str]] = ()) -> Cell:
     if estimate is None:
         return Cell("", None)
     return Cell(number(estimate.value, unit), estimate.value, interval(estimate.low, estimate.high, unit), marks)
@@ -125,13 +125,11 @@ def _overview(report: Report) -> tuple[list[str], list[list[Cell]]]:
         for name in INDICATORS:
             cost = report.cost(row, name)
             flips = report.flips_of(row, name)
-            marks = ((f"⇅{len(flips)}", _sentence(report, flips[0])),) if flips else ()
+            marks = [(f"⇅{len(flips)}", _sentence(report, flip)) for flip in flips[:1]]
             cells.append(_measured(cost, UNITS[name], marks))
         for measure in report.quality:
             on = [cost for cost in COSTS if report.on_front(row, measure, cost)]
-            marks = tuple(
-                (MARKS[cost], f"on the front of {title(measure, report)} against {TITLES[cost]}") for cost in on
-            )
+            marks = [(MARKS[cost], f"on the front of {title(measure, report)} against {TITLES[cost]}") for cost in on]
             cells.append(_measured(row.value(measure), measure.unit, marks))
         rows.append(cells)
     return heads, rows
@@ -273,7 +271,10 @@ def _views(report: Report) -> Iterator[dict[str, Any]]:
                 name = f"{title(measure, report)} against {TITLES[cost]}, {_length(tokens)}"
                 x, y = _axis(cost), Axis(title(measure, report) + _unit(measure.unit), measure.better)
                 members = [row for row in report.rows if report.on_front(row, measure, cost, tokens)]
-                plots.append({"svg": tradeoff(points, x, y, name), "cost": TITLES[cost], "members": members})
+                noise = f"{INDICATORS[cost]:.0%}" if report.within_noise(cost) else ""
+                plots.append(
+                    {"svg": tradeoff(points, x, y, name), "cost": TITLES[cost], "members": members, "noise": noise}
+                )
             if plots:
                 yield {"measure": title(measure, report), "length": _length(tokens), "plots": plots}
 

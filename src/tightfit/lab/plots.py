@@ -25,10 +25,12 @@ COLORS = {
     "weights": "#050505",
     "kv": "#060606",
     "both": "#070707",
-    "surface": "#080808",
+    "other": "#080808",
+    "surface": "#090909",
 }
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and has the page's font
+    "text.parse_math": False,
     "font.size": 8,
     "axes.edgecolor": COLORS["rule"],
     "axes.labelcolor": COLORS["muted"],
@@ -150,7 +152,8 @@ def _scale(axes: Axes, which: Literal["x", "y"], values: Sequence[tuple[float, f
         axes.set(**{f"{which}scale": "log"})
         limit(lowest / 1.7, highest * 1.7)
     else:
-        edge = 10 ** math.floor(math.log10(min(positive)))  # below it the scale is linear
+        # Below the edge the scale is linear: what is five decades below the largest is as good as nothing.
+        edge = 10.0 ** max(math.floor(math.log10(min(positive))), math.floor(math.log10(max(positive))) - 5)
         axes.set(**{f"{which}scale": SymmetricalLogScale(None, linthresh=edge, linscale=0.4)})
         limit(min(lowest, -0.3 * edge), highest * 1.7)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -149,6 +149,11 @@ class Report:
     def _members(self) -> set[tuple[str, int | None, str, str]]:
         return {(front.measure, front.tokens, front.cost, key) for front in self.fronts for key in front.members}
 
+    def within_noise(self, cost: str) -> bool:
+        """Whether no two configurations differ in a cost by more than noise, so that a front against it is chance."""
+        values = [row.indicators[cost] for row in self.rows if row.finished and cost in row.indicators]
+        return len(values) > 1 and max(values) <= min(values) * (1 + INDICATORS[cost])
+
     def on_front(self, row: Row, measure: Measure, cost: str, tokens: int | None = None) -> bool:
         return (measure.id, tokens, cost, row.key) in self._members
 
@@ -195,12 +200,11 @@ def summarise(results: Results) -> Report:
         measures,
         speed.id if speed else None,
         rows,
-        [],
-        found.flips(rows, speed),
-        list(results.refused.values()),
+        fronts=[],
+        flips=found.flips(rows, speed),
+        refused=list(results.refused.values()),
     )
-    report.fronts.extend(_fronts(report))
-    return report
+    return replace(report, fronts=_fronts(report))
 
 
 @dataclass
@@ -283,7 +287,7 @@ class _Found:
 
     def compared(self, one: str, other: str) -> dict[str, Estimate]:
         """The differences of the measures of two configurations, on the samples that both have."""
-        found = {}
+        found: dict[str, Estimate] = {}
         for spec in self.tasks:
             found |= self._compared(one, other, spec, self.samples.get((one, spec), {}))
         return found

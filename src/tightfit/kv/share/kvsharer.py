@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     paper="https://arxiv.org/abs/2410.18517",
     exact=False,
     summary="a share of the layers reads the keys and values of earlier, unlike ones, found once with a text",
-    calibration="which layers are alike, from a text (`tightfit fit`)",
+    calibration="a text (`tightfit fit`)",
 )
 @dataclass(frozen=True)
 class KVSharer(Method):
