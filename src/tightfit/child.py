@@ -43,8 +43,8 @@ def ask(target: str, question: dict[str, Any]) -> dict[str, Any]:
     """
     module, _, name = target.partition(":")
     code = f"from tightfit.child import answer; from {module} import {name}; answer({name})"
-    asked = command(code, json.dumps(question))
-    done = subprocess.run(asked, env=environment(), capture_output=True, text=True, check=False)
+    asked = json.dumps(question)  # may be longer than an argument can be
+    done = subprocess.run(command(code), input=asked, env=environment(), capture_output=True, text=True, check=False)
     try:
         found: dict[str, Any] = json.loads(done.stdout)
     except json.JSONDecodeError:
@@ -59,9 +59,9 @@ def ask(target: str, question: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(function: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """The child process: a question as its argument, the answer as its output."""
+    """The child process: a question as its input, the answer as its output."""
     try:
-        found = function(json.loads(sys.argv[1]))
+        found = function(json.load(sys.stdin))
     except TightfitError as error:
         smallest, kind = getattr(error, "smallest_bytes", None), type(error).__name__
         found = {"error": error.message, "hint": error.hint, "kind": kind, "smallest_bytes": smallest}
