@@ -194,6 +194,7 @@ def load(
     prompt_cache_disk: str | int | None = None,
     prompt_cache_dir: str | None = None,
     threads: int | None = None,
+    prefer: str | None = None,
     plan: Plan | None = None,
     chat: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -234,6 +235,7 @@ def load(
         prompt_cache,
         prompt_cache_disk,
         prompt_cache_dir,
+        prefer,
     )
     if plan is not None:
         wish = planned(wish, plan)

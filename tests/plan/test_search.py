@@ -17,7 +17,8 @@ from tightfit.engine.start import workspace_bytes
 from tightfit.errors import BudgetError
 from tightfit.model.families import model_spec
 from tightfit.plan.schema import Numerics, Plan
-from tightfit.plan.search import LEVELS, Constraints, Search
+from tightfit.plan.search import LEVELS, Search
+from tightfit.plan.sizes import Constraints
 from tightfit.weights.placement.places import group_of, layer_name
 from tightfit.weights.placement.streamed import cut_at
 

@@ -17,6 +17,7 @@ from tightfit.cli.options import (
     Kv,
     Memory,
     Model,
+    Prefer,
     Prefill,
     PromptCache,
     PromptCacheDir,
@@ -49,6 +50,7 @@ def plan(
     prompt_cache_disk: PromptCacheDisk = None,
     prompt_cache_dir: PromptCacheDir = None,
     threads: Threads = None,
+    prefer: Prefer = None,
     out: Out = None,
     json: Json = False,
     debug: Debug = False,
@@ -76,6 +78,7 @@ def plan(
         prompt_cache,
         prompt_cache_disk,
         prompt_cache_dir,
+        prefer,
     )
     opened = open_model(wish, headers_only=True)
     with opened.checkpoint:

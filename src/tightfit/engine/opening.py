@@ -24,11 +24,11 @@ from tightfit.kv.compose import EXACT, compose
 from tightfit.kv.share.sharing import owners_for
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec, MoeSpec
-from tightfit.plan.schema import ActivationType, Plan, PromptCachePlan, Schedule
+from tightfit.plan.schema import OWN, ActivationType, Plan, Preference, PromptCachePlan, Schedule
 
 if TYPE_CHECKING:
     from tightfit.engine.start import Settled
-    from tightfit.plan.search import Constraints
+    from tightfit.plan.sizes import Constraints
 
 DEFAULT_CONTEXT = 4096
 # Planning needs torch, and importing torch alone takes more than this. Below it a child process finds the smallest
@@ -57,6 +57,7 @@ class Wish:
     prompt_cache: str | int | None = None
     prompt_cache_disk: str | int | None = None
     prompt_cache_dir: str | None = None
+    prefer: str | None = None
 
     @property
     def sequences(self) -> int:
@@ -114,8 +115,11 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
             f"{wish.threads} threads make no sense: this process may use {usable_cores()} cores",
             f"Use --threads 1 to {usable_cores()}, or leave it out.",
         )
-    if wish.weights is not None:
+    if wish.weights not in (None, OWN):
         parse_one("weights", wish.weights)
+    if wish.prefer is not None and wish.prefer not in get_args(Preference):
+        known = ", ".join(get_args(Preference))
+        raise UsageError(f"there is no preference {wish.prefer!r}", f"Use --prefer {known}.")
     if wish.context is not None and wish.context < 2:
         raise UsageError(f"a context of {wish.context} tokens holds no prompt and answer", "Use --context 2 or more.")
     if wish.activations is not None and wish.activations not in get_args(ActivationType):
@@ -130,7 +134,7 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
     checkpoint = _open(wish.model, headers_only)
     try:
         spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
-        if wish.weights is not None:
+        if wish.weights not in (None, OWN):
             _check_weights(wish.weights, checkpoint)
         context = wish.context if wish.context is not None else min(spec.context, DEFAULT_CONTEXT)
         if context > spec.context:
@@ -233,7 +237,7 @@ def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]
 
 def _constraints(wish: Wish, opened: Opened) -> Constraints:
     from tightfit.engine.numerics import numerics
-    from tightfit.plan.search import Constraints
+    from tightfit.plan.sizes import Constraints
 
     compressed = opened.checkpoint.compressed
     kv, kv_bytes = wanted_cache(wish.kv)
@@ -251,13 +255,17 @@ def _constraints(wish: Wish, opened: Opened) -> Constraints:
         kv_bytes=kv_bytes,
         prefill=cast(Schedule, wish.prefill or "chunked"),
         prompt_cache=wanted_prompt_cache(wish),
+        prefer=cast(Preference, wish.prefer or "quality"),
     )
 
 
 def wanted_cache(wish: str | None) -> tuple[str | None, int | None]:
-    """What ``--kv`` asks for: methods as a spec string, or how many bytes the cache may take. Raises UsageError."""
+    """What ``--kv`` asks for: methods as a spec string, or how many bytes the cache may take; neither where it is to be
+    chosen. Raises UsageError."""
     if wish is None:
         return EXACT, None
+    if wish.strip() == "auto":
+        return None, None
     if wish.strip()[:1].isdigit():
         return None, parse_bytes(wish)
     return str(compose(wish)), None
