@@ -87,7 +87,7 @@ def parse(seam: str, text: str) -> list[Any]:
     wrong type, a missing field, and whatever the technique's own validation refuses.
     """
     _load(seam)
-    return [_parse_one(seam, part) for part in _split(text, "+", text)]
+    return [_parse_one(seam, part) for part in split(text, "+", text)]
 
 
 def parse_one(seam: str, text: str) -> Any:
@@ -125,7 +125,7 @@ def _parse_one(seam: str, part: str) -> Any:
     settings = entry.settings
     values: dict[str, Any] = {}
     arguments = rest[:-1].strip()
-    for argument in _split(arguments, ",", part) if arguments else ():
+    for argument in split(arguments, ",", part) if arguments else ():
         key, equals, value = (piece.strip() for piece in argument.partition("="))
         if not equals:
             raise UsageError(f"cannot read {argument!r} in {part!r}: a setting is key=value", _syntax(seam))
@@ -172,12 +172,12 @@ def _format_one(item: object) -> str:
 
 def _writable(text: str) -> bool:
     try:
-        return _split(text, ",", text) == [text]
+        return split(text, ",", text) == [text]
     except UsageError:
         return False
 
 
-def _split(text: str, separator: str, whole: str) -> list[str]:
+def split(text: str, separator: str, whole: str) -> list[str]:
     """``text`` split at the separators that stand outside of parentheses. Raises UsageError if those do not match."""
     parts, depth, start = [], 0, 0
     for position, character in enumerate(text):

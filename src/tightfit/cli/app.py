@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tightfit import __version__
-from tightfit.cli import census, compress, doctor, fit, plan, run, techniques
+from tightfit.cli import census, compress, doctor, fit, plan, run, sensitivity, techniques
 from tightfit.cli.options import Debug, Json
 from tightfit.cli.output import print_json, say, write
 from tightfit.errors import UsageError
@@ -23,6 +23,7 @@ app.command("plan")(plan.plan)
 app.command("compress")(compress.compress)
 app.command("census")(census.census)
 app.command("fit")(fit.fit)
+app.command("sensitivity")(sensitivity.sensitivity)
 
 
 @app.command("doctor")

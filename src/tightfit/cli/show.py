@@ -86,6 +86,8 @@ def show_plan(answer: dict[str, Any]) -> None:
             f"{plan['sequences']} x {plan['context']} tokens, chunks of {plan['chunk']}",
             accounts,
         )
+        _show_prediction(answer["prediction"])
+        _show_neighbours(answer["neighbours"])
     needs = table("weights", "needs", "of which weights", "kv")
     for level in answer["precisions"]:
         needs.add_row(
@@ -96,6 +98,54 @@ def show_plan(answer: dict[str, Any]) -> None:
             format_bytes(level["accounts"]["kv"]),
         )
     show("The smallest budget for each precision:", needs)
+
+
+def _show_prediction(found: dict[str, Any]) -> None:
+    """How good and how fast it will be."""
+    lines = []
+    if found["divergence"] is not None:
+        source = "measured on this model" if found["measured"] else "assumed; `tightfit sensitivity MODEL` measures it"
+        lines.append(f"divergence {found['divergence']:.4f} nats per token ({source})")
+    if found["times"] is not None:
+        prefill, decode = (found["times"][f"{phase}_seconds"] for phase in ("prefill", "decode"))
+        lines.append(
+            f"a prompt of {found['prompt_tokens']} tokens takes {prefill:.2f} s ({found['prompt_tokens'] / prefill:.0f}/s),"
+            f" then {1 / decode:.1f} tokens/s"
+        )
+    if lines:
+        show(*lines)
+
+
+def _show_neighbours(neighbours: list[dict[str, Any]]) -> None:
+    """What else there is, and why it was not chosen."""
+    if not neighbours:
+        return
+    beside = table("beside it", "needs", "nats", "why not")
+    for each in neighbours:
+        beside.add_row(
+            f"{each['is']}: {_formats(each['plan'])}{_cache(each['plan'])}",
+            format_bytes(each["bytes"], ceil=True),
+            f"{each['divergence']:.4f}",
+            each["why"],
+        )
+    show(beside)
+
+
+def show_sensitivity(answer: dict[str, Any], name: str) -> None:
+    """What `tightfit sensitivity` measured, on standard output."""
+    weights = answer["weights"]
+    formats = list(weights["outer"])
+    losses = table("stored as", *formats)
+    for group, of_formats in weights.items():
+        losses.add_row(group, *(f"{of_formats[fmt]:.6f}" for fmt in formats))
+    losses.add_row("sum", *(f"{sum(each[fmt] for each in weights.values()):.6f}" for fmt in formats))
+    show(f"KL divergence from {name} as it is, in nats per token, on {answer['tokens']} tokens", losses)
+    if answer["cache"]:
+        caches = table("cache", "nats")
+        for kv, nats in answer["cache"].items():
+            caches.add_row(kv, f"{nats:.6f}")
+        show(caches)
+    show(f"kept in {answer['file']}: plans of {name} are chosen by it")
 
 
 def _in_memory(plan: dict[str, Any]) -> str:

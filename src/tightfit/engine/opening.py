@@ -28,6 +28,7 @@ from tightfit.plan.schema import OWN, ActivationType, Plan, Preference, PromptCa
 
 if TYPE_CHECKING:
     from tightfit.engine.start import Settled
+    from tightfit.plan.search import Search
     from tightfit.plan.sizes import Constraints
 
 DEFAULT_CONTEXT = 4096
@@ -206,6 +207,7 @@ def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]
     with ``hint`` and ``smallest_bytes``), and ``precisions``: what each format of the weights needs at least. A plan
     that is to be ``followed`` by another process leaves a little room, if it can: that one will be a bit larger."""
     from tightfit.engine.start import NOISE, search_for, settle, smallest_runtime
+    from tightfit.plan.neighbours import described
     from tightfit.plan.search import precisions
 
     opened.checkpoint.tokenizer()
@@ -228,11 +230,32 @@ def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]
         },
         "budget_bytes": opened.budget,
         "plan": None if settled.plan is None else settled.plan.model_dump() | {"budget": constraints.budget},
+        "prediction": None if settled.plan is None else predicted(search, settled.plan),
+        "neighbours": [] if settled.plan is None else described(settled.search, settled.plan),
         "precisions": precisions(search, runtime),
     }
     if settled.refusal is not None:
         answer |= {"hint": settled.refusal.hint, "smallest_bytes": settled.refusal.smallest_bytes}
     return answer
+
+
+def predicted(search: Search, plan: Plan) -> dict[str, Any]:
+    """What is expected of a plan, JSON-ready: ``divergence`` in nats per token and whether it was ``measured``, and
+    ``times`` of a ``prompt_tokens`` long prompt and ``new_tokens`` after it, None on a machine that was not
+    measured."""
+    from tightfit.plan.cost import Cost
+    from tightfit.plan.search import NEW_TOKENS
+    from tightfit.plan.sensitivity import reference_prompt
+
+    prompt = reference_prompt(plan.context)
+    times = search.times.predict(plan, prompt, NEW_TOKENS) if isinstance(search.times, Cost) else None
+    return {
+        "divergence": search.sensitivity.of_plan(plan),
+        "measured": search.sensitivity.measured,
+        "prompt_tokens": prompt,
+        "new_tokens": NEW_TOKENS,
+        "times": None if times is None else asdict(times),
+    }
 
 
 def _constraints(wish: Wish, opened: Opened) -> Constraints:

@@ -97,9 +97,9 @@ def _quoted(spec: str) -> str:
 
 
 def _needed(search: Search, constraints: Constraints, runtime: int) -> int | None:
-    """The least bytes within other constraints; None where they cannot be met."""
+    """What other constraints need; None where they cannot be met."""
     try:
-        return search.within(constraints).smallest(runtime).total
+        return search.within(constraints).least(runtime).total
     except (UsageError, BudgetError):
         return None
 

@@ -208,11 +208,29 @@ class Search(Sizes):
             for chunk in self.chunks()
             if self._smallest_uniform(self.levels()[-1], chunk, runtime).total <= self.constraints.budget
         ]
-        return [chunk for chunk in chunks if chunk >= SMALL_CHUNK] or chunks
+        return [chunk for chunk in chunks if chunk >= SMALL_CHUNK] or chunks or self.chunks()[-1:]
 
-    def opened(self, chunk: int, runtime: int) -> Open:
+    def seconds(self, plan: Plan) -> float:
+        """What the workload takes that plans are compared with, as the program adds it up."""
+        opened = self.opened(plan.chunk, plan.accounts["runtime"], (plan.cache,))
+        levels = [plan.outer.format, *(layer.format for layer in plan.layers)]
+        chosen = [group[opened.levels.index(level)] for group, level in zip(opened.table.groups, levels, strict=False)]
+        chosen += opened.table.groups[-1]
+        stored = plan.outer.nbytes + sum(layer.nbytes for layer in plan.layers)
+        on_disk = max(stored - plan.weights_bytes, 0) if plan.streamed else 0
+        table = opened.table
+        prefill = table.prefill + sum(choice.prefill for choice in chosen)
+        decode = table.decode + sum(choice.decode for choice in chosen)
+        return max(prefill, table.stream_prefill * on_disk) + max(decode, table.stream_decode * on_disk)
+
+    @property
+    def timed(self) -> bool:
+        """Whether times are those of this machine."""
+        return not isinstance(self.times, ByBytes)
+
+    def opened(self, chunk: int, runtime: int, caches: tuple[str, ...] | None = None) -> Open:
         """What can be chosen where prompts are computed in chunks of ``chunk``."""
-        levels, caches = tuple(self.levels()), tuple(self.caches(chunk))
+        levels, caches = tuple(self.levels()), caches or tuple(self.caches(chunk))
         layers = range(len(self.spec.layers))
         prompt = reference_prompt(self.constraints.context)
         counts = Counter(min(chunk, prompt - start) for start in range(0, prompt, chunk))
@@ -269,7 +287,7 @@ class Search(Sizes):
     def _streamable(self, index: int, level: str) -> int:
         """Bytes of a layer that may be on the disk where streaming is a choice among others: not of mixtures, whose
         experts are cached, and not of a disk that was not measured."""
-        if level != self.levels()[0] or self.constraints.prefer == "quality" or self._cached_experts:
+        if level != self.levels()[0] or self._cached_experts:
             return 0
         try:
             self.times.stream_seconds(1)
@@ -325,14 +343,26 @@ class Search(Sizes):
 
     def smallest_of_each(self, runtime: int) -> list[Plan]:
         """Of each format the plan that needs least, and at the end that of streaming, where that needs still less."""
-        chunk, level = self.chunks()[-1], self.streamable()
-        plans = [self._smallest_uniform(each, chunk, runtime) for each in self.levels()]
-        if level is not None:
-            both = (self.least_streaming(self._uniform(level, chunk, kv), runtime) for kv in self.caches(chunk))
-            streaming = min(both, key=lambda plan: plan.total)
-            if streaming.total < min(plan.total for plan in plans):
-                plans.append(streaming)
+        chunk = self.chunks()[-1]
+        plans = [self._smallest_uniform(level, chunk, runtime) for level in self.levels()]
+        streaming = self._smallest_streaming(chunk, runtime)
+        if streaming is not None and streaming.total < min(plan.total for plan in plans):
+            plans.append(streaming)
         return plans
+
+    def least(self, runtime: int) -> Plan:
+        """A plan that needs little, of the smallest format or streaming: found sooner than the smallest of all."""
+        chunk = self.chunks()[-1]
+        streaming = self._smallest_streaming(chunk, runtime)
+        smallest = self._smallest_uniform(self.levels()[-1], chunk, runtime)
+        return smallest if streaming is None else min(smallest, streaming, key=lambda plan: plan.total)
+
+    def _smallest_streaming(self, chunk: int, runtime: int) -> Plan | None:
+        level = self.streamable()
+        if level is None:
+            return None
+        both = (self.least_streaming(self._uniform(level, chunk, kv), runtime) for kv in self.caches(chunk))
+        return min(both, key=lambda plan: plan.total)
 
     def _smallest_uniform(self, level: str, chunk: int, runtime: int) -> Plan:
         return min(

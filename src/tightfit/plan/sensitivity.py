@@ -40,8 +40,8 @@ WHOLE = {
     "int2": 0.859,
     "ternary": 2.03,
 }
-OF_OUTER = 0.25  # its share of these
-OF_ENDS = 2.0  # what the first and the last layer lose, by what each other layer does
+OF_OUTER = 0.3  # the share of these that is lost outside of the layers
+OF_FIRST, OF_LAST = 4.0, 2.0  # what the first and the last layer lose, by what each other layer does
 # Of caches, after 1000 to 3900 tokens (benchmarks/results/kv-nano.md): of few bits, and where 512 tokens are kept.
 OF_CACHE = {"int8": 0.0001, "int4": 0.0015, "int2": 0.07, "think": 0.015}
 OF_KEEPING = 0.08
@@ -88,10 +88,11 @@ def reference_prompt(context: int) -> int:
 def prior(layers: int) -> Sensitivity:
     """What is assumed of a model with so many layers that was not measured.
 
-    As much as the embedded model loses, which is small and loses more than larger ones do in the same format: a quarter
-    of it outside of the layers, the rest spread over them, the first and the last counted twice.
+    As much as the embedded model loses, which is small and loses more than most larger ones do in the same format: 0.3
+    of it outside of the layers, the rest spread over them, the first counted four times and the last twice (of the
+    embedded model ten and four times).
     """
-    shares = [OF_ENDS if index in (0, layers - 1) else 1.0 for index in range(layers)]
+    shares = [OF_FIRST if index == 0 else OF_LAST if index == layers - 1 else 1.0 for index in range(layers)]
     inner = (1 - OF_OUTER) / sum(shares)
     of_groups = {OUTER: OF_OUTER} | {layer_group(index): share * inner for index, share in enumerate(shares)}
     weights = {group: {fmt: share * nats for fmt, nats in WHOLE.items()} for group, share in of_groups.items()}
