@@ -33,8 +33,8 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         metavar="FORMAT",
-        help="How weights are stored: bf16, int8, int4(group=64), ..., or own, as in the files. Default: chosen for each "
-        "layer, so that all fits.",
+        help="How weights are stored: bf16, int8, int4(group=64), ..., or own, as in the files. Default: chosen, layer "
+        "by layer, so that they fit.",
     ),
 ]
 Prefer = Annotated[

@@ -21,7 +21,9 @@ Text = Annotated[
 ]
 Formats = Annotated[
     str | None,
-    typer.Option("--formats", metavar="LIST", help="Weight formats, such as int8,int4(group=64). Default: int8 to int4."),
+    typer.Option(
+        "--formats", metavar="LIST", help="Weight formats, such as int8,int4(group=64). Default: int8 to int4."
+    ),
 ]
 Tokens = Annotated[int | None, typer.Option("--tokens", metavar="N", help="Tokens of the text to measure with: 256.")]
 

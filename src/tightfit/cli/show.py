@@ -108,10 +108,8 @@ def _show_prediction(found: dict[str, Any]) -> None:
         lines.append(f"divergence {found['divergence']:.4f} nats per token ({source})")
     if found["times"] is not None:
         prefill, decode = (found["times"][f"{phase}_seconds"] for phase in ("prefill", "decode"))
-        lines.append(
-            f"a prompt of {found['prompt_tokens']} tokens takes {prefill:.2f} s ({found['prompt_tokens'] / prefill:.0f}/s),"
-            f" then {1 / decode:.1f} tokens/s"
-        )
+        count = found["prompt_tokens"]
+        lines.append(f"a prompt of {count} tokens takes {prefill:.2f} s, {count / prefill:.0f}/s, then {1 / decode:.1f}/s")
     if lines:
         show(*lines)
 

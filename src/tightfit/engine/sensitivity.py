@@ -136,7 +136,9 @@ def _measure_weights(
     reserved = fixed + align(max(least, min(most, opened.budget // SHARE - fixed)), PAGE)
     with _started(wish, opened, reserved, len(rows[0])) as (engine, ledger, plan):
         ledger.reserve("workspace", converting)
-        room = Workspace(ledger.arena("workspace", (ledger.free if plan.streamed else reserved - converting) // PAGE * PAGE))
+        room = Workspace(
+            ledger.arena("workspace", (ledger.free if plan.streamed else reserved - converting) // PAGE * PAGE)
+        )
         with room.frame():
             memory = room.empty(largest, dtype=torch.uint8)
             return Measuring(opened.checkpoint, engine, plan, rows, memory, room).run(variants, progress)
@@ -161,6 +163,7 @@ class Measuring:
     rows: list[list[int]]
     memory: torch.Tensor
     room: Workspace
+    done: int = 0  # layers and heads, of all passes
 
     @property
     def spec(self) -> ModelSpec:
@@ -174,19 +177,16 @@ class Measuring:
         compared = 4 * self.spec.vocab_size * (len(variants) + 3)
         at_once = max((free - min(max(compared, LOGITS), free // 4)) // hidden, 1)
         found: dict[str, dict[str, float]] = {group: {} for group in _groups(self.spec)}
-        layers = len(self.spec.layers)
-        total = len(variants) * (layers + 1)
-        for start in range(0, len(variants), at_once):
-            part = variants[start : start + at_once]
-            done = start * (layers + 1)
+        passes = [variants[start : start + at_once] for start in range(0, len(variants), at_once)]
+        total = len(passes) * (len(self.spec.layers) + 1)
+        for part in passes:
             with self.room.frame():
-                nats = self._pass(part, lambda layer, done=done, count=len(part): progress(done + layer * count, total))
+                nats = self._pass(part, lambda: progress(self.done, total))
             for (group, fmt), value in zip(part, nats, strict=True):
                 found[group][fmt] = value
-            progress(done + len(part) * (layers + 1), total)
         return found
 
-    def _pass(self, variants: list[Variant], progress: Callable[[int], None]) -> list[float]:
+    def _pass(self, variants: list[Variant], progress: Callable[[], None]) -> list[float]:
         """One pass over the weights."""
         decoder, spec = self.engine.decoder, self.spec
         tokens = sum(map(len, self.rows))
@@ -206,10 +206,14 @@ class Measuring:
                     elif self._begun(group, index):
                         self._layer(index, exact, x[place])
                 self._layer(index, exact, x[0])
-            progress(index + 1)
+            self.done += 1
+            progress()
         for rows in x:
             ops.rms_norm(rows, decoder.weights.model["norm"], spec.rms_norm_eps, rows)
-        return self._divergences(variants, x)
+        found = self._divergences(variants, x)
+        self.done += 1
+        progress()
+        return found
 
     @staticmethod
     def _begun(group: str, index: int) -> bool:
@@ -223,7 +227,9 @@ class Measuring:
         for _ in fill(self.checkpoint, [(group, data)], self.plan.threads):
             pass
         gemm, activations = self.engine.cache.gemm_dtype, self.plan.numerics.activations
-        return layer_parameters({each.param.name: parameter(each, each.of(data), gemm, activations) for each in group.places})
+        return layer_parameters(
+            {each.param.name: parameter(each, each.of(data), gemm, activations) for each in group.places}
+        )
 
     def _embed(self, matrix: Any, x: torch.Tensor) -> None:
         tokens = torch.tensor([token for row in self.rows for token in row])

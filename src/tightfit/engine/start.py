@@ -41,8 +41,8 @@ from tightfit.kv.share.sharing import owners_for
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
-from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.refusal import refusal
+from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.search import Search
 from tightfit.plan.sensitivity import read_sensitivity
 from tightfit.plan.sizes import Constraints, Layout
@@ -227,9 +227,7 @@ def search_for(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints
     check(checkpoint, spec)
     drop_code_pages()  # torch was just imported: its peak should not be added to what planning takes
     sensitivity = read_sensitivity(checkpoint.fingerprint, len(spec.layers))
-    return Search(
-        checkpoint, spec, constraints, lambda plan: workspace_bytes(checkpoint, spec, plan), sensitivity
-    )
+    return Search(checkpoint, spec, constraints, lambda plan: workspace_bytes(checkpoint, spec, plan), sensitivity)
 
 
 def smallest_runtime(search: Search) -> int:

@@ -160,7 +160,9 @@ class Cost:
         for index, layer in enumerate(plan.layers):
             group = group_of(self.checkpoint, self.spec, layer_name(index), layer.format)
             resident = len(group.places) if layer.resident is None else layer.resident
-            of_layers += group.nbytes - (group.places[resident].offset if resident < len(group.places) else group.nbytes)
+            of_layers += group.nbytes - (
+                group.places[resident].offset if resident < len(group.places) else group.nbytes
+            )
         of_head = 0
         if plan.outer.resident is not None:
             name = EMBEDDINGS if self.spec.tied else HEAD

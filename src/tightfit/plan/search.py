@@ -261,7 +261,9 @@ class Search(Sizes):
                     count = min(chunk, prompt - start)
                     prefill += often[attention] * times.attend_prefill_seconds(index, kv, start, count)
                 decode += often[attention] * NEW_TOKENS * times.attend_seconds(index, kv, middle)
-            widest = [self.uniform(level, chunk, runtime, kv).accounts["workspace"] for level in (levels[0], levels[-1])]
+            widest = [
+                self.uniform(level, chunk, runtime, kv).accounts["workspace"] for level in (levels[0], levels[-1])
+            ]
             lost = self.sensitivity.of_cache(kv, prompt)
             return Choice(self.cache_bytes(kv, chunk) + max(widest), lost or 0.0, prefill, decode)
 
@@ -365,9 +367,7 @@ class Search(Sizes):
         return min(both, key=lambda plan: plan.total)
 
     def _smallest_uniform(self, level: str, chunk: int, runtime: int) -> Plan:
-        return min(
-            (self.uniform(level, chunk, runtime, kv) for kv in self.caches(chunk)), key=lambda plan: plan.total
-        )
+        return min((self.uniform(level, chunk, runtime, kv) for kv in self.caches(chunk)), key=lambda plan: plan.total)
 
     def uniform(self, level: str, chunk: int, runtime: int, kv: str | None = None) -> Plan:
         """The plan with every matrix in ``level``, whether it fits or not, by default with the most exact cache."""

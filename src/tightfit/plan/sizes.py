@@ -76,7 +76,8 @@ WorkspaceBytes = Callable[[Plan], int]
 class Sizes:
     """Plans for one checkpoint with all that they take, whether that fits or not.
 
-    ``workspace`` gives the scratch of a plan's largest step in bytes (the engine's dry run); ``scratch`` is what it gave.
+    ``workspace`` gives the scratch of a plan's largest step in bytes (the engine's dry run), kept in
+    ``scratch``.
     """
 
     def __init__(
@@ -92,9 +93,7 @@ class Sizes:
         self._entries: dict[tuple[str, int], int] = {}
         self.scratch: dict[Layout, int] = {}  # what is resident does not change them
 
-    def plan(
-        self, layout: Layout, runtime: int, kept: Kept | None = None, buffers: int = 0, slots: int = 0
-    ) -> Plan:
+    def plan(self, layout: Layout, runtime: int, kept: Kept | None = None, buffers: int = 0, slots: int = 0) -> Plan:
         """The plan with this layout. With ``kept`` only so much of the weights stays in memory, and ``slots`` experts
         of those that can stay on the disk."""
         spec, constraints = self.spec, self.constraints

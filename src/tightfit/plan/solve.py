@@ -161,15 +161,15 @@ class Program:
         for (kind, choice), groups in zip(self.variables, counts, strict=True):
             left[kind] += [choice] * int(groups)
         streamed, table = float(x[self.on_disk]) * MIB, self.table
-        prefill = max(table.prefill + self.prefill @ counts, table.stream_prefill * streamed)
-        decode = max(table.decode + self.decode @ counts, table.stream_decode * streamed)
+        prefill = max(table.prefill + float(self.prefill @ counts), table.stream_prefill * streamed)
+        decode = max(table.decode + float(self.decode @ counts), table.stream_decode * streamed)
         return Answer(
             self.index,
             tuple(left[kind].pop(0) for kind in table.groups),
             round(streamed),
             float(self.nats @ counts),
-            float(prefill + decode),
-            round(self.fixed + self.nbytes @ counts - streamed),
+            prefill + decode,
+            round(self.fixed + float(self.nbytes @ counts) - streamed),
         )
 
 
