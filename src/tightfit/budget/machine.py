@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -106,8 +106,9 @@ class MachineRecord:
         self.runtime_bytes[key] = nbytes
         self.save()
 
-    def save(self) -> bool:
-        """Write the record, together with what other processes have added to it since it was read.
+    def save(self, replace: Collection[str] = ()) -> bool:
+        """Write the record, together with what other processes have added to it since it was read, but to what is named
+        in ``replace``.
 
         Returns whether it could be written. If not, the next process measures again.
         """
@@ -116,7 +117,7 @@ class MachineRecord:
         own = {name: dict(getattr(self, name)) for name in MEASURED}
         self._read()
         for name, values in own.items():
-            getattr(self, name).update(values)
+            setattr(self, name, values if name in replace else getattr(self, name) | values)
         measured = {name: getattr(self, name) for name in MEASURED}
         text = json.dumps({"identity": self.identity} | measured, indent=1)
         try:

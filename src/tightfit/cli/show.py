@@ -30,9 +30,27 @@ def show_receipt(receipt: dict[str, Any]) -> None:
         ", ".join(parts),
         f"weights {_formats(plan)}{_in_memory(plan)}{_cache(plan)}, context {plan['context']}, chunks of "
         f"{plan['chunk']}, {plan['threads']} threads",
+        *_predicted(receipt["predicted"]),
         *_streamed(receipt),
         *_prompts(receipt["prompt_cache"]),
     )
+
+
+def _predicted(predicted: dict[str, Any] | None) -> list[str]:
+    """What was predicted beside what was measured, if this machine's speeds are known."""
+    lines = []
+    for phase, name in (("prefill", "prompt"), ("decode", "new token")):
+        found = None if predicted is None else predicted[phase]
+        if found is not None and found["measured_s"] is not None:
+            lines.append(
+                f"{name}: {_seconds(found['measured_s'])}, predicted {_seconds(found['predicted_s'])}; "
+                f"{found['share']:.0%} of what this machine could do, bound by {found['bound']}"
+            )
+    return lines
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
 def _streamed(receipt: dict[str, Any]) -> list[str]:
@@ -86,6 +104,7 @@ def show_plan(answer: dict[str, Any]) -> None:
             f"{plan['sequences']} x {plan['context']} tokens, chunks of {plan['chunk']}",
             accounts,
         )
+        show(*_expected(answer["predicted"], plan))
     needs = table("weights", "needs", "of which weights", "kv")
     for level in answer["precisions"]:
         needs.add_row(
@@ -96,6 +115,21 @@ def show_plan(answer: dict[str, Any]) -> None:
             format_bytes(level["accounts"]["kv"]),
         )
     show("The smallest budget for each precision:", needs)
+
+
+def _expected(predicted: dict[str, Any] | None, plan: dict[str, Any]) -> list[str]:
+    """How fast the plan will be, if this machine's speeds are known."""
+    if predicted is None:
+        return []
+    rate = 1 / predicted["decode_seconds"]
+    share = predicted["floor_decode_seconds"] * rate
+    return [
+        f"expected: a prompt of {predicted['prompt_tokens']} tokens in {_seconds(predicted['prefill_seconds'])} "
+        f"(bound by {predicted['prefill_bound']}), then {rate:.1f} tokens/s (bound by {predicted['decode_bound']}), "
+        f"{share:.0%} of what this machine could do",
+        f"room for {predicted['concurrency']} sequences of {plan['context']} tokens, "
+        f"{_seconds(predicted['switch_seconds'])} to change from one to another",
+    ]
 
 
 def _in_memory(plan: dict[str, Any]) -> str:

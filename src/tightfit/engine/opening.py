@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tightfit import child, zoo
 from tightfit.budget import malloc
-from tightfit.budget.machine import usable_cores
+from tightfit.budget.machine import MachineRecord, usable_cores
 from tightfit.budget.meter import machine_memory, resident_set
 from tightfit.budget.units import format_bytes, parse_budget, parse_bytes
 from tightfit.catalog import parse_one, spec_string
@@ -28,6 +29,7 @@ from tightfit.plan.schema import ActivationType, Plan, PromptCachePlan, Schedule
 
 if TYPE_CHECKING:
     from tightfit.engine.start import Settled
+    from tightfit.plan.cost import Cost
     from tightfit.plan.search import Constraints
 
 DEFAULT_CONTEXT = 4096
@@ -76,6 +78,11 @@ class Opened:
     def requests(self, context: int | None = None) -> Requests:
         """Makes and checks requests, before or after the model is loaded."""
         return Requests(self.checkpoint, self.spec, context or self.context)
+
+    def load_what_runs_need(self) -> None:
+        """Loads what a conversation or a run needs beside the engine, so that it is measured."""
+        self.checkpoint.tokenizer()
+        importlib.import_module("tightfit.engine.receipt")
 
     def check_experts(self, how: Scheme | None = None) -> None:
         """Raises UsageError for a model without experts, CheckpointError if ``how`` asks for a census that there is
@@ -192,8 +199,7 @@ def plan_here(wish: Wish, opened: Opened, elsewhere: int = 0) -> Plan:
 def _settle(wish: Wish, opened: Opened, elsewhere: int = 0) -> Settled:
     from tightfit.engine.start import settle
 
-    # What a conversation or a run needs beside the engine is loaded now, so that it is measured.
-    opened.checkpoint.tokenizer()
+    opened.load_what_runs_need()
     return settle(opened.checkpoint, opened.spec, _constraints(wish, opened), elsewhere)
 
 
@@ -204,7 +210,7 @@ def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]
     from tightfit.engine.start import NOISE, search_for, settle, smallest_runtime
     from tightfit.plan.search import precisions
 
-    opened.checkpoint.tokenizer()
+    opened.load_what_runs_need()
     constraints = _constraints(wish, opened)
     # The smallest comes first: what is rehearsed after it leaves its peak behind.
     search = search_for(opened.checkpoint, opened.spec, constraints)
@@ -224,11 +230,51 @@ def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]
         },
         "budget_bytes": opened.budget,
         "plan": None if settled.plan is None else settled.plan.model_dump() | {"budget": constraints.budget},
+        "predicted": None if settled.plan is None else _predicted(opened, settled.plan),
         "precisions": precisions(search, runtime),
     }
     if settled.refusal is not None:
         answer |= {"hint": settled.refusal.hint, "smallest_bytes": settled.refusal.smallest_bytes}
     return answer
+
+
+def _predicted(opened: Opened, plan: Plan) -> dict[str, Any] | None:
+    """What a prompt of half the context and as much text after it will take, where this machine was measured."""
+    cost = cost_of(opened.checkpoint, opened.spec, plan)
+    if cost is None:
+        return None
+    prompt = plan.context // 2
+    return {"prompt_tokens": prompt} | asdict(cost.predict(plan, prompt, plan.context - prompt))
+
+
+def cost_of(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Cost | None:
+    """What predicts how fast a plan runs, or None where this machine was not measured."""
+    from tightfit.plan.cost import Cost
+    from tightfit.plan.speeds import known_speeds
+
+    speeds = known_speeds(MachineRecord.open(), plan.threads, plan.numerics, checkpoint.largest_file)
+    if speeds is None or (speeds.disk is None and (plan.streamed or plan.experts is not None)):
+        return None
+    return Cost(checkpoint, spec, speeds, plan.threads, plan.numerics)
+
+
+def measure_machine(
+    wish: Wish, opened: Opened, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Measures what plans for this wish are predicted with, unless it is known."""
+    from tightfit.plan.profile import measured_speeds
+
+    constraints = _constraints(wish, opened)
+    record, file = MachineRecord.open(), opened.checkpoint.largest_file
+    measured_speeds(record, constraints.threads, constraints.numerics, file, progress)
+
+
+def is_measured(wish: Wish, opened: Opened) -> bool:
+    """Whether :func:`measure_machine` has nothing to do."""
+    from tightfit.plan.speeds import known_speeds
+
+    constraints = _constraints(wish, opened)
+    return known_speeds(MachineRecord.open(), constraints.threads, constraints.numerics) is not None
 
 
 def _constraints(wish: Wish, opened: Opened) -> Constraints:

@@ -13,7 +13,6 @@ import mmap
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
@@ -68,8 +67,8 @@ MOST, LEAST = 512 * MiB, 64 * MiB  # bytes of matrices
 EVICTING = 3  # matrices of 24 MiB that are read between two looks at a cache
 UNIT, UNITS, BUFFERS = 24 * MiB, 12, 3  # bytes of a layer that is streamed, layers, and buffers
 BLOCKS = (128 * KiB, MiB, 4 * MiB)  # bytes of requests of one thread in order
-SLICE = 0.012  # seconds that a repetition takes at least
-REPEATS = 4
+SLICE = 0.005  # seconds that a repetition takes at least
+REPEATS = 9
 IN_ORDER = 0.15  # seconds of reading in order
 PATIENCE = 9.0  # seconds after which each thing is timed once, and other formats not at all
 VIRTUAL = 1 << 36  # bytes of address space of which little is written
@@ -224,7 +223,7 @@ class Probe:
 
         with ops.recorded() as program:
             compute(one)
-        layer = min(sum(_timed(program, SMALL).values()) for _ in range(4 * REPEATS)) / LAYERS
+        layer = min(sum(_timed(program, SMALL).values()) for _ in range(2 * REPEATS)) / LAYERS
         python = (self.best(lambda: compute(one)) - self.best(program.run)) / LAYERS
         self.prefilling(True)
         with ops.recorded() as program:
@@ -461,7 +460,7 @@ class Attending:
                     held = self._cache.update(layer, batch, q, k, v, None, self._ws)
                     self._cache.attend_step(layer, batch, held, q, out, self._ws, self._scoring)
                 programs.append(program)
-            for _ in range(2 * REPEATS):
+            for _ in range(REPEATS):
                 took = 0.0
                 for program in programs:
                     self._probe.evict()
@@ -496,9 +495,9 @@ class Attending:
         return made
 
 
-def _timed(program: ops.Program, kinds: dict[str, tuple[str, ...]]) -> Counter[str]:
+def _timed(program: ops.Program, kinds: dict[str, tuple[str, ...]]) -> dict[str, float]:
     """Seconds of the operations of a program whose names have one of these parts in them, by their kind."""
-    seconds: Counter[str] = Counter()
+    seconds = dict.fromkeys(kinds, 0.0)
     for function, args, kwargs in program.calls:
         began = time.perf_counter()
         function(*args, **kwargs)

@@ -20,9 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
 
 from tightfit import child
 from tightfit.budget.machine import MachineRecord
@@ -30,17 +27,14 @@ from tightfit.budget.meter import ResidentSet, available_memory
 from tightfit.budget.mounts import MEMORY_FILESYSTEMS, mounts
 from tightfit.budget.units import KiB, MiB
 from tightfit.errors import TightfitError, UsageError
-from tightfit.kernels import cpu
-from tightfit.plan.schema import Numerics, Strict
-from tightfit.plan.speeds import DiskSpeed, Speeds
+from tightfit.plan.schema import Numerics
+from tightfit.plan.speeds import Speeds, device_of, known_speeds, speeds_key
 
 BLOCK = 4 * MiB
 ENGINE_IMPORTS = ("torch", "safetensors", "tokenizers", "jinja2", "pydantic")
 # Where the operating system does not tell the size of the last-level cache: that of a large desktop processor.
 USUAL_CACHE = 64 * MiB
 SMALLEST_FILE = 128 * MiB  # that a disk is measured with as streaming reads it
-
-Kept = TypeVar("Kept", bound=Strict)
 
 
 @dataclass(frozen=True)
@@ -192,12 +186,10 @@ def _written_file(folder: Path, nbytes: int, seconds: float) -> Iterator[Path]:
 
 def _device(path: Path) -> tuple[str, str]:
     """(``major:minor``, name of the file system) of ``path``."""
-    status = path.stat()
-    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
     places = [
         (len(mount.point.parts), mount.filesystem) for mount in mounts() if path.resolve().is_relative_to(mount.point)
     ]
-    return device, max(places, key=lambda place: place[0])[1] if places else "unknown"
+    return device_of(path), max(places, key=lambda place: place[0])[1] if places else "unknown"
 
 
 def measure_runtime(imports: Sequence[str] = ENGINE_IMPORTS) -> ResidentSet:
@@ -222,21 +214,6 @@ print(json.dumps(dataclasses.asdict(resident_set())))
     return ResidentSet(**json.loads(done.stdout))
 
 
-def speeds_key(threads: int, numerics: Numerics) -> str:
-    """What the record keeps the speeds of kernels under: what they depend on beside the machine."""
-    types = " ".join(f"{name}={value}" for name, value in numerics.model_dump().items())
-    return f"{threads} threads, {types}, {cpu.features()['chosen']}"
-
-
-def known_speeds(record: MachineRecord, threads: int, numerics: Numerics, file: Path | None = None) -> Speeds | None:
-    """The speeds that are in ``record``, None if there are none; with those of the disk that ``file`` is on."""
-    found = _valid(Speeds, record.speeds.get(speeds_key(threads, numerics)))
-    if found is None or file is None:
-        return found
-    disk = _valid(DiskSpeed, record.disks.get(_device(file)[0]))
-    return found if disk is None else found.model_copy(update={"disk": disk})
-
-
 def measured_speeds(
     record: MachineRecord,
     threads: int,
@@ -259,16 +236,8 @@ def measured_speeds(
         record.memory_bandwidth |= read
         record.speeds[speeds_key(threads, numerics)] = answer["speeds"] | {"read": read}
     if disk and file is not None:
-        record.disks[_device(file)[0]] = answer["disk"]
+        record.disks[device_of(file)] = answer["disk"]
     record.save()
     found = known_speeds(record, threads, numerics, file)
     assert found is not None
     return found
-
-
-def _valid(kind: type[Kept], content: Any) -> Kept | None:
-    """What was kept, if it is whole and of this version."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError:
-        return None

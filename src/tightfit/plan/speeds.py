@@ -1,23 +1,27 @@
 """How fast a machine computes, as plain numbers: what `plan/profile.py` measured and `budget/machine.py` keeps.
 
-All are seconds for one unit of work, so that they add up. Imports nothing heavy.
+All are seconds for one unit of work, so that they add up. Imports nothing heavy: a run reads them too.
 """
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from tightfit.budget.machine import MachineRecord
+from tightfit.kernels import cpu
 from tightfit.plan.schema import Numerics, Strict
 
 VERSION: Literal[1] = 1
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Curve = Annotated[dict[int, Positive], Field(min_length=1)]  # by a number of tokens, heads, threads or bytes
 Surface = Annotated[dict[int, Curve], Field(min_length=1)]  # by features, then by another number
-Value = TypeVar("Value", bound="float | Mapping[int, float]")
+Kept = TypeVar("Kept", bound=Strict)
 
 
 def at(curve: Mapping[int, float], place: float) -> float:
@@ -96,3 +100,32 @@ class Speeds(Strict):
     anew: Positive
     step: Positive
     disk: DiskSpeed | None = Field(default=None, description="of the device that the model is on, where it is known")
+
+
+def speeds_key(threads: int, numerics: Numerics) -> str:
+    """What a record keeps speeds under: what they depend on beside the machine."""
+    types = " ".join(f"{name}={value}" for name, value in numerics.model_dump().items())
+    return f"{threads} threads, {types}, {cpu.features()['chosen']}"
+
+
+def device_of(path: Path) -> str:
+    """``major:minor`` of the device that a file is on."""
+    status = path.stat()
+    return f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+
+
+def known_speeds(record: MachineRecord, threads: int, numerics: Numerics, file: Path | None = None) -> Speeds | None:
+    """The speeds that are in ``record``, None if there are none, or of another version; with those of the disk that
+    ``file`` is on."""
+    found = _valid(Speeds, record.speeds.get(speeds_key(threads, numerics)))
+    if found is None or file is None:
+        return found
+    disk = _valid(DiskSpeed, record.disks.get(device_of(file)))
+    return found if disk is None else found.model_copy(update={"disk": disk})
+
+
+def _valid(kind: type[Kept], content: Any) -> Kept | None:
+    try:
+        return kind.model_validate(content)
+    except ValidationError:
+        return None
