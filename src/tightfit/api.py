@@ -135,9 +135,12 @@ class Model:
 
     def receipt(self) -> dict[str, Any]:
         """What was promised, what the operating system saw, and how fast it was. Sizes in bytes, times in seconds."""
+        from tightfit.engine.opening import cost_of
         from tightfit.engine.receipt import receipt
 
-        return receipt(self.plan, self._ledger, self._generator.timing, self._generator.engine.prompts)
+        generator = self._generator
+        cost = cost_of(self.checkpoint, generator.engine.decoder.spec, self.plan)
+        return receipt(self.plan, self._ledger, generator.timing, generator.engine.prompts, cost)
 
     def close(self) -> None:
         """Closes the checkpoint's files and gives the memory back: nothing can be generated any more."""

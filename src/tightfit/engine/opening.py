@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tightfit import child, zoo
 from tightfit.budget import malloc
-from tightfit.budget.machine import usable_cores
+from tightfit.budget.machine import MachineRecord, usable_cores
 from tightfit.budget.meter import machine_memory, resident_set
 from tightfit.budget.units import format_bytes, parse_budget, parse_bytes
 from tightfit.catalog import parse_one, spec_string
@@ -28,6 +29,7 @@ from tightfit.plan.schema import OWN, ActivationType, Plan, Preference, PromptCa
 
 if TYPE_CHECKING:
     from tightfit.engine.start import Settled
+    from tightfit.plan.cost import Cost
     from tightfit.plan.search import Search
     from tightfit.plan.sizes import Constraints
 
@@ -78,6 +80,11 @@ class Opened:
     def requests(self, context: int | None = None) -> Requests:
         """Makes and checks requests, before or after the model is loaded."""
         return Requests(self.checkpoint, self.spec, context or self.context)
+
+    def load_what_runs_need(self) -> None:
+        """Loads what a conversation or a run needs beside the engine, so that it is measured."""
+        self.checkpoint.tokenizer()
+        importlib.import_module("tightfit.engine.receipt")
 
     def check_experts(self, how: Scheme | None = None) -> None:
         """Raises UsageError for a model without experts, CheckpointError if ``how`` asks for a census that there is
@@ -197,8 +204,8 @@ def plan_here(wish: Wish, opened: Opened, elsewhere: int = 0) -> Plan:
 def _settle(wish: Wish, opened: Opened, elsewhere: int = 0) -> Settled:
     from tightfit.engine.start import settle
 
-    # What a conversation or a run needs beside the engine is loaded now, so that it is measured.
-    opened.checkpoint.tokenizer()
+    _know_speeds(wish, opened)
+    opened.load_what_runs_need()
     return settle(opened.checkpoint, opened.spec, _constraints(wish, opened), elsewhere)
 
 
@@ -210,7 +217,8 @@ def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]
     from tightfit.plan.neighbours import described
     from tightfit.plan.search import precisions
 
-    opened.checkpoint.tokenizer()
+    _know_speeds(wish, opened)
+    opened.load_what_runs_need()
     constraints = _constraints(wish, opened)
     # The smallest comes first: what is rehearsed after it leaves its peak behind.
     search = search_for(opened.checkpoint, opened.spec, constraints)
@@ -230,7 +238,8 @@ def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]
         },
         "budget_bytes": opened.budget,
         "plan": None if settled.plan is None else settled.plan.model_dump() | {"budget": constraints.budget},
-        "prediction": None if settled.plan is None else predicted(search, settled.plan),
+        "predicted": None if settled.plan is None else _predicted(opened, settled.plan),
+        "divergence": None if settled.plan is None else _divergence(settled.search, settled.plan),
         "neighbours": [] if settled.plan is None else described(settled.search, settled.plan),
         "precisions": precisions(search, runtime),
     }
@@ -239,23 +248,61 @@ def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]
     return answer
 
 
-def predicted(search: Search, plan: Plan) -> dict[str, Any]:
-    """What is expected of a plan, JSON-ready: ``divergence`` in nats per token and whether it was ``measured``, and
-    ``times`` of a ``prompt_tokens`` long prompt and ``new_tokens`` after it, None on a machine that was not
-    measured."""
-    from tightfit.plan.cost import Cost
-    from tightfit.plan.search import NEW_TOKENS
-    from tightfit.plan.sensitivity import reference_prompt
+def _predicted(opened: Opened, plan: Plan) -> dict[str, Any] | None:
+    """What a prompt of half the context and as much text after it will take, where this machine was measured."""
+    cost = cost_of(opened.checkpoint, opened.spec, plan)
+    if cost is None:
+        return None
+    prompt = plan.context // 2
+    return {"prompt_tokens": prompt} | asdict(cost.predict(plan, prompt, plan.context - prompt))
 
-    prompt = reference_prompt(plan.context)
-    times = search.times.predict(plan, prompt, NEW_TOKENS) if isinstance(search.times, Cost) else None
-    return {
-        "divergence": search.sensitivity.of_plan(plan),
-        "measured": search.sensitivity.measured,
-        "prompt_tokens": prompt,
-        "new_tokens": NEW_TOKENS,
-        "times": None if times is None else asdict(times),
-    }
+
+def _divergence(search: Search, plan: Plan) -> dict[str, Any]:
+    """In nats per token, None where a format is not known, and whether that was measured on this model."""
+    return {"nats": search.sensitivity.of_plan(plan), "measured": search.sensitivity.measured}
+
+
+def cost_of(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Cost | None:
+    """What predicts how fast a plan runs, or None where this machine was not measured."""
+    from tightfit.plan.cost import Cost
+    from tightfit.plan.speeds import known_speeds
+
+    speeds = known_speeds(MachineRecord.open(), plan.threads, plan.numerics, checkpoint.largest_file)
+    if speeds is None or (speeds.disk is None and (plan.streamed or plan.experts is not None)):
+        return None
+    return Cost(checkpoint, spec, speeds, plan.threads, plan.numerics)
+
+
+def measure_machine(
+    wish: Wish, opened: Opened, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Measures what plans for this wish are predicted with, unless it is known."""
+    from tightfit.plan.profile import measured_speeds
+
+    constraints = _constraints(wish, opened)
+    record, file = MachineRecord.open(), opened.checkpoint.largest_file
+    measured_speeds(record, constraints.threads, constraints.numerics, file, progress)
+
+
+def is_measured(wish: Wish, opened: Opened) -> bool:
+    """Whether :func:`measure_machine` has nothing to do."""
+    from tightfit.plan.speeds import known_speeds
+
+    constraints = _constraints(wish, opened)
+    return known_speeds(MachineRecord.open(), constraints.threads, constraints.numerics) is not None
+
+
+def _know_speeds(wish: Wish, opened: Opened) -> None:
+    """Measures the machine if that decides the plan: in a process of its own, since it takes much memory."""
+    if wish.prefer not in (None, "quality") and not is_measured(wish, opened):
+        child.ask("tightfit.engine.opening:measure_for_parent", {"wish": asdict(wish)})
+
+
+def measure_for_parent(asked: dict[str, Any]) -> dict[str, Any]:
+    wish = Wish(**asked["wish"])
+    with (opened := open_model(wish)).checkpoint:
+        measure_machine(wish, opened)
+    return {}
 
 
 def _constraints(wish: Wish, opened: Opened) -> Constraints:

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from tightfit.budget import malloc
 from tightfit.budget.code import drop_code_pages
 from tightfit.budget.ledger import PAGE, Arena, Ledger, Workspace, align
-from tightfit.budget.machine import cache_folder, processor, versions
+from tightfit.budget.machine import MachineRecord, cache_folder, processor, versions
 from tightfit.budget.meter import resident_set
 from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
@@ -41,11 +42,13 @@ from tightfit.kv.share.sharing import owners_for
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
+from tightfit.plan.cost import Cost
 from tightfit.plan.refusal import refusal
 from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.search import Search
 from tightfit.plan.sensitivity import read_sensitivity
 from tightfit.plan.sizes import Constraints, Layout
+from tightfit.plan.speeds import known_speeds
 from tightfit.weights.placement.base import Placement
 from tightfit.weights.placement.places import Place, check, group_of, layer_name
 from tightfit.weights.placement.resident import Resident
@@ -227,7 +230,11 @@ def search_for(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints
     check(checkpoint, spec)
     drop_code_pages()  # torch was just imported: its peak should not be added to what planning takes
     sensitivity = read_sensitivity(checkpoint.fingerprint, len(spec.layers))
-    return Search(checkpoint, spec, constraints, lambda plan: workspace_bytes(checkpoint, spec, plan), sensitivity)
+    threads, types = constraints.threads, constraints.numerics
+    speeds = known_speeds(MachineRecord.open(), threads, types, checkpoint.largest_file)
+    times = None if speeds is None else Cost(checkpoint, spec, speeds, threads, types)
+    scratch = partial(workspace_bytes, checkpoint, spec)
+    return Search(checkpoint, spec, constraints, scratch, sensitivity, times)
 
 
 def smallest_runtime(search: Search) -> int:
