@@ -276,12 +276,12 @@ def cost_of(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Cost | None:
 def measure_machine(
     wish: Wish, opened: Opened, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
-    """Measures what plans for this wish are predicted with, unless it is known."""
-    from tightfit.plan.profile import measured_speeds
-
-    constraints = _constraints(wish, opened)
-    record, file = MachineRecord.open(), opened.checkpoint.largest_file
-    measured_speeds(record, constraints.threads, constraints.numerics, file, progress)
+    """Measures what plans for this wish are predicted with, unless it is known: in a process of its own, whose peak is
+    larger than that of a small run."""
+    constraints, file = _constraints(wish, opened), opened.checkpoint.largest_file
+    asked = {"threads": constraints.threads, "numerics": constraints.numerics.model_dump()}
+    asked["file"] = None if file is None else str(file)
+    child.ask("tightfit.plan.profile:measure_for_parent", asked, progress)
 
 
 def is_measured(wish: Wish, opened: Opened) -> bool:
@@ -293,16 +293,9 @@ def is_measured(wish: Wish, opened: Opened) -> bool:
 
 
 def _know_speeds(wish: Wish, opened: Opened) -> None:
-    """Measures the machine if that decides the plan: in a process of its own, since it takes much memory."""
+    """Measures the machine if that decides the plan."""
     if wish.prefer not in (None, "quality") and not is_measured(wish, opened):
-        child.ask("tightfit.engine.opening:measure_for_parent", {"wish": asdict(wish)})
-
-
-def measure_for_parent(asked: dict[str, Any]) -> dict[str, Any]:
-    wish = Wish(**asked["wish"])
-    with (opened := open_model(wish)).checkpoint:
         measure_machine(wish, opened)
-    return {}
 
 
 def _constraints(wish: Wish, opened: Opened) -> Constraints:

@@ -241,3 +241,11 @@ def measured_speeds(
     found = known_speeds(record, threads, numerics, file)
     assert found is not None
     return found
+
+
+def measure_for_parent(asked: dict[str, Any]) -> dict[str, Any]:
+    """:func:`measured_speeds` in a process of its own."""
+    file = None if asked["file"] is None else Path(asked["file"])
+    numerics = Numerics.model_validate(asked["numerics"])
+    measured_speeds(MachineRecord.open(), asked["threads"], numerics, file, child.report)
+    return {}
