@@ -293,7 +293,7 @@ def divergences(exact: torch.Tensor, others: torch.Tensor, scratch: torch.Tensor
     """KL(exact || other) in nats (others, rows) of logits (rows, vocab) and (others, rows, vocab), which are used as
     scratch, and so is ``scratch`` (rows, vocab).
 
-    With d = other - exact and its mean under the exact probabilities p subtracted, that is log(sum p exp(d)): small
+    With d = other - exact, about its mean under the exact probabilities p, that is log(sum p exp(d)) - sum p d: small
     differences are not lost in large sums.
     """
     others.sub_(exact)
@@ -302,9 +302,11 @@ def divergences(exact: torch.Tensor, others: torch.Tensor, scratch: torch.Tensor
     lost = []
     for difference in others:
         torch.mul(exact, difference, out=scratch)
-        difference.sub_(scratch.sum(dim=-1, keepdim=True)).expm1_()
+        difference.sub_(scratch.sum(dim=-1, keepdim=True))
         torch.mul(exact, difference, out=scratch)
-        lost.append(scratch.sum(dim=-1).log1p().clamp_(min=0.0))
+        mean = scratch.sum(dim=-1)  # what rounding left of it
+        torch.mul(exact, difference.expm1_(), out=scratch)
+        lost.append((scratch.sum(dim=-1).log1p() - mean).clamp_(min=0.0))
     return torch.stack(lost)
 
 

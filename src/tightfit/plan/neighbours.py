@@ -10,7 +10,8 @@ from tightfit.plan.program import Aim
 from tightfit.plan.schema import Plan
 from tightfit.plan.search import TIE, Search
 
-LESS = 0.1  # of what can be chosen, bytes or seconds, that a neighbour takes less
+SMALLER = 0.25  # of the bytes that could be saved
+FASTER = 0.1  # of the seconds
 MORE_PRECISE = 0.5  # of the divergence
 LEAST_NATS, LEAST_RATIO = 5e-5, 1.02  # differences that are worth a word
 
@@ -32,10 +33,11 @@ def neighbours(search: Search, plan: Plan) -> list[Neighbour]:
         return []
     nats, seconds, budget = search.nats(plan), search.seconds(plan), search.constraints.budget
     runtime = plan.accounts["runtime"]
+    saved = max(plan.total - search.least(runtime).total, 0)
     precise = nats * MORE_PRECISE
     aims = {
-        "smaller": Aim(nats=1.0, most_bytes=plan.total - LESS * (plan.total - runtime), tie=TIE),
-        "faster": Aim(nats=1.0, most_seconds=seconds * (1 - LESS), most_bytes=budget, streams=True),
+        "smaller": Aim(nats=1.0, most_bytes=plan.total - SMALLER * saved, tie=TIE),
+        "faster": Aim(nats=1.0, most_seconds=seconds * (1 - FASTER), most_bytes=budget, streams=True),
         "more precise": Aim(seconds=1.0, most_nats=precise, most_bytes=budget, streams=True),
         "more precise, in more memory": Aim(nbytes=1.0, most_nats=precise),
     }
