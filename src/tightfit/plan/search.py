@@ -178,10 +178,12 @@ class Search(Sizes):
     def solved(self, aims: Sequence[Aim], runtime: int) -> list[Plan | None]:
         """The plan that meets each aim; None where there is none. Those that have a limit of bytes are in it."""
         opened = [self.opened(chunk, runtime) for chunk in self._useful(runtime)]
-        wanted, missing = list(aims), 0
+        wanted, missing = list(aims), 0.0
         for _ in range(TRIES):
             answers = solve([each.table for each in opened], wanted)
-            plans = [answer and self._exact(opened[answer.table], answer, runtime) for answer in answers]
+            plans = [
+                None if answer is None else self._exact(opened[answer.table], answer, runtime) for answer in answers
+            ]
             # What the program takes to add up does so but for alignment, and what scratch formats share.
             over = [
                 max(plan.total - aim.most_bytes, 0)
@@ -313,7 +315,9 @@ class Search(Sizes):
         """The plan that streams least at the largest chunk that leaves most of the memory to the weights, or if none
         does, that fits: every chunk reads what is streamed once."""
         level, fitting = self.streamable(), []
-        for chunk in self.chunks() if level is not None else ():
+        if level is None:
+            return None
+        for chunk in self.chunks():
             for kv in self.caches(chunk):
                 plan = self.streaming(self._uniform(level, chunk, kv), runtime)
                 if plan.total <= plan.budget:
