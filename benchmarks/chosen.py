@@ -2,11 +2,11 @@
 
     python benchmarks/chosen.py [--out FILE.md] [--json] [--tokens 4096] [--budgets 4] [--speed]
 
-At the size of each uniform format, and at budgets between the smallest and the largest, the plan that --prefer quality chooses (its layers
-rounded by measured sensitivities: they are measured first, on other text) stands beside every uniform format whose
-weights take no more. Divergence is KL(exact || plan) in nats per token, as formats.py measures it, by decoding, on
-beginnings of held-out files. With --speed the plan of --prefer speed stands beside them too, with tokens per second of
-decoding: run that on a quiet machine. Budgets are those of the weights alone: all else is equal.
+At the size of each uniform format, and at budgets between the smallest and the largest, the plan that --prefer quality
+chooses (its layers rounded by measured sensitivities: they are measured first, on other text) stands beside every
+uniform format whose weights take no more. Divergence is KL(exact || plan) in nats per token, as formats.py measures it,
+by decoding, on beginnings of held-out files. With --speed the plan of --prefer speed stands beside them too, with
+tokens per second of decoding: run that on a quiet machine. Budgets are those of the weights alone: all else is equal.
 """
 
 from __future__ import annotations

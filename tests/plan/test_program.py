@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 
+from tightfit.errors import TightfitError
 from tightfit.plan.program import Aim, Answer, Choice, Table, solve
 from tightfit.plan.solve import GAP
 
@@ -170,3 +171,8 @@ def test_a_balance_counts_in_times_of_the_fastest() -> None:
     assert there is not None
     assert value(aim, here) == pytest.approx(50 * here.nats + here.seconds)
     assert here.nats == pytest.approx(there.nats, rel=0.02)
+
+
+def test_a_solver_that_fails_is_an_error_and_no_other_plan() -> None:
+    with pytest.raises(TightfitError, match="failed in a process of its own"):
+        solve([Table(((),))], [Aim(nats=1.0)])

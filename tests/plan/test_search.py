@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tests import random_model
+from tests import gguf_files, random_model
 
 from tightfit import child, zoo
 from tightfit.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -232,6 +232,15 @@ def test_what_cannot_stream_before_it_is_compressed_is_advised_to_be(
     with pytest.raises(BudgetError) as refused:
         search(checkpoint, weights=weights, budget=budget).best(RUNTIME)
     assert ("`tightfit compress MODEL --weights int4 --out FOLDER`" in refused.value.hint) == advised
+
+
+def test_quantised_files_are_advised_to_be_compressed_where_that_fits(tmp_path: Path) -> None:
+    """Their types are converted when they are read, so that they cannot stream."""
+    checkpoint = open_checkpoint(str(gguf_files.large(tmp_path / "model.gguf", "Q4_K", 512, 2048, 8)))
+    budget = search(checkpoint, context=256).smallest(RUNTIME).total - MIB
+    with pytest.raises(BudgetError) as refused:
+        search(checkpoint, context=256, budget=budget).best(RUNTIME)
+    assert "`tightfit compress MODEL --out FOLDER`" in refused.value.hint
 
 
 def test_named_weights_are_kept_to(nano: Checkpoint) -> None:
