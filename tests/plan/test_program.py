@@ -174,5 +174,5 @@ def test_a_balance_counts_in_times_of_the_fastest() -> None:
 
 
 def test_a_solver_that_fails_is_an_error_and_no_other_plan() -> None:
-    with pytest.raises(TightfitError, match="process of its own|solver found no plan"):
+    with pytest.raises(TightfitError, match=r"process of its own|solver found no plan"):
         solve([Table(((Choice(1, float("nan"), 0.0, 0.0),),))], [Aim(nats=1.0)])
