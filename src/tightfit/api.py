@@ -149,9 +149,12 @@ class Model:
 
     def receipt(self) -> dict[str, Any]:
         """What was promised, what the operating system saw, and how fast it was. Sizes in bytes, times in seconds."""
+        from tightfit.engine.opening import cost_of
         from tightfit.engine.receipt import receipt
 
-        return receipt(self.plan, self._ledger, self._generator.timing, self._generator.engine.prompts)
+        generator = self._generator
+        cost = cost_of(self.checkpoint, generator.engine.decoder.spec, self.plan)
+        return receipt(self.plan, self._ledger, generator.timing, generator.engine.prompts, cost)
 
     def close(self) -> None:
         """Closes the checkpoint's files and gives the memory back: nothing can be generated any more."""
@@ -208,6 +211,7 @@ def load(
     prompt_cache_disk: str | int | None = None,
     prompt_cache_dir: str | None = None,
     threads: int | None = None,
+    prefer: str | None = None,
     plan: Plan | None = None,
     chat: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -248,6 +252,7 @@ def load(
         prompt_cache,
         prompt_cache_disk,
         prompt_cache_dir,
+        prefer,
     )
     if plan is not None:
         wish = planned(wish, plan)

@@ -58,6 +58,13 @@ def test_keys_of_compress(tiny: Path, tmp_path: Path) -> None:
     assert documented("`tightfit compress --json`:") == set(receipt)
 
 
+def test_keys_of_sensitivity(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path))
+    answer = tightfit("sensitivity", tiny, "--formats", "int8,int4(group=64)", "--json").json
+    assert documented("`tightfit sensitivity --json`:") == set(answer)
+    assert set(answer["weights"]["layers.0"]) == {"int8", "int4(group=64)"}
+
+
 def test_keys_of_fit(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path))
     (tmp_path / "text.txt").write_text("import os\n" * 100)

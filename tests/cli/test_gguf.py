@@ -73,12 +73,6 @@ def test_fewer_bits_are_taken_only_where_they_save_bytes(tmp_path: Path) -> None
     ]
 
 
-def test_a_refusal_advises_what_would_stream(tmp_path: Path) -> None:
-    file = gguf_files.large(tmp_path / "model.gguf", "Q4_K", 256, 512, 1)
-    done = tightfit("run", file, "-p", "Once", "--memory", "100MiB")
-    assert "`tightfit compress MODEL --out FOLDER`" in done.stderr
-
-
 def test_compress_asks_for_a_format_where_it_would_save_nothing(tmp_path: Path) -> None:
     check(tightfit("compress", tiny_llama.write(tmp_path / "m"), "--out", tmp_path / "out"), USAGE, "--weights: int4")
 

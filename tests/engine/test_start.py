@@ -19,7 +19,8 @@ from tightfit.model.batch import Batch, Segment
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import Numerics, Plan
-from tightfit.plan.search import Constraints, Search
+from tightfit.plan.search import Search
+from tightfit.plan.sizes import Constraints
 
 MIB = 1 << 20
 

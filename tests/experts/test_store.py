@@ -19,7 +19,8 @@ from tightfit.experts.store import LEAST_SLOTS, CachedExperts, expert_count
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import Numerics, Plan
-from tightfit.plan.search import Constraints, Search
+from tightfit.plan.search import Search
+from tightfit.plan.sizes import Constraints, Layout
 from tightfit.weights import store
 from tightfit.weights.placement.base import EXPERT_OBJECTS
 from tightfit.weights.placement.streamed import Kept
@@ -54,7 +55,7 @@ class Model:
         kept = Kept(tuple(len(group.places) for group in groups), outer.rows)
         if others == "least":
             kept = Kept(tuple(self.search.least_resident(group) for group in groups), outer.least)
-        plan = self.search.plan(self.formats[0], self.formats, CHUNK, 0, kept, 2, slots)
+        plan = self.search.plan(Layout(self.formats[0], tuple(self.formats), "none", CHUNK), 0, kept, 2, slots)
         assert plan.experts is not None
         return plan.model_copy(update={"experts": plan.experts.model_copy(update={"policy": policy})})
 

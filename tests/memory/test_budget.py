@@ -93,8 +93,8 @@ def test_a_billion_parameters_stay_inside_the_budget(billion: Path, budget: int)
     done = run_measured(generate(billion, 480, 8, "--context", 512, "--memory", budget), timeout=300)
     receipt = check(done, budget, at_least=0.96)
     formats = {layer["format"] for layer in receipt["plan"]["layers"]}
-    # 2 GiB of weights fit into 3 GiB as they are; in 8 bits they take 1.04 GiB and fit into 1.5.
-    assert formats == {3 * GIB: {"own"}, 3 * GIB // 2: {"int8"}}.get(budget, formats)
+    # 2 GiB of weights fit into 3 GiB as they are; in 8 bits they take 1.04 GiB: some layers fit into 1.5 as they are.
+    assert formats == {3 * GIB: {"own"}, 3 * GIB // 2: {"own", "int8"}}.get(budget, formats)
     assert formats <= {"own", "int8", "int6", "int5", "int4"}
 
 

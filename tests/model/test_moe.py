@@ -20,7 +20,8 @@ from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder
 from tightfit.model.spec import MoeSpec
 from tightfit.plan.schema import Numerics
-from tightfit.plan.search import Constraints, Search
+from tightfit.plan.search import Search
+from tightfit.plan.sizes import Constraints
 from tightfit.weights.placement.base import Experts, Parameters, StackedExperts
 from tightfit.weights.placement.resident import ExpertMatrices
 

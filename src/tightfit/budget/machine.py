@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -67,13 +67,17 @@ def usable_cores(root: Path = Path("/")) -> int:
     return cores
 
 
+MEASURED = ("runtime_bytes", "memory_bandwidth", "disk_bandwidth", "speeds", "disks")
+
+
 @dataclass
 class MachineRecord:
     """What was measured on this machine with these versions.
 
     ``runtime_bytes`` holds resident sets by what was imported and run, ``memory_bandwidth`` bytes per second by number
-    of threads, ``disk_bandwidth`` bytes per second by device (``major:minor``). A record that is missing, corrupt or of
-    another machine is empty. Without a ``file`` nothing is kept beyond this process.
+    of threads, ``disk_bandwidth`` bytes per second by device (``major:minor``). ``speeds`` of kernels by what was
+    measured, and ``disks`` by device, are as :mod:`tightfit.plan.profile` writes and checks them. A record that is
+    missing, corrupt or of another machine is empty. Without a ``file`` nothing is kept beyond this process.
     """
 
     identity: dict[str, str]
@@ -81,6 +85,8 @@ class MachineRecord:
     runtime_bytes: dict[str, int] = field(default_factory=dict)
     memory_bandwidth: dict[int, float] = field(default_factory=dict)
     disk_bandwidth: dict[str, float] = field(default_factory=dict)
+    speeds: dict[str, Any] = field(default_factory=dict)
+    disks: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path | None = None, identity: dict[str, str] | None = None) -> MachineRecord:
@@ -100,27 +106,20 @@ class MachineRecord:
         self.runtime_bytes[key] = nbytes
         self.save()
 
-    def save(self) -> bool:
-        """Write the record, together with what other processes have added to it since it was read.
+    def save(self, replace: Collection[str] = ()) -> bool:
+        """Write the record, together with what other processes have added to it since it was read, but to what is named
+        in ``replace``.
 
         Returns whether it could be written. If not, the next process measures again.
         """
         if self.file is None:
             return False
-        runtime, memory, disk = dict(self.runtime_bytes), dict(self.memory_bandwidth), dict(self.disk_bandwidth)
+        own = {name: dict(getattr(self, name)) for name in MEASURED}
         self._read()
-        self.runtime_bytes |= runtime
-        self.memory_bandwidth |= memory
-        self.disk_bandwidth |= disk
-        text = json.dumps(
-            {
-                "identity": self.identity,
-                "runtime_bytes": self.runtime_bytes,
-                "memory_bandwidth": self.memory_bandwidth,
-                "disk_bandwidth": self.disk_bandwidth,
-            },
-            indent=1,
-        )
+        for name, values in own.items():
+            setattr(self, name, values if name in replace else getattr(self, name) | values)
+        measured = {name: getattr(self, name) for name in MEASURED}
+        text = json.dumps({"identity": self.identity} | measured, indent=1)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.file, text)
@@ -137,9 +136,11 @@ class MachineRecord:
             runtime = {str(key): int(value) for key, value in content["runtime_bytes"].items()}
             memory = {int(key): float(value) for key, value in content["memory_bandwidth"].items()}
             disk = {str(key): float(value) for key, value in content["disk_bandwidth"].items()}
+            speeds, disks = dict(content.get("speeds", {})), dict(content.get("disks", {}))  # older records have none
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return
         self.runtime_bytes, self.memory_bandwidth, self.disk_bandwidth = runtime, memory, disk
+        self.speeds, self.disks = speeds, disks
 
 
 def machine_identity(root: Path = Path("/")) -> dict[str, str]:

@@ -69,6 +69,11 @@ class Checkpoint:
         return any(tensor.dtype not in DTYPE_BITS for tensor in self.tensors.values())
 
     @property
+    def largest_file(self) -> Path | None:
+        """Of the files with the weights; None where only headers were fetched."""
+        return max(self._weights.paths, key=lambda path: self._weights.sizes[path.name], default=None)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all tensors, as stored."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

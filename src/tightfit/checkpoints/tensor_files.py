@@ -35,6 +35,11 @@ class TensorFiles:
         self._files: dict[str, PositionedFile] = {}
         self._closed = False
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files that are here."""
+        return [self._folder / name for name in self._files]
+
     def open_all(self, files: list[str]) -> None:
         """Take all tensors of ``files``."""
         for file in files:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tightfit import __version__
-from tightfit.cli import census, compress, doctor, fit, lab, plan, run, techniques
+from tightfit.cli import census, compress, doctor, fit, lab, plan, run, sensitivity, techniques
 from tightfit.cli.options import Debug, Json
 from tightfit.cli.output import print_json, say, write
 from tightfit.errors import UsageError
@@ -23,6 +23,7 @@ app.command("plan")(plan.plan)
 app.command("compress")(compress.compress)
 app.command("census")(census.census)
 app.command("fit")(fit.fit)
+app.command("sensitivity")(sensitivity.sensitivity)
 
 
 @app.command("doctor")
@@ -35,12 +36,15 @@ def run_doctor(
 ) -> None:
     """Say what this machine has, and how fast it is.
 
-    Also which kernels run on it. Memory and disk are measured the first time, which takes about ten seconds; that is
-    remembered.
+    Also which kernels run on it. Memory, disk and kernels are measured the first time, which takes about half a minute;
+    that is remembered.
     """
-    report = doctor.collect(measure)
-    if not measure and (not report["bandwidth"] or report["runtime"] is None):
-        report = doctor.collect(measure=True)
+    from tightfit.cli.progress import counting
+
+    report = None if measure else doctor.collect(measure=False)
+    if report is None or not report["bandwidth"] or None in (report["runtime"], report["speeds"]):
+        with counting("measuring") as progress:
+            report = doctor.collect(measure=True, progress=progress)
     if json:
         print_json(report)
     else:

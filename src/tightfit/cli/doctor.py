@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,14 +36,16 @@ KERNEL_FEATURES = [
     "asimd",
 ]
 RUNTIME_KEY = "imports"
+USUAL = ("BF16",)  # types of the checkpoint that speeds of kernels are shown for
 
 
-def collect(measure: bool) -> dict[str, Any]:
+def collect(measure: bool, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
     """What there is to say about this machine, as JSON.
 
-    With ``measure``, memory, disk and runtime are measured (about ten seconds) and kept in the record of this machine;
-    without, the last measurements are reported, and null where there are none. Bytes are counts, speeds bytes per
-    second.
+    With ``measure``, memory, disk, runtime and kernels are measured (about half a minute) and kept in the record of
+    this machine; without, the last measurements are reported, and null where there are none. Bytes are counts, speeds
+    bytes per second; of kernels they are as :class:`tightfit.plan.speeds.Speeds` has them, for a checkpoint in
+    bfloat16.
     """
     memory = machine_memory()
     model, features = processor()
@@ -59,20 +62,31 @@ def collect(measure: bool) -> dict[str, Any]:
         },
         "runtime": None,
         "bandwidth": [{"threads": threads, "bytes_per_s": rate} for threads, rate in record.memory_bandwidth.items()],
+        "speeds": _speeds(record),
         "disk": [{"device": device, "bytes_per_s": rate} for device, rate in record.disk_bandwidth.items()],
         "gpu": _gpus(),
         "cache_folder": {"path": str(cache_folder()), "writable": _writable(cache_folder())},
         "problems": [],
     }
     if measure:
-        report |= _measure(record, usable_cores())
+        report |= _measure(record, usable_cores(), progress)
     elif (resident := record.get(RUNTIME_KEY)) is not None:
         report["runtime"] = {"resident_bytes": resident}
     return report
 
 
-def _measure(record: MachineRecord, cores: int) -> dict[str, Any]:
-    from tightfit.plan.profile import measure_bandwidth, measure_disk, measure_runtime
+def _speeds(record: MachineRecord) -> dict[str, Any] | None:
+    """Of the engine's kernels, where they were measured."""
+    from tightfit.engine.numerics import numerics
+    from tightfit.plan.speeds import known_speeds
+
+    known = known_speeds(record, usable_cores(), numerics(USUAL, "int8"))
+    return None if known is None else known.model_dump(mode="json", exclude={"disk"})
+
+
+def _measure(record: MachineRecord, cores: int, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    from tightfit.engine.numerics import numerics
+    from tightfit.plan.profile import measure_bandwidth, measure_disk, measure_runtime, measured_speeds
 
     problems = []
     bandwidth = [measure_bandwidth(threads) for threads in sorted({1, cores})]
@@ -90,8 +104,11 @@ def _measure(record: MachineRecord, cores: int) -> dict[str, Any]:
         runtime = {"resident_bytes": resident.current}
     except TightfitError as error:
         problems.append(str(error))
-    record.save()
+    record.disks.clear()  # of each the next plan for a model on it measures anew
+    record.save(replace={"disks"})
+    measured_speeds(record, cores, numerics(USUAL, "int8"), progress=progress, again=True)
     return {
+        "speeds": _speeds(record),
         "bandwidth": [asdict(each) for each in bandwidth],
         "disk": disks,
         "runtime": runtime,
@@ -168,6 +185,7 @@ def _lines(report: dict[str, Any]) -> dict[str, list[str]]:
         ],
         "runtime": [f"{format_bytes(runtime['resident_bytes'])} after imports"] if runtime else unmeasured,
         "bandwidth": [_bandwidth(each) for each in report["bandwidth"]] or unmeasured,
+        **_kernel_lines(report["speeds"]),
         "disk": [_disk(each) for each in report["disk"]] or unmeasured,
         "gpu": [f"{gpu['name']}, {format_bytes(gpu['memory_bytes'])}" for gpu in report["gpu"]] or ["none"],
         "cache folder": [cache["path"] + ("" if cache["writable"] else " (cannot be written: nothing is remembered)")],
@@ -176,6 +194,20 @@ def _lines(report: dict[str, Any]) -> dict[str, list[str]]:
 
 def _speed(rate: float) -> str:
     return f"{rate / 1e9:.1f} GB/s"
+
+
+def _kernel_lines(speeds: dict[str, Any] | None) -> dict[str, list[str]]:
+    """How fast matrices are read when decoding, and multiplied with in prompts."""
+    if speeds is None:
+        return {"products": ["not measured yet"]}
+    lines = []
+    for fmt, speed in speeds["formats"].items():
+        tokens = max(speed["product"], key=int)
+        rate = 2 * int(tokens) / speed["product"][tokens]
+        lines.append(
+            f"{fmt}: {1e-9 / speed['vector']['1']:.1f} GB/s decoding, {rate / 1e12:.2f} Top/s in chunks of {tokens}"
+        )
+    return {"products": lines}
 
 
 def _bandwidth(each: dict[str, Any]) -> str:

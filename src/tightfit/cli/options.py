@@ -33,7 +33,17 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         metavar="FORMAT",
-        help="How weights are stored: bf16, int8, int4(group=64), ... Default: the most precise that fits.",
+        help="How weights are stored: bf16, int8, int4(group=64), ..., or own, as in the files. Default: chosen, layer "
+        "by layer, so that they fit.",
+    ),
+]
+Prefer = Annotated[
+    str | None,
+    typer.Option(
+        "--prefer",
+        metavar="WHAT",
+        help="What is chosen among what fits: quality (loses least, the default), balanced, or speed (the fastest that "
+        "loses little).",
     ),
 ]
 Experts = Annotated[
@@ -51,7 +61,7 @@ Kv = Annotated[
         "--kv",
         metavar="METHODS",
         help="How keys and values are kept: int4, snapkv(keep=512)+int4+host, ..., or bytes such as 64MiB, for which "
-        "methods are chosen. Default: none, all of them as they are.",
+        "methods are chosen, or auto. Default: none, all of them as they are.",
     ),
 ]
 Prefill = Annotated[

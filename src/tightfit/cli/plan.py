@@ -17,6 +17,7 @@ from tightfit.cli.options import (
     Kv,
     Memory,
     Model,
+    Prefer,
     Prefill,
     PromptCache,
     PromptCacheDir,
@@ -24,7 +25,7 @@ from tightfit.cli.options import (
     Threads,
     Weights,
 )
-from tightfit.cli.output import print_json
+from tightfit.cli.output import print_json, say
 from tightfit.errors import BudgetError
 
 Batch = Annotated[int | None, typer.Option("--batch", "-b", metavar="N", help="Sequences at once. Default: 1.")]
@@ -49,6 +50,7 @@ def plan(
     prompt_cache_disk: PromptCacheDisk = None,
     prompt_cache_dir: PromptCacheDir = None,
     threads: Threads = None,
+    prefer: Prefer = None,
     out: Out = None,
     json: Json = False,
     debug: Debug = False,
@@ -59,7 +61,8 @@ def plan(
     are fetched. Exit status 4 if it does not fit.
     """
     from tightfit.cli.planfile import write_plan
-    from tightfit.engine.opening import Wish, open_model, survey
+    from tightfit.cli.progress import counting
+    from tightfit.engine.opening import Wish, is_measured, measure_machine, open_model, survey
 
     wish = Wish(
         model,
@@ -76,9 +79,14 @@ def plan(
         prompt_cache,
         prompt_cache_disk,
         prompt_cache_dir,
+        prefer,
     )
     opened = open_model(wish, headers_only=True)
     with opened.checkpoint:
+        if not is_measured(wish, opened):
+            say("This machine is measured first, which takes about 20 seconds and is remembered.")
+        with counting("measuring") as progress:
+            measure_machine(wish, opened, progress)
         answer = survey(wish, opened, followed=out is not None)
     if out is not None and answer["plan"] is not None:
         write_plan(out, answer["plan"])

@@ -18,6 +18,7 @@ from tightfit.cli.options import (
     Kv,
     Memory,
     Model,
+    Prefer,
     Prefill,
     PromptCache,
     PromptCacheDir,
@@ -113,6 +114,7 @@ def run(
     prompt_cache_disk: PromptCacheDisk = None,
     prompt_cache_dir: PromptCacheDir = None,
     threads: Threads = None,
+    prefer: Prefer = None,
     plan: PlanFile = None,
     json: Json = False,
     debug: Debug = False,
@@ -165,6 +167,7 @@ def run(
         prompt_cache,
         prompt_cache_disk,
         prompt_cache_dir,
+        prefer,
     )
     followed = None if plan is None else read_plan(plan)
     if followed is not None:

@@ -30,9 +30,27 @@ def show_receipt(receipt: dict[str, Any]) -> None:
         ", ".join(parts),
         f"weights {_formats(plan)}{_in_memory(plan)}{_cache(plan)}, context {plan['context']}, chunks of "
         f"{plan['chunk']}, {plan['threads']} threads",
+        *_predicted(receipt["predicted"]),
         *_streamed(receipt),
         *_prompts(receipt["prompt_cache"]),
     )
+
+
+def _predicted(predicted: dict[str, Any] | None) -> list[str]:
+    """What was predicted beside what was measured, if this machine's speeds are known."""
+    lines = []
+    for phase, name in (("prefill", "prompt"), ("decode", "new token")):
+        found = None if predicted is None else predicted[phase]
+        if found is not None and found["measured_s"] is not None:
+            lines.append(
+                f"{name}: {_seconds(found['measured_s'])}, predicted {_seconds(found['predicted_s'])}; "
+                f"{found['share']:.0%} of what this machine could do, bound by {found['bound']}"
+            )
+    return lines
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
 def _streamed(receipt: dict[str, Any]) -> list[str]:
@@ -86,6 +104,8 @@ def show_plan(answer: dict[str, Any]) -> None:
             f"{plan['sequences']} x {plan['context']} tokens, chunks of {plan['chunk']}",
             accounts,
         )
+        show(*_divergence(answer["divergence"]), *_expected(answer["predicted"], plan))
+        _show_neighbours(answer["neighbours"])
     needs = table("weights", "needs", "of which weights", "kv")
     for level in answer["precisions"]:
         needs.add_row(
@@ -96,6 +116,61 @@ def show_plan(answer: dict[str, Any]) -> None:
             format_bytes(level["accounts"]["kv"]),
         )
     show("The smallest budget for each precision:", needs)
+
+
+def _divergence(found: dict[str, Any]) -> list[str]:
+    """What the plan loses, as far as that is known."""
+    if found["nats"] is None:
+        return []
+    source = "measured on this model" if found["measured"] else "assumed; `tightfit sensitivity MODEL` measures it"
+    return [f"divergence from the exact model: {found['nats']:.4f} nats per token ({source})"]
+
+
+def _show_neighbours(neighbours: list[dict[str, Any]]) -> None:
+    """What else there is, and why it was not chosen."""
+    if not neighbours:
+        return
+    beside = table("beside it", "needs", "nats", "why not")
+    for each in neighbours:
+        beside.add_row(
+            f"{each['is']}: {_formats(each['plan'])}{_cache(each['plan'])}",
+            format_bytes(each["bytes"], ceil=True),
+            f"{each['divergence']:.4f}",
+            each["why"],
+        )
+    show(beside)
+
+
+def show_sensitivity(answer: dict[str, Any], name: str) -> None:
+    """What `tightfit sensitivity` measured, on standard output."""
+    weights = answer["weights"]
+    formats = list(weights["outer"])
+    losses = table("stored as", *formats)
+    for group, of_formats in weights.items():
+        losses.add_row(group, *(f"{of_formats[fmt]:.6f}" for fmt in formats))
+    losses.add_row("sum", *(f"{sum(each[fmt] for each in weights.values()):.6f}" for fmt in formats))
+    show(f"KL divergence from {name} as it is, in nats per token, on {answer['tokens']} tokens", losses)
+    if answer["cache"]:
+        caches = table("cache", "nats")
+        for kv, nats in answer["cache"].items():
+            caches.add_row(kv, f"{nats:.6f}")
+        show(caches)
+    show(f"kept in {answer['file']}: plans of {name} are chosen by it")
+
+
+def _expected(predicted: dict[str, Any] | None, plan: dict[str, Any]) -> list[str]:
+    """How fast the plan will be, if this machine's speeds are known."""
+    if predicted is None:
+        return []
+    rate = 1 / predicted["decode_seconds"]
+    share = predicted["floor_decode_seconds"] * rate
+    return [
+        f"expected: a prompt of {predicted['prompt_tokens']} tokens in {_seconds(predicted['prefill_seconds'])} "
+        f"(bound by {predicted['prefill_bound']}), then {rate:.1f} tokens/s (bound by {predicted['decode_bound']}), "
+        f"{share:.0%} of what this machine could do",
+        f"room for {predicted['concurrency']} sequences of {plan['context']} tokens, "
+        f"{_seconds(predicted['switch_seconds'])} to change from one to another",
+    ]
 
 
 def _in_memory(plan: dict[str, Any]) -> str:

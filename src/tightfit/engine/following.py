@@ -51,6 +51,8 @@ def follow(plan: Plan, opened: Opened) -> Plan:
             parse_one("weights", part.format)
     compose(plan.cache)
 
+    opened.load_what_runs_need()
+
     from tightfit.engine.start import fit_plan
 
     return fit_plan(checkpoint, spec, plan)

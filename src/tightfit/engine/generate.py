@@ -34,6 +34,7 @@ class Timing:
     """Sums over everything that was computed. A step with prompt tokens in it counts as prefill. Seconds, bytes of
     weights that came from the disk, and what the cache of experts counted."""
 
+    requests: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
     prefill_tokens: int = 0
@@ -92,6 +93,7 @@ class Generator:
         ]
         for item in active:
             completions[item.index].prompt_tokens = item.sequence.prompt_length
+            self.timing.requests += 1
             self.timing.prompt_tokens += item.sequence.prompt_length
             self.engine.scheduler.add(item.sequence)
         running = {id(item.sequence): item for item in active}

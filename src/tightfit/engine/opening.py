@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tightfit import child, zoo
 from tightfit.budget import malloc
-from tightfit.budget.machine import usable_cores
+from tightfit.budget.machine import MachineRecord, usable_cores
 from tightfit.budget.meter import machine_memory, resident_set
 from tightfit.budget.units import format_bytes, parse_budget, parse_bytes
 from tightfit.catalog import parse_one, spec_string
@@ -24,11 +25,13 @@ from tightfit.kv.compose import EXACT, compose
 from tightfit.kv.share.sharing import owners_for
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec, MoeSpec
-from tightfit.plan.schema import ActivationType, Plan, PromptCachePlan, Schedule
+from tightfit.plan.schema import OWN, ActivationType, Plan, Preference, PromptCachePlan, Schedule
 
 if TYPE_CHECKING:
     from tightfit.engine.start import Settled
-    from tightfit.plan.search import Constraints
+    from tightfit.plan.cost import Cost
+    from tightfit.plan.search import Search
+    from tightfit.plan.sizes import Constraints
 
 DEFAULT_CONTEXT = 4096
 # Planning needs torch, and importing torch alone takes more than this. Below it a child process finds the smallest
@@ -57,6 +60,7 @@ class Wish:
     prompt_cache: str | int | None = None
     prompt_cache_disk: str | int | None = None
     prompt_cache_dir: str | None = None
+    prefer: str | None = None
 
     @property
     def sequences(self) -> int:
@@ -76,6 +80,11 @@ class Opened:
     def requests(self, context: int | None = None) -> Requests:
         """Makes and checks requests, before or after the model is loaded."""
         return Requests(self.checkpoint, self.spec, context or self.context)
+
+    def load_what_runs_need(self) -> None:
+        """Loads what a conversation or a run needs beside the engine, so that it is measured."""
+        self.checkpoint.tokenizer()
+        importlib.import_module("tightfit.engine.receipt")
 
     def check_experts(self, how: Scheme | None = None) -> None:
         """Raises UsageError for a model without experts, CheckpointError if ``how`` asks for a census that there is
@@ -114,8 +123,11 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
             f"{wish.threads} threads make no sense: this process may use {usable_cores()} cores",
             f"Use --threads 1 to {usable_cores()}, or leave it out.",
         )
-    if wish.weights is not None:
+    if wish.weights not in (None, OWN):
         parse_one("weights", wish.weights)
+    if wish.prefer is not None and wish.prefer not in get_args(Preference):
+        known = ", ".join(get_args(Preference))
+        raise UsageError(f"there is no preference {wish.prefer!r}", f"Use --prefer {known}.")
     if wish.context is not None and wish.context < 2:
         raise UsageError(f"a context of {wish.context} tokens holds no prompt and answer", "Use --context 2 or more.")
     if wish.activations is not None and wish.activations not in get_args(ActivationType):
@@ -130,7 +142,7 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
     checkpoint = _open(wish.model, headers_only)
     try:
         spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
-        if wish.weights is not None:
+        if wish.weights not in (None, OWN):
             _check_weights(wish.weights, checkpoint)
         context = wish.context if wish.context is not None else min(spec.context, DEFAULT_CONTEXT)
         if context > spec.context:
@@ -192,8 +204,8 @@ def plan_here(wish: Wish, opened: Opened, elsewhere: int = 0) -> Plan:
 def _settle(wish: Wish, opened: Opened, elsewhere: int = 0) -> Settled:
     from tightfit.engine.start import settle
 
-    # What a conversation or a run needs beside the engine is loaded now, so that it is measured.
-    opened.checkpoint.tokenizer()
+    _know_speeds(wish, opened)
+    opened.load_what_runs_need()
     return settle(opened.checkpoint, opened.spec, _constraints(wish, opened), elsewhere)
 
 
@@ -202,9 +214,11 @@ def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]
     with ``hint`` and ``smallest_bytes``), and ``precisions``: what each format of the weights needs at least. A plan
     that is to be ``followed`` by another process leaves a little room, if it can: that one will be a bit larger."""
     from tightfit.engine.start import NOISE, search_for, settle, smallest_runtime
+    from tightfit.plan.neighbours import described
     from tightfit.plan.search import precisions
 
-    opened.checkpoint.tokenizer()
+    _know_speeds(wish, opened)
+    opened.load_what_runs_need()
     constraints = _constraints(wish, opened)
     # The smallest comes first: what is rehearsed after it leaves its peak behind.
     search = search_for(opened.checkpoint, opened.spec, constraints)
@@ -224,6 +238,9 @@ def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]
         },
         "budget_bytes": opened.budget,
         "plan": None if settled.plan is None else settled.plan.model_dump() | {"budget": constraints.budget},
+        "predicted": None if settled.plan is None else _predicted(opened, settled.plan),
+        "divergence": None if settled.plan is None else _divergence(settled.search, settled.plan),
+        "neighbours": [] if settled.plan is None else described(settled.search, settled.plan),
         "precisions": precisions(search, runtime),
     }
     if settled.refusal is not None:
@@ -231,9 +248,59 @@ def survey(wish: Wish, opened: Opened, followed: bool = False) -> dict[str, Any]
     return answer
 
 
+def _predicted(opened: Opened, plan: Plan) -> dict[str, Any] | None:
+    """What a prompt of half the context and as much text after it will take, where this machine was measured."""
+    cost = cost_of(opened.checkpoint, opened.spec, plan)
+    if cost is None:
+        return None
+    prompt = plan.context // 2
+    return {"prompt_tokens": prompt} | asdict(cost.predict(plan, prompt, plan.context - prompt))
+
+
+def _divergence(search: Search, plan: Plan) -> dict[str, Any]:
+    """In nats per token, None where a format is not known, and whether that was measured on this model."""
+    return {"nats": search.sensitivity.of_plan(plan), "measured": search.sensitivity.measured}
+
+
+def cost_of(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Cost | None:
+    """What predicts how fast a plan runs, or None where this machine was not measured."""
+    from tightfit.plan.cost import Cost
+    from tightfit.plan.speeds import known_speeds
+
+    speeds = known_speeds(MachineRecord.open(), plan.threads, plan.numerics, checkpoint.largest_file)
+    if speeds is None or (speeds.disk is None and (plan.streamed or plan.experts is not None)):
+        return None
+    return Cost(checkpoint, spec, speeds, plan.threads, plan.numerics)
+
+
+def measure_machine(
+    wish: Wish, opened: Opened, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Measures what plans for this wish are predicted with, unless it is known: in a process of its own, whose peak is
+    larger than that of a small run."""
+    constraints, file = _constraints(wish, opened), opened.checkpoint.largest_file
+    asked = {"threads": constraints.threads, "numerics": constraints.numerics.model_dump()}
+    asked["file"] = None if file is None else str(file)
+    child.ask("tightfit.plan.profile:measure_for_parent", asked, progress)
+
+
+def is_measured(wish: Wish, opened: Opened) -> bool:
+    """Whether :func:`measure_machine` has nothing to do."""
+    from tightfit.plan.speeds import known_speeds
+
+    constraints = _constraints(wish, opened)
+    return known_speeds(MachineRecord.open(), constraints.threads, constraints.numerics) is not None
+
+
+def _know_speeds(wish: Wish, opened: Opened) -> None:
+    """Measures the machine if that decides the plan."""
+    if wish.prefer not in (None, "quality") and not is_measured(wish, opened):
+        measure_machine(wish, opened)
+
+
 def _constraints(wish: Wish, opened: Opened) -> Constraints:
     from tightfit.engine.numerics import numerics
-    from tightfit.plan.search import Constraints
+    from tightfit.plan.sizes import Constraints
 
     compressed = opened.checkpoint.compressed
     kv, kv_bytes = wanted_cache(wish.kv)
@@ -251,13 +318,17 @@ def _constraints(wish: Wish, opened: Opened) -> Constraints:
         kv_bytes=kv_bytes,
         prefill=cast(Schedule, wish.prefill or "chunked"),
         prompt_cache=wanted_prompt_cache(wish),
+        prefer=cast(Preference, wish.prefer or "quality"),
     )
 
 
 def wanted_cache(wish: str | None) -> tuple[str | None, int | None]:
-    """What ``--kv`` asks for: methods as a spec string, or how many bytes the cache may take. Raises UsageError."""
+    """What ``--kv`` asks for: methods as a spec string, or how many bytes the cache may take; neither where it is to be
+    chosen. Raises UsageError."""
     if wish is None:
         return EXACT, None
+    if wish.strip() == "auto":
+        return None, None
     if wish.strip()[:1].isdigit():
         return None, parse_bytes(wish)
     return str(compose(wish)), None

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from tightfit.budget import malloc
 from tightfit.budget.code import drop_code_pages
 from tightfit.budget.ledger import PAGE, Arena, Ledger, Workspace, align
-from tightfit.budget.machine import cache_folder, processor, versions
+from tightfit.budget.machine import MachineRecord, cache_folder, processor, versions
 from tightfit.budget.meter import resident_set
 from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
@@ -41,8 +42,13 @@ from tightfit.kv.share.sharing import owners_for
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
+from tightfit.plan.cost import Cost
+from tightfit.plan.refusal import refusal
 from tightfit.plan.schema import Numerics, Plan
-from tightfit.plan.search import Constraints, Search
+from tightfit.plan.search import Search
+from tightfit.plan.sensitivity import read_sensitivity
+from tightfit.plan.sizes import Constraints, Layout
+from tightfit.plan.speeds import known_speeds
 from tightfit.weights.placement.base import Placement
 from tightfit.weights.placement.places import Place, check, group_of, layer_name
 from tightfit.weights.placement.resident import Resident
@@ -54,6 +60,7 @@ ENCODING = 256  # bytes that encoding a prompt takes for each token, for a momen
 NOISE = 3 << 20  # by how much the resident set of equal processes differs: a stated budget must work in the next one
 PEAK_MARGIN = 1 << 20  # what importing may still add to a peak that it has already reached
 ROUNDS = 4
+WORTHWHILE = 1 << 20  # bytes that are left for which it is planned again
 VIRTUAL = 1 << 36  # address space of an arena that is never written
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
@@ -222,7 +229,12 @@ def search_for(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints
     """The search within constraints. Raises CheckpointError if the checkpoint is not what ``spec`` describes."""
     check(checkpoint, spec)
     drop_code_pages()  # torch was just imported: its peak should not be added to what planning takes
-    return Search(checkpoint, spec, constraints, lambda plan: workspace_bytes(checkpoint, spec, plan))
+    sensitivity = read_sensitivity(checkpoint.fingerprint, len(spec.layers))
+    threads, types = constraints.threads, constraints.numerics
+    speeds = known_speeds(MachineRecord.open(), threads, types, checkpoint.largest_file)
+    times = None if speeds is None else Cost(checkpoint, spec, speeds, threads, types)
+    scratch = partial(workspace_bytes, checkpoint, spec)
+    return Search(checkpoint, spec, constraints, scratch, sensitivity, times)
 
 
 def smallest_runtime(search: Search) -> int:
@@ -244,25 +256,32 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, el
     ``elsewhere`` is by how many bytes the process that will run the plan is larger than this one.
     """
     search = search_for(checkpoint, spec, constraints)
-    runtime, fitting = resident_set().current + FIRST_GUESS, None
+    guess = resident_set().current + FIRST_GUESS
+    rehearsed = search.draft(guess) or search.smallest(guess)
+    runtime, fitting = _measured(search, rehearsed) + elsewhere, None
     for _ in range(ROUNDS):
-        try:
-            plan = search.best(runtime)
-        except BudgetError:
+        plan = search.find(runtime)
+        if plan is None:
             smallest = smallest_runtime(search) + elsewhere
-            if search.smallest(smallest).total > constraints.budget:
-                return Settled(search, fitting, None if fitting else search.refusal(smallest + NOISE))
+            if fitting or search.smallest(smallest).total > constraints.budget:
+                return Settled(search, fitting, None if fitting else refusal(search, smallest + NOISE))
             runtime = smallest
             continue
-        measured = _measured(search, plan) + elsewhere
-        if plan.total - runtime + measured <= constraints.budget and measured > runtime - FIRST_GUESS:
+        measured = runtime if _alike(plan, rehearsed) else _measured(search, plan) + elsewhere
+        if plan.total - runtime + measured <= constraints.budget:
             fitting = plan.model_copy(update={"accounts": plan.accounts | {"runtime": measured}})
-            # What the guess was too large by may hold more weights, or a larger chunk.
-            better = search.best(measured)
-            if better.weights_bytes <= plan.weights_bytes and better.chunk <= plan.chunk:
-                break
-        runtime = measured
-    return Settled(search, fitting, None if fitting else search.refusal(runtime + NOISE))
+            if runtime - measured < WORTHWHILE:
+                return Settled(search, fitting, None)
+        runtime, rehearsed = measured, plan
+    return Settled(search, fitting, None if fitting else refusal(search, runtime + NOISE))
+
+
+def _alike(plan: Plan, other: Plan) -> bool:
+    """Whether the same is done, in as much memory beside the runtime."""
+    same = {"runtime": 0}
+    return plan.model_copy(update={"accounts": plan.accounts | same}) == other.model_copy(
+        update={"accounts": other.accounts | same, "budget": plan.budget}
+    )
 
 
 def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
@@ -280,13 +299,13 @@ def fit_plan(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Plan:
         prompt_cache=plan.prompt_cache,
     )
     search = search_for(checkpoint, spec, constraints)
-    refusal = search.no_prompts(plan.chunk)
-    if refusal is not None:
-        raise refusal
+    no_prompts = search.no_prompts(plan.cache, plan.chunk)
+    if no_prompts is not None:
+        raise no_prompts
     kept = _kept(search, plan) if plan.streamed else None
-    formats = [layer.format for layer in plan.layers]
+    layout = Layout(plan.outer.format, tuple(layer.format for layer in plan.layers), plan.cache, plan.chunk)
     slots = 0 if plan.experts is None else plan.experts.slots
-    anew = search.plan(plan.outer.format, formats, plan.chunk, 0, kept, plan.buffers, slots)
+    anew = search.plan(layout, 0, kept, plan.buffers, slots)
     anew = anew.model_copy(update={"accounts": anew.accounts | {"runtime": _measured(search, anew)}})
     if anew.total > anew.budget:
         raise BudgetError(

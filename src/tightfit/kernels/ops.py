@@ -42,13 +42,13 @@ class Program:
     """Operations with their arguments: the same tensors, whatever is in them when it runs."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]] = []
 
     def add(self, function: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._calls.append((function, args, kwargs))
+        self.calls.append((function, args, kwargs))
 
     def run(self) -> None:
-        for function, args, kwargs in self._calls:
+        for function, args, kwargs in self.calls:
             function(*args, **kwargs)
 
 

@@ -17,7 +17,7 @@ from tightfit.model.moe import moe
 from tightfit.model.parts import attention, mlp
 from tightfit.model.rope import Tables, tables
 from tightfit.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
-from tightfit.weights.formats.base import Split
+from tightfit.weights.formats.base import Matrix, Split
 from tightfit.weights.placement.base import Parameters, Placement
 
 
@@ -89,13 +89,20 @@ class Decoder:
             self.weights.model["embed_tokens"].decode(batch.tokens, rows, ws)
             if spec.embedding_multiplier != 1.0:
                 ops.scale_(rows, spec.embedding_multiplier)
-        for index, layer in enumerate(spec.layers):
+        for index in range(len(spec.layers)):
             with self.weights.layer(index) as weights, cache.whole(index, segment, ws):
                 for batch, rows in pieces:
-                    with ws.frame():
-                        ropes = self._ropes((layer.attention.rope,), batch, cache, ws)
-                        self._layer(index, layer, weights, rows, batch, cache, ropes, ws)
+                    self.layer(index, weights, rows, batch, cache, ws)
         return self._selected(x, Batch((segment,)).logit_rows, ws)
+
+    def layer(
+        self, index: int, weights: Parameters, x: torch.Tensor, batch: Batch, cache: BaseCache, ws: Workspace
+    ) -> None:
+        """One layer with the parameters ``weights``, added to the residual stream ``x`` (tokens, hidden) in place."""
+        with ws.frame():
+            layer = self.spec.layers[index]
+            ropes = self._ropes((layer.attention.rope,), batch, cache, ws)
+            self._layer(index, layer, weights, x, batch, cache, ropes, ws)
 
     def _ropes(
         self, kinds: Iterable[RopeSpec | None], batch: Batch, cache: BaseCache, ws: Workspace
@@ -113,15 +120,19 @@ class Decoder:
     def logits(self, hidden: torch.Tensor, ws: Workspace) -> torch.Tensor:
         """(n, vocab) float32 logits of hidden states (n, hidden), in scratch memory of the enclosing frame, multiplied
         row by row, as decoding does."""
+        head = self.weights.model["embed_tokens" if self.spec.tied else "lm_head"]
+        out = ws.empty(hidden.shape[0], self.spec.vocab_size)
+        self.product(head, hidden, out, ws)
+        return out
+
+    def product(self, head: Matrix, hidden: torch.Tensor, out: torch.Tensor, ws: Workspace) -> None:
+        """The logits of ``hidden`` with the matrix ``head``, in ``out`` (n, vocab)."""
         spec = self.spec
-        head = self.weights.model["embed_tokens" if spec.tied else "lm_head"]
-        out = ws.empty(hidden.shape[0], spec.vocab_size)
         head.matmul(hidden, out, ws)
         if spec.logit_multiplier != 1.0:
             ops.scale_(out, spec.logit_multiplier)
         if spec.logit_softcap is not None:
             ops.softcap_(out, spec.logit_softcap, Split.rows(hidden.shape[0]).parts)
-        return out
 
     def _layers(
         self, x: torch.Tensor, batch: Batch, cache: BaseCache, ropes: dict[RopeSpec, Tables], ws: Workspace

@@ -1,7 +1,9 @@
-"""Measurements of this machine: how fast memory and disk are read, and what an engine's imports hold resident.
+"""Measurements of this machine: how fast memory and disk are read, what an engine's imports hold resident, and how fast
+the engine's kernels run (:mod:`tightfit.plan.probe`).
 
-Each takes about two seconds and says what it measured: a number from a buffer that fits in the processor's cache is not
-a memory bandwidth.
+All but the last take about two seconds and say what they measured: a number from a buffer that fits in the processor's
+cache is not a memory bandwidth. The last takes a quarter of a minute, in a process of its own, and is kept in the
+record of the machine with the version of its form; what does not pass its checks is measured again.
 """
 
 from __future__ import annotations
@@ -13,22 +15,27 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tightfit import child
+from tightfit.budget.machine import MachineRecord
 from tightfit.budget.meter import ResidentSet, available_memory
 from tightfit.budget.mounts import MEMORY_FILESYSTEMS, mounts
 from tightfit.budget.units import KiB, MiB
 from tightfit.errors import TightfitError, UsageError
+from tightfit.plan.schema import Numerics
+from tightfit.plan.speeds import Speeds, device_of, known_speeds, speeds_key
 
 BLOCK = 4 * MiB
 ENGINE_IMPORTS = ("torch", "safetensors", "tokenizers", "jinja2", "pydantic")
 # Where the operating system does not tell the size of the last-level cache: that of a large desktop processor.
 USUAL_CACHE = 64 * MiB
+SMALLEST_FILE = 128 * MiB  # that a disk is measured with as streaming reads it
 
 
 @dataclass(frozen=True)
@@ -180,12 +187,10 @@ def _written_file(folder: Path, nbytes: int, seconds: float) -> Iterator[Path]:
 
 def _device(path: Path) -> tuple[str, str]:
     """(``major:minor``, name of the file system) of ``path``."""
-    status = path.stat()
-    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
     places = [
         (len(mount.point.parts), mount.filesystem) for mount in mounts() if path.resolve().is_relative_to(mount.point)
     ]
-    return device, max(places, key=lambda place: place[0])[1] if places else "unknown"
+    return device_of(path), max(places, key=lambda place: place[0])[1] if places else "unknown"
 
 
 def measure_runtime(imports: Sequence[str] = ENGINE_IMPORTS) -> ResidentSet:
@@ -208,3 +213,40 @@ print(json.dumps(dataclasses.asdict(resident_set())))
             f"A child process to measure the runtime failed with status {done.returncode}.", done.stderr.strip()
         )
     return ResidentSet(**json.loads(done.stdout))
+
+
+def measured_speeds(
+    record: MachineRecord,
+    threads: int,
+    numerics: Numerics,
+    file: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    again: bool = False,
+) -> Speeds:
+    """As :func:`known_speeds`, measured where they are not known, or ``again``, and kept. The disk is measured where
+    ``file`` is large enough to tell."""
+    known = None if again else known_speeds(record, threads, numerics, file)
+    large = file is not None and file.stat().st_size >= SMALLEST_FILE and _device(file)[1] not in MEMORY_FILESYSTEMS
+    disk = large and (known is None or known.disk is None)
+    if known is not None and not disk:
+        return known
+    asked = {"threads": threads, "numerics": numerics.model_dump(), "wanted": known is None}
+    answer = child.ask("tightfit.plan.probe:answer", asked | {"file": str(file) if disk else None}, progress)
+    if answer["speeds"] is not None:
+        read = {count: measure_bandwidth(count, seconds=0.6).bytes_per_s for count in sorted({1, threads})}
+        record.memory_bandwidth |= read
+        record.speeds[speeds_key(threads, numerics)] = answer["speeds"] | {"read": read}
+    if disk and file is not None:
+        record.disks[device_of(file)] = answer["disk"]
+    record.save()
+    found = known_speeds(record, threads, numerics, file)
+    assert found is not None
+    return found
+
+
+def measure_for_parent(asked: dict[str, Any]) -> dict[str, Any]:
+    """:func:`measured_speeds` in a process of its own."""
+    file = None if asked["file"] is None else Path(asked["file"])
+    numerics = Numerics.model_validate(asked["numerics"])
+    measured_speeds(MachineRecord.open(), asked["threads"], numerics, file, child.report)
+    return {}

@@ -14,6 +14,8 @@ ActivationType = Literal["int8", "float32"]
 KvType = Literal["bfloat16", "float16", "float32"]
 Schedule = Literal["chunked", "layered"]  # all layers for each chunk of a prompt, or all chunks in each layer
 
+Preference = Literal["quality", "balanced", "speed"]
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

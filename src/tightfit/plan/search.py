@@ -1,134 +1,330 @@
-"""Chooses a plan: the most precise weights that fit, then the largest chunk.
+"""Chooses a plan: what is preferred among all that fits.
 
-Weights stay in their own precision if they fit, or are rounded to 8, 6, 5 or 4 bits, with as many layers in the next
-more precise format as there is room for. Of two plans with equal weights the one with larger chunks is faster. Where
-nothing fits, weights stay on the disk, as the files have them: of mixtures first the experts, but for as many as there
-is room for; then layers are read in each step, again but for as much as there is room for.
+``quality`` loses least: weights stay in their own precision if they fit; if not, which layers are rounded to how many
+bits is what costs least divergence (:mod:`tightfit.plan.sensitivity`), and only where nothing fits in memory do layers
+stay on the disk. ``balanced`` weighs divergence against time, and ``speed`` is the fastest that loses little
+(:mod:`tightfit.plan.cost`); for them streaming is a choice like any other. What there is to choose is a mixed-integer
+program (:mod:`tightfit.plan.program`); where there is nothing to choose, nothing is solved.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from tightfit.budget.ledger import PAGE, align
 from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
-from tightfit.errors import BudgetError, UsageError
-from tightfit.experts.store import LEAST_SLOTS, caching_nbytes, expert_count, on_disk
+from tightfit.errors import BudgetError, TightfitError, UsageError
 from tightfit.kv.compose import compose
-from tightfit.kv.make import entry_nbytes, kv_nbytes
-from tightfit.kv.reuse.disk import OVERHEAD
-from tightfit.kv.reuse.memory import smallest_memory
-from tightfit.kv.share.sharing import owners_for
 from tightfit.model.decoder import cache_layouts
-from tightfit.model.spec import ModelSpec, MoeSpec
-from tightfit.plan.schema import (
-    OWN,
-    ExpertsPlan,
-    LayerPlan,
-    ModelRef,
-    Numerics,
-    OuterPlan,
-    Plan,
-    PromptCachePlan,
-    Schedule,
-)
-from tightfit.weights.placement.base import EXPERT_OBJECTS
-from tightfit.weights.placement.fill import scratch_bytes
-from tightfit.weights.placement.places import EMBEDDINGS, HEAD, Group, Place, group_of, layer_name, params_of
-from tightfit.weights.placement.read import converted
-from tightfit.weights.placement.streamed import Kept, Outer, least_resident, spread, streamable, streaming_nbytes
+from tightfit.model.spec import ModelSpec
+from tightfit.plan.program import Aim, Answer, Choice, Table, solve
+from tightfit.plan.refusal import refusal
+from tightfit.plan.schema import OWN, Plan
+from tightfit.plan.sensitivity import OUTER, Sensitivity, layer_group, prior, reference_prompt
+from tightfit.plan.sizes import BUFFERS, Constraints, Layout, Sizes, WorkspaceBytes
+from tightfit.weights.placement.places import EMBEDDINGS, HEAD, layer_name, params_of
+from tightfit.weights.placement.readers import READERS
+from tightfit.weights.placement.streamed import OF_A_READER, least_resident, streamable, streamed_nbytes
 
 # From the most precise to the smallest. Fewer than 4 bits lose so much that they must be asked for.
 LEVELS = (OWN, "int8", "int6", "int5", "int4", "int4(group=64)", "int4(group=128)")
-# What is left of a budget is spent on the next more precise level for some of the layers.
-BETTER = {"int6": "int8", "int5": "int6", "int4": "int5"}
 CHUNKS = (512, 256, 128, 64, 32, 16)
-SMALL_CHUNK = 128
-EXPERTS = "score+gate"  # how experts on the disk are cached, unless it is said
-BUFFERS = (3, 2)  # of streamed layers: one in use, others that are read ahead
+SMALL_CHUNK = 128  # with smaller ones prompts take several times as long: rounding more is better
 SHARE_OF_WORKSPACE = 4  # the scratch of a chunk is at most so many times smaller than streamed weights
-ROUTER = "router"
-# Of caches that must be small, from what changes results least; then as many tokens as fit, in few bits.
+# Caches to choose from, where it is left open: from what changes results least; then few tokens in few bits.
 CACHES = ("none", "int8", "int4")
 SMALL_CACHE = "snapkv(keep={})+int4"
 LEAST_KEPT = 128
+NEW_TOKENS = 256  # that plans are compared with, after a prompt of `reference_prompt`
+TIE = 0.05  # by which divergences may differ that are as good as equal: less than they are known to
+NOTICED = 0.02  # nats that weigh as much as the time of the fastest plan, where both are balanced
+MOST_NATS = 0.1  # that the fastest plan may lose
+TRIES = 4
+
+
+class Times(Protocol):
+    """What of :class:`tightfit.plan.cost.Cost` decides between plans. All are seconds."""
+
+    def decode_seconds(self, group: str, fmt: str) -> float: ...
+    def prefill_seconds(self, group: str, fmt: str, chunk: int) -> float: ...
+    def attend_seconds(self, layer: int, kv: str, tokens: int) -> float: ...
+    def attend_prefill_seconds(self, layer: int, kv: str, start: int, count: int) -> float: ...
+    def step_seconds(self) -> float: ...
+    def stream_seconds(self, nbytes: int) -> float: ...
+
+
+class ByBytes:
+    """Times of a machine that was not measured: fewer bytes are faster, and those on the disk slower."""
+
+    MEMORY, DISK = 10e9, 1e9  # bytes per second
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+
+    def decode_seconds(self, group: str, fmt: str) -> float:
+        return self._sizes.size(group, fmt)[0] / self.MEMORY
+
+    def prefill_seconds(self, group: str, fmt: str, chunk: int) -> float:
+        return self._sizes.size(group, fmt)[0] / self.MEMORY
+
+    def attend_seconds(self, layer: int, kv: str, tokens: int) -> float:
+        return 0.0
+
+    def attend_prefill_seconds(self, layer: int, kv: str, start: int, count: int) -> float:
+        return 0.0
+
+    def step_seconds(self) -> float:
+        return 0.0
+
+    def stream_seconds(self, nbytes: int) -> float:
+        return nbytes / self.DISK
 
 
 @dataclass(frozen=True)
-class Constraints:
-    """What the user asked for. ``weights``, ``chunk``, ``experts`` and ``kv`` are chosen if they are None, ``kv`` so
-    that the cache takes at most ``kv_bytes``; ``budget`` is bytes."""
+class Open:
+    """A chunk, and what can be chosen with it: formats of each group of matrices, and caches."""
 
-    budget: int
-    context: int
-    sequences: int
-    threads: int
-    numerics: Numerics
-    weights: str | None = None
-    chunk: int | None = None
-    experts: str | None = None
-    kv: str | None = "none"
-    kv_bytes: int | None = None
-    prefill: Schedule = "chunked"
-    prompt_cache: PromptCachePlan | None = None
+    chunk: int
+    levels: tuple[str, ...]
+    caches: tuple[str, ...]
+    table: Table
+
+    def layout(self, answer: Answer) -> Layout:
+        *formats, cache = answer.choices
+        outer, *layers = (self.levels[choice] for choice in formats)
+        return Layout(outer, tuple(layers), self.caches[cache], self.chunk)
 
 
-WorkspaceBytes = Callable[[Plan], int]
-
-
-class Search:
-    """Finds plans for one checkpoint within constraints.
-
-    ``workspace`` gives the scratch of a plan's largest step in bytes (the engine's dry run).
-    """
+class Search(Sizes):
+    """Finds plans for one checkpoint within constraints."""
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, workspace: WorkspaceBytes
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        constraints: Constraints,
+        workspace: WorkspaceBytes,
+        sensitivity: Sensitivity | None = None,
+        times: Times | None = None,
     ) -> None:
-        self.checkpoint = checkpoint
-        self.spec = spec
-        self.constraints = constraints
-        self._workspace = workspace
-        self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
-        self._groups: dict[tuple[str, str], Group] = {}
-        self._caches: dict[tuple[str, int], int] = {}
-        self._entries: dict[tuple[str, int], int] = {}
-        self._workspaces: dict[tuple[str, tuple[str, ...], int, str], int] = {}  # what is resident does not change them
+        super().__init__(checkpoint, spec, constraints, workspace)
+        self.sensitivity = sensitivity or prior(len(spec.layers))
+        self.times = times or ByBytes(self)
+        self._candidates: dict[int, list[str]] = {}
+
+    def within(self, constraints: Constraints) -> Search:
+        """The search within other constraints."""
+        return Search(self.checkpoint, self.spec, constraints, self.workspace, self.sensitivity, self.times)
 
     def best(self, runtime: int) -> Plan:
         """The plan to run where the interpreter and its libraries take ``runtime`` bytes.
 
         Raises BudgetError, which names the smallest budget that would work.
         """
-        for level, chunk in self._by_preference():
-            plan = self.uniform(level, chunk, runtime)
-            if plan.total <= plan.budget:
-                return plan if self.constraints.weights is not None else self._upgrade(plan)
-        streamed = self._streamed(runtime)
-        if streamed is not None:
-            return streamed
-        raise self.refusal(runtime)
+        found = self.find(runtime)
+        if found is None:
+            raise refusal(self, runtime)
+        return found
 
-    def _by_preference(self) -> list[tuple[str, int]]:
+    def find(self, runtime: int) -> Plan | None:
+        """The plan to run; None if nothing fits."""
+        plan = self.draft(runtime)
+        if plan is None or plan.streamed or not self._choosable(plan):
+            return plan
+        aims = self.aims(plan.budget, runtime)
+        found = next((found for found in self.solved(aims, runtime) if found is not None), None)
+        if found is None:
+            raise TightfitError("the solver found nothing where something fits", "Please report this.")
+        return found
+
+    def draft(self, runtime: int) -> Plan | None:
+        """A plan that fits, with one format for all: the most precise that does. None if nothing fits."""
+        for level, chunk in self._by_preference():
+            for kv in self.caches(chunk):
+                plan = self.uniform(level, chunk, runtime, kv)
+                if plan.total <= plan.budget:
+                    return plan
+        return self._streamed(runtime)
+
+    def _choosable(self, draft: Plan) -> bool:
+        """Whether there may be a better plan than one in memory with a single format."""
+        levels, caches = self.levels(), self.caches(draft.chunk)
+        if len(levels) == len(caches) == 1:
+            return False
+        exact = draft.outer.format == levels[0] and draft.cache == caches[0]
+        return not exact or self.constraints.prefer != "quality"
+
+    def aims(self, budget: int, runtime: int) -> list[Aim]:
+        """What is preferred, and what if that cannot be had."""
+        if self.constraints.prefer == "balanced":
+            return [Aim(nats=1 / NOTICED, seconds=1.0, relative=True, most_bytes=budget, streams=True)]
+        if self.constraints.prefer == "speed":
+            fastest = Aim(seconds=1.0, most_nats=MOST_NATS, most_bytes=budget, streams=True)
+            return [fastest, Aim(nats=1.0, most_bytes=budget, streams=True)]
+        uniform = [self.uniform(level, chunk, runtime) for level in self.levels() for chunk in self._useful(runtime)]
+        known = [self.nats(plan) for plan in uniform if plan.total <= budget]
+        return [Aim(nats=1.0, most_bytes=budget, tie=TIE, tie_below=min(known, default=None))]
+
+    def nats(self, plan: Plan) -> float:
+        """The predicted divergence of a plan of :data:`LEVELS`."""
+        found = self.sensitivity.of_plan(plan)
+        assert found is not None
+        return found
+
+    def solved(self, aims: Sequence[Aim], runtime: int) -> list[Plan | None]:
+        """The plan that meets each aim; None where there is none. Those that have a limit of bytes are in it."""
+        opened = [self.opened(chunk, runtime) for chunk in self._useful(runtime)]
+        wanted, missing = list(aims), 0.0
+        for _ in range(TRIES):
+            answers = solve([each.table for each in opened], wanted)
+            plans = [
+                None if answer is None else self._exact(opened[answer.table], answer, runtime) for answer in answers
+            ]
+            # What the program takes to add up does so but for alignment, and what scratch formats share.
+            over = [
+                max(plan.total - aim.most_bytes, 0)
+                for plan, aim in zip(plans, aims, strict=True)
+                if plan is not None and aim.most_bytes is not None
+            ]
+            if not any(over):
+                return plans
+            missing += max(over)
+            wanted = [
+                aim if aim.most_bytes is None else replace(aim, most_bytes=aim.most_bytes - missing) for aim in aims
+            ]
+        raise TightfitError("no plan is as small as it was computed to be", "Please report this.")
+
+    def _exact(self, opened: Open, answer: Answer, runtime: int) -> Plan:
+        layout = opened.layout(answer)
+        return self.streaming(layout, runtime) if answer.streamed else self.plan(layout, runtime)
+
+    def _useful(self, runtime: int) -> list[int]:
+        """The chunks to choose from: none so small that prompts take several times as long, unless nothing else
+        fits."""
+        chunks = [
+            chunk
+            for chunk in self.chunks()
+            if self._smallest_uniform(self.levels()[-1], chunk, runtime).total <= self.constraints.budget
+        ]
+        return [chunk for chunk in chunks if chunk >= SMALL_CHUNK] or chunks or self.chunks()[-1:]
+
+    def seconds(self, plan: Plan) -> float:
+        """What the workload takes that plans are compared with, as the program adds it up."""
+        opened = self.opened(plan.chunk, plan.accounts["runtime"], (plan.cache,))
+        levels = [plan.outer.format, *(layer.format for layer in plan.layers)]
+        chosen = [group[opened.levels.index(level)] for group, level in zip(opened.table.groups, levels, strict=False)]
+        chosen += opened.table.groups[-1]
+        stored = plan.outer.nbytes + sum(layer.nbytes for layer in plan.layers)
+        on_disk = max(stored - plan.weights_bytes, 0) if plan.streamed else 0
+        table = opened.table
+        prefill = table.prefill + sum(choice.prefill for choice in chosen)
+        decode = table.decode + sum(choice.decode for choice in chosen)
+        return max(prefill, table.stream_prefill * on_disk) + max(decode, table.stream_decode * on_disk)
+
+    @property
+    def timed(self) -> bool:
+        """Whether times are those of this machine."""
+        return not isinstance(self.times, ByBytes)
+
+    def opened(self, chunk: int, runtime: int, caches: tuple[str, ...] | None = None) -> Open:
+        """What can be chosen where prompts are computed in chunks of ``chunk``."""
+        levels, caches = tuple(self.levels()), caches or tuple(self.caches(chunk))
+        layers = range(len(self.spec.layers))
+        prompt = reference_prompt(self.constraints.context)
+        counts = Counter(min(chunk, prompt - start) for start in range(0, prompt, chunk))
+        times, middle = self.times, prompt + NEW_TOKENS // 2
+
+        def nats(group: str, level: str) -> float:
+            found = self.sensitivity.of(group, level)
+            return 0.0 if found is None else found  # a format that was asked for: there is no other
+
+        def outer(level: str) -> Choice:
+            nbytes = sum(self.size(name, level)[0] for name in (EMBEDDINGS, HEAD))
+            seconds = sum(times.decode_seconds(name, level) for name in (EMBEDDINGS, HEAD))
+            return Choice(nbytes, nats(OUTER, level), seconds, NEW_TOKENS * seconds)
+
+        def layer(index: int, level: str) -> Choice:
+            name = layer_name(index)
+            prefill = sum(times.prefill_seconds(name, level, count) * often for count, often in counts.items())
+            decode = NEW_TOKENS * times.decode_seconds(name, level)
+            nbytes = self.size(name, level)[0]
+            return Choice(nbytes, nats(layer_group(index), level), prefill, decode, self._streamable(index, level))
+
+        def cache(kv: str) -> Choice:
+            prefill = decode = 0.0
+            alike = {layer.attention: index for index, layer in enumerate(self.spec.layers)}
+            often = Counter(layer.attention for layer in self.spec.layers)
+            for attention, index in alike.items():
+                for start in range(0, prompt, chunk):
+                    count = min(chunk, prompt - start)
+                    prefill += often[attention] * times.attend_prefill_seconds(index, kv, start, count)
+                decode += often[attention] * NEW_TOKENS * times.attend_seconds(index, kv, middle)
+            widest = [
+                self.uniform(level, chunk, runtime, kv).accounts["workspace"] for level in (levels[0], levels[-1])
+            ]
+            lost = self.sensitivity.of_cache(kv, prompt)
+            return Choice(self.cache_bytes(kv, chunk) + max(widest), lost or 0.0, prefill, decode)
+
+        smallest = self.uniform(levels[-1], chunk, runtime, caches[0])
+        groups = [tuple(outer(level) for level in levels)]
+        groups += [tuple(layer(index, level) for level in levels) for index in layers]
+        groups += [tuple(cache(kv) for kv in caches)]
+        chosen = sum(group[-1].nbytes for group in groups[:-1]) + self.cache_bytes(caches[0], chunk)
+        largest = max(self._streamable(index, levels[0]) for index in layers)
+        streams = largest > 0
+        table = Table(
+            groups=tuple(groups),
+            nbytes=smallest.total - smallest.accounts["workspace"] - chosen,
+            prefill=sum(counts.values()) * times.step_seconds(),
+            decode=NEW_TOKENS * times.step_seconds(),
+            stream_prefill=sum(counts.values()) * times.stream_seconds(1) if streams else 0.0,
+            stream_decode=NEW_TOKENS * times.stream_seconds(1) if streams else 0.0,
+            buffers=max(BUFFERS) * largest,
+            readers=READERS * OF_A_READER,
+        )
+        return Open(chunk, levels, caches, table)
+
+    def _streamable(self, index: int, level: str) -> int:
+        """Bytes of a layer that may be on the disk where streaming is a choice among others: not of mixtures, whose
+        experts are cached, and not of a disk that was not measured."""
+        if level != self.levels()[0] or self._cached_experts:
+            return 0
+        try:
+            self.times.stream_seconds(1)
+        except ValueError:
+            return 0
+        group = self.group(layer_name(index), level)
+        return streamed_nbytes(group, self.least_resident(group))
+
+    @property
+    def _cached_experts(self) -> bool:
+        _, experts = self.apart([self.levels()[0]] * len(self.spec.layers))
+        return any(experts)
+
+    def _by_preference(self) -> Iterator[tuple[str, int]]:
         """(format, chunk): more bits before larger chunks, but that rounding more is better than chunks so small that
         prompts take several times as long."""
         both = [(level, chunk) for level in self.levels() for chunk in self.chunks()]
-        return sorted(both, key=lambda pair: pair[0] != OWN and pair[1] < SMALL_CHUNK)
+        yield from sorted(both, key=lambda pair: pair[0] != OWN and pair[1] < SMALL_CHUNK)
 
     def _streamed(self, runtime: int) -> Plan | None:
         """The plan that streams least at the largest chunk that leaves most of the memory to the weights, or if none
         does, that fits: every chunk reads what is streamed once."""
-        fitting = []
-        for chunk in self.chunks() if self.streamable() else ():
-            plan = self.streaming(chunk, runtime)
-            if plan.total <= plan.budget:
-                if SHARE_OF_WORKSPACE * plan.accounts["workspace"] <= plan.weights_bytes:
-                    return plan
-                fitting.append(plan)
+        level, fitting = self.streamable(), []
+        if level is None:
+            return None
+        for chunk in self.chunks():
+            for kv in self.caches(chunk):
+                plan = self.streaming(self._uniform(level, chunk, kv), runtime)
+                if plan.total <= plan.budget:
+                    if SHARE_OF_WORKSPACE * plan.accounts["workspace"] <= plan.weights_bytes:
+                        return plan
+                    fitting.append(plan)
+                    break
         return fitting[0] if fitting else None
 
     def streamable(self) -> str | None:
@@ -142,45 +338,9 @@ class Search:
     def streams_as_stored(self) -> bool:
         """Whether the matrices of all layers can be used as they lie in the files, and none must be converted first."""
         level = self.constraints.weights or OWN
-        groups = (self._group(layer_name(index), level) for index in range(len(self.spec.layers)))
+        groups = (self.group(layer_name(index), level) for index in range(len(self.spec.layers)))
         places = (place for group in groups for place in group.places if place.param.is_matrix)
         return all(streamable(self.checkpoint, place) for place in places)
-
-    def streaming(self, chunk: int, runtime: int) -> Plan:
-        """The plan with as much in memory as the budget allows, or if that is too little, with the least that must
-        be there."""
-        smallest = self._least_streaming(chunk, runtime)
-        formats = [layer.format for layer in smallest.layers]
-        groups, experts = self.apart(formats)
-        least = [layer.resident or 0 for layer in smallest.layers]
-        room = (smallest.budget - smallest.total + smallest.accounts["weights"]) // PAGE * PAGE
-        outer = self.outer(formats[0])
-        for buffers in BUFFERS:
-            kept = spread(outer, groups, least, buffers, room)
-            if kept is not None:
-                whole = [len(group.places) for group in groups] == [*kept.layers] and kept.rows == outer.rows
-                buffers = 0 if whole else buffers
-                found = self.plan(formats[0], formats, chunk, runtime, kept, buffers, LEAST_SLOTS)
-                if found.experts is None:
-                    return found
-                each = caching_nbytes(experts, 1) - caching_nbytes(experts, 0)
-                slots = LEAST_SLOTS + (found.budget - found.total) // each
-                slots = min(slots, expert_count(experts))
-                return self.plan(formats[0], formats, chunk, runtime, kept, buffers, slots)
-        return smallest
-
-    def _least_streaming(self, chunk: int, runtime: int) -> Plan:
-        level = self.streamable()
-        assert level is not None
-        groups, _ = self.apart([level] * len(self.spec.layers))
-        least = Kept(tuple(self.least_resident(group) for group in groups), self.outer(level).least)
-        return self.plan(level, [level] * len(groups), chunk, runtime, least, min(BUFFERS), LEAST_SLOTS)
-
-    def least_resident(self, group: Group) -> int:
-        """How many of the first parameters of a layer, ``group`` without its experts, must stay in memory: routers
-        too, which are asked before their turn."""
-        routers = [index for index, place in enumerate(group.places) if place.param.name == ROUTER]
-        return max([least_resident(self.checkpoint, group), *(index + 1 for index in routers)])
 
     def smallest(self, runtime: int) -> Plan:
         """The plan that needs least; its ``budget`` is what it needs."""
@@ -190,40 +350,35 @@ class Search:
     def smallest_of_each(self, runtime: int) -> list[Plan]:
         """Of each format the plan that needs least, and at the end that of streaming, where that needs still less."""
         chunk = self.chunks()[-1]
-        plans = [self.uniform(level, chunk, runtime) for level in self.levels()]
-        if self.streamable() is not None:
-            streaming = self._least_streaming(chunk, runtime)
-            if streaming.total < min(plan.total for plan in plans):
-                plans.append(streaming)
+        plans = [self._smallest_uniform(level, chunk, runtime) for level in self.levels()]
+        streaming = self._smallest_streaming(chunk, runtime)
+        if streaming is not None and streaming.total < min(plan.total for plan in plans):
+            plans.append(streaming)
         return plans
 
-    def refusal(self, runtime: int) -> BudgetError:
-        """Why nothing fits, what would, and what else would help."""
-        constraints, plan = self.constraints, self.smallest(runtime)
-        parts = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in plan.accounts.items())
-        advice = [f"The smallest budget that works is {format_bytes(plan.total, ceil=True)} ({parts})."]
-        advice.append(f"Type --memory {format_bytes(plan.total, ceil=True).replace(' ', '')}")
-        if self.checkpoint.compressed is not None:
-            advice.append("or compress the model in fewer bits (`tightfit compress`)")
-        elif constraints.weights is not None:
-            advice.append("or leave out --weights, so that fewer bits can be chosen")
-        if not self.streams_as_stored:
-            weights = "" if self.checkpoint.holds_blocks else " --weights int4"
-            advice.append(
-                f"or run what `tightfit compress MODEL{weights} --out FOLDER` writes, which can be read as it is used"
-            )
-        if constraints.sequences > 1:
-            advice.append("or run fewer sequences at once (--batch)")
-        if plan.accounts["kv"] > plan.total // 5:
-            advice.append(
-                f"or a shorter context (--context) or a smaller cache (--kv int4): {constraints.context} tokens take a "
-                "large part"
-            )
-        return BudgetError(
-            f"{self.checkpoint.name} does not fit into {format_bytes(constraints.budget)}",
-            " ".join([advice[0], ", ".join(advice[1:]) + "."]),
-            smallest_bytes=plan.total,
-        )
+    def least(self, runtime: int) -> Plan:
+        """A plan that needs little, of the smallest format or streaming: found sooner than the smallest of all."""
+        chunk = self.chunks()[-1]
+        streaming = self._smallest_streaming(chunk, runtime)
+        smallest = self._smallest_uniform(self.levels()[-1], chunk, runtime)
+        return smallest if streaming is None else min(smallest, streaming, key=lambda plan: plan.total)
+
+    def _smallest_streaming(self, chunk: int, runtime: int) -> Plan | None:
+        level = self.streamable()
+        if level is None:
+            return None
+        both = (self.least_streaming(self._uniform(level, chunk, kv), runtime) for kv in self.caches(chunk))
+        return min(both, key=lambda plan: plan.total)
+
+    def _smallest_uniform(self, level: str, chunk: int, runtime: int) -> Plan:
+        return min((self.uniform(level, chunk, runtime, kv) for kv in self.caches(chunk)), key=lambda plan: plan.total)
+
+    def uniform(self, level: str, chunk: int, runtime: int, kv: str | None = None) -> Plan:
+        """The plan with every matrix in ``level``, whether it fits or not, by default with the most exact cache."""
+        return self.plan(self._uniform(level, chunk, kv or self.caches(chunk)[0]), runtime)
+
+    def _uniform(self, level: str, chunk: int, kv: str) -> Layout:
+        return Layout(level, (level,) * len(self.spec.layers), kv, chunk)
 
     def levels(self) -> list[str]:
         """Formats from the most precise to the smallest; those that save nothing are left out."""
@@ -232,7 +387,7 @@ class Search:
         levels: list[str] = []
         smallest = math.inf
         for level in LEVELS:
-            nbytes = sum(self._size(group, level)[0] for group in params_of(self.spec))
+            nbytes = sum(self.size(group, level)[0] for group in params_of(self.spec))
             if nbytes < smallest:
                 levels.append(level)
                 smallest = nbytes
@@ -244,220 +399,54 @@ class Search:
         constraints = self.constraints
         useful = [chunk for chunk in CHUNKS if chunk < 2 * constraints.context] or [CHUNKS[-1]]
         chunks = useful if constraints.chunk is None else [constraints.chunk]
-        refusals = [self.no_prompts(chunk) for chunk in chunks]
+        refusals = [self.no_prompts(self.caches(chunk)[-1], chunk) for chunk in chunks]
         fitting = [chunk for chunk, refusal in zip(chunks, refusals, strict=True) if refusal is None]
         if not fitting and refusals[-1] is not None:  # that of the smallest entries
             raise refusals[-1]
         return fitting
 
-    def no_prompts(self, chunk: int) -> UsageError | None:
-        """Why there can be no prompt cache with such chunks, if one is asked for."""
+    def caches(self, chunk: int) -> list[str]:
+        """What the cache can be, from what changes results least to what is smallest. Raises BudgetError if nothing
+        is as small as it should be, or UsageError where nothing can be chosen for the model."""
         c = self.constraints
-        if c.prompt_cache is None:
-            return None
-        if chunk + 2 > c.context:  # a whole chunk, a token that is computed, and its answer
-            return UsageError(
-                f"chunks of {chunk} tokens leave nothing to find again in a context of {c.context}",
-                "Prompts are kept chunk by chunk: use smaller ones (--chunk) or a longer context (--context).",
-            )
-        kv, _ = self.cache(chunk)
-        exact = compose(kv).exact
-        if not exact and c.prefill == "layered":
-            return UsageError(
-                f"of prompts that are computed layer by layer in a cache of {kv} nothing can be found again",
-                "Leave out --prefill layered, or the prompt cache.",
-            )
-        largest = self._entry_bytes(kv, chunk)
-        places = {
-            "--prompt-cache": (c.prompt_cache.memory, smallest_memory(largest, whole=not exact)),
-            "--prompt-cache-disk": (c.prompt_cache.disk, largest + OVERHEAD),
-        }
-        for option, (limit, needed) in places.items():
-            if limit is not None and limit < needed:
-                what = f"{chunk} tokens" if exact else f"a prompt in a cache of {kv}"
-                return UsageError(
-                    f"a prompt cache of {format_bytes(limit)} does not hold one entry, {what}",
-                    f"The smallest that works is {option} {format_bytes(needed, ceil=True).replace(' ', '')}.",
+        if c.kv is not None:
+            return [c.kv]
+        if chunk not in self._candidates:
+            limit = math.inf if c.kv_bytes is None else c.kv_bytes
+            usable = [kv for kv in (*CACHES, *self._small_caches(chunk, limit)) if self._usable(kv)]
+            found = [kv for kv in usable if self.cache_bytes(kv, chunk) <= limit]
+            found = [kv for kv in found if self.no_prompts(kv, chunk) is None] or found
+            if not found:
+                smallest = min(self.cache_bytes(kv, chunk) for kv in usable)
+                raise BudgetError(
+                    f"no cache of {self.checkpoint.name} is as small as {format_bytes(c.kv_bytes or 0)}",
+                    f"The smallest that is chosen takes {format_bytes(smallest, ceil=True)}: {usable[-1]}. Name one "
+                    "yourself with --kv, or run fewer sequences.",
                 )
-        return None
+            self._candidates[chunk] = found
+        return self._candidates[chunk]
 
-    def uniform(self, level: str, chunk: int, runtime: int) -> Plan:
-        """The plan with every matrix in ``level``, whether it fits or not."""
-        return self.plan(level, [level] * len(self.spec.layers), chunk, runtime)
+    def _small_caches(self, chunk: int, limit: float) -> list[str]:
+        """Caches of some tokens in few bits, from large to small; with a ``limit`` the largest that keeps it too."""
+        context = self.constraints.context
+        keeps = [LEAST_KEPT << power for power in range(context.bit_length()) if LEAST_KEPT << power < context]
+        keeps = keeps or [LEAST_KEPT]
+        if limit < math.inf and self._usable(SMALL_CACHE.format(LEAST_KEPT)):
+            keep, step = LEAST_KEPT, 1 << max(context.bit_length() - 1, 0)
+            while step >= LEAST_KEPT:
+                if self.cache_bytes(SMALL_CACHE.format(keep + step), chunk) <= limit:
+                    keep += step
+                step //= 2
+            keeps.append(keep)
+        return [SMALL_CACHE.format(keep) for keep in sorted(set(keeps), reverse=True)]
 
-    def _upgrade(self, plan: Plan) -> Plan:
-        """Spends what is left on more bits: for the embeddings and the head first, then for layers from both ends (the
-        first and last layers lose most when they are rounded)."""
-        better = BETTER.get(plan.outer.format)
-        if better is None:
-            return plan
-        if better not in self.levels():  # files of few bits: their own are no more
-            better = OWN
-        count = len(self.spec.layers)
-        order = sorted(range(count), key=lambda index: min(index, count - 1 - index))
-        outer, formats = plan.outer.format, [layer.format for layer in plan.layers]
-        best = plan
-        for index in (None, *order):
-            if index is None:
-                outer = better
-            else:
-                formats[index] = better
-            bigger = self.plan(outer, formats, plan.chunk, plan.accounts["runtime"])
-            if bigger.total > plan.budget:
-                break
-            best = bigger
-        return best
-
-    def plan(
-        self,
-        outer: str,
-        formats: list[str],
-        chunk: int,
-        runtime: int,
-        kept: Kept | None = None,
-        buffers: int = 0,
-        slots: int = 0,
-    ) -> Plan:
-        """The plan with embeddings and head in ``outer`` and each layer in its own of ``formats``, whether it fits or
-        not. With ``kept`` only so much of them stays in memory, and ``slots`` experts of those that can stay on the
-        disk."""
-        spec, constraints = self.spec, self.constraints
-        cache, kv = self.cache(chunk)
-        prompts = 0 if constraints.prompt_cache is None else constraints.prompt_cache.memory or 0
-        outer_sizes = [self._size(group, outer) for group in (EMBEDDINGS, HEAD)]
-        layer_sizes = [self._size(layer_name(index), fmt) for index, fmt in enumerate(formats)]
-        outer_bytes, layer_bytes = sum(size for size, _ in outer_sizes), [size for size, _ in layer_sizes]
-        weights = outer_bytes + sum(layer_bytes)
-        experts: list[tuple[Place, ...]] = [()] * len(formats)
-        outer_plan = OuterPlan(format=outer, nbytes=outer_bytes)
-        layers = [LayerPlan(format=fmt, nbytes=nbytes) for fmt, nbytes in zip(formats, layer_bytes, strict=True)]
-        accounts: dict[str, int] = {}
-        cached: ExpertsPlan | None = None
-        if kept is not None:
-            groups, experts = self.apart(formats)
-            if any(experts):
-                cached = ExpertsPlan(policy=constraints.experts or EXPERTS, slots=slots)
-                accounts["experts"] = align(caching_nbytes(experts, slots), PAGE)
-            around = self.outer(outer)
-            weights = streaming_nbytes(around, groups, kept, buffers)
-            rows = None if kept.rows == around.rows else kept.rows
-            if around.on_disk or rows is not None:
-                outer_plan = outer_plan.model_copy(update={"placement": "streamed", "resident": rows})
-            layers = [
-                layer.model_copy(update={"placement": "streamed", "resident": count})
-                for layer, count in zip(layers, kept.layers, strict=True)
-            ]
-        weights += EXPERT_OBJECTS * sum(
-            layer.mlp.experts
-            for layer, cut in zip(spec.layers, experts, strict=True)
-            # Vectors of experts stay in memory, and are used through objects too.
-            if isinstance(layer.mlp, MoeSpec)
-            and (not cut or any(param.experts and not param.is_matrix for param in layer.params))
-        )
-        plan = Plan(
-            model=ModelRef(
-                name=self.checkpoint.name,
-                fingerprint=self.checkpoint.fingerprint,
-                family=spec.family,
-                parameters=spec.parameter_count,
-                converted=converted(self.checkpoint),
-            ),
-            budget=constraints.budget,
-            context=constraints.context,
-            sequences=constraints.sequences,
-            accounts={
-                "runtime": runtime,
-                "weights": align(weights, PAGE),
-                **accounts,
-                "kv": align(kv, PAGE) + align(prompts, PAGE),
-                "workspace": 0,
-            },
-            outer=outer_plan,
-            layers=tuple(layers),
-            cache=cache,
-            prefill=constraints.prefill,
-            prompt_cache=constraints.prompt_cache,
-            buffers=buffers,
-            experts=cached,
-            chunk=chunk,
-            threads=constraints.threads,
-            numerics=constraints.numerics,
-        )
-        # While loading, cache and scratch are not in use yet: they leave room for what converting takes.
-        loading = max(scratch for _, scratch in (*outer_sizes, *layer_sizes))
-        shape = outer, tuple(formats), chunk, cache
-        if shape not in self._workspaces:
-            self._workspaces[shape] = self._workspace(plan)
-        workspace = max(self._workspaces[shape], loading - plan.accounts["kv"])
-        return plan.model_copy(update={"accounts": plan.accounts | {"workspace": workspace}})
-
-    def _size(self, group: str, stored_as: str) -> tuple[int, int]:
-        """Bytes of a group of parameters, and of scratch while it is loaded."""
-        key = (group, stored_as)
-        if key not in self._sizes:
-            found = self._group(group, stored_as)
-            self._sizes[key] = found.nbytes, scratch_bytes(self.checkpoint, found, self.constraints.threads)
-        return self._sizes[key]
-
-    def cache(self, chunk: int) -> tuple[str, int]:
-        """The methods of the cache, and the bytes that it takes. Raises BudgetError if none keeps it as small as it
-        should be."""
-        constraints = self.constraints
-        if constraints.kv is not None:
-            return constraints.kv, self._cache_bytes(constraints.kv, chunk)
-        assert constraints.kv_bytes is not None
-        for kv in CACHES:
-            if self._cache_bytes(kv, chunk) <= constraints.kv_bytes:
-                return kv, self._cache_bytes(kv, chunk)
-        keep, smallest = LEAST_KEPT, self._cache_bytes(SMALL_CACHE.format(LEAST_KEPT), chunk)
-        if smallest > constraints.kv_bytes:
-            raise BudgetError(
-                f"no cache of {self.checkpoint.name} is as small as {format_bytes(constraints.kv_bytes)}",
-                f"The smallest that is chosen takes {format_bytes(smallest, ceil=True)}: "
-                f"{SMALL_CACHE.format(LEAST_KEPT)}. Name one yourself with --kv, or run fewer sequences.",
-            )
-        step = 1 << max(constraints.context.bit_length() - 1, 0)
-        while step >= LEAST_KEPT:  # the most tokens that fit
-            if self._cache_bytes(SMALL_CACHE.format(keep + step), chunk) <= constraints.kv_bytes:
-                keep += step
-            step //= 2
-        kv = SMALL_CACHE.format(keep)
-        return kv, self._cache_bytes(kv, chunk)
-
-    def _cache_bytes(self, kv: str, chunk: int) -> int:
-        if (kv, chunk) not in self._caches:
-            c = self.constraints
-            layouts = cache_layouts(self.spec, c.context, chunk)
-            self._caches[kv, chunk] = kv_nbytes(kv, layouts, c.context, c.sequences, c.numerics.kv, self._owners(kv))
-        return self._caches[kv, chunk]
-
-    def _owners(self, kv: str) -> list[int] | None:
-        """Of each layer the one whose keys and values it reads; None where each has its own."""
-        return owners_for(kv, self.checkpoint.name, self.checkpoint.fingerprint, len(self.spec.layers))
-
-    def _entry_bytes(self, kv: str, chunk: int) -> int:
-        """The most bytes of an entry of the prompt cache."""
-        if (kv, chunk) not in self._entries:
-            c = self.constraints
-            layouts = cache_layouts(self.spec, c.context, chunk)
-            self._entries[kv, chunk] = entry_nbytes(kv, layouts, c.context, c.numerics.kv, chunk, self._owners(kv))
-        return self._entries[kv, chunk]
-
-    def outer(self, level: str) -> Outer:
-        """The parameters outside of the layers, stored as ``level`` says."""
-        embeddings, head = (self._group(name, level) for name in (EMBEDDINGS, HEAD))
-        return Outer.of(self.checkpoint, self.spec, embeddings, head)
-
-    def apart(self, formats: Sequence[str]) -> tuple[list[Group], list[tuple[Place, ...]]]:
-        """Of each layer the parameters without those of experts that can stay on the disk, and those."""
-        both = [on_disk(self.checkpoint, self._group(layer_name(index), fmt)) for index, fmt in enumerate(formats)]
-        return [group for group, _ in both], [experts for _, experts in both]
-
-    def _group(self, name: str, stored_as: str) -> Group:
-        key = (name, stored_as)
-        if key not in self._groups:
-            self._groups[key] = group_of(self.checkpoint, self.spec, name, stored_as)
-        return self._groups[key]
+    def _usable(self, kv: str) -> bool:
+        """Whether all layers can use the methods."""
+        try:
+            compose(kv).check(cache_layouts(self.spec, self.constraints.context, CHUNKS[0]))
+        except UsageError:
+            return False
+        return True
 
 
 def precisions(search: Search, runtime: int) -> list[dict[str, Any]]:

@@ -1,0 +1,509 @@
+"""Times the engine's own kernels, in a process of its own: what a decoding step and a chunk of a prompt are made of.
+
+Matrices lie in memory that is larger than the processor's cache and are multiplied one after the other, as in a step;
+attention is timed between such products, because a step's keys are no longer in the cache either. All bytes are the
+same small number in every format. Each figure is the best of several repetitions, each long enough to stand for a step:
+other work on the machine only makes them slower.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tightfit import child
+from tightfit.budget.ledger import Arena, Workspace, align
+from tightfit.budget.meter import available_memory
+from tightfit.budget.units import KiB, MiB
+from tightfit.catalog import parse_one
+from tightfit.checkpoints.positioned import ALIGNMENT, DIRECT, REQUEST
+from tightfit.checkpoints.rope import RopeParameters
+from tightfit.decode.params import SamplingParams
+from tightfit.decode.sample import Sampler
+from tightfit.engine.engine import Engine, use_threads
+from tightfit.engine.sequence import Sequence as Running
+from tightfit.errors import UsageError
+from tightfit.kernels import cpu, ops
+from tightfit.kernels.attention import Scoring
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout
+from tightfit.kv.compose import EXACT
+from tightfit.kv.make import make_cache
+from tightfit.model.batch import Batch, Segment
+from tightfit.model.decoder import Decoder, cache_layouts
+from tightfit.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
+from tightfit.plan.schema import Numerics
+from tightfit.plan.speeds import AttentionSpeed, DiskSpeed, FormatSpeed, Speeds
+from tightfit.weights.formats.base import Format, Matrix, Split
+from tightfit.weights.placement.base import Parameters, Placement
+from tightfit.weights.placement.readers import PIECE, READERS
+from tightfit.weights.placement.ring import Ring
+
+# What plans are made of comes first, and is timed most carefully.
+FORMATS = ("bf16", "int8", "int6", "int5", "int4", "int4(group=64)", "int4(group=128)")
+OTHERS = ("f32", "f16", "fp8", "nf4", "int3", "int2", "ternary")
+CACHES = ("none", "int8", "int4")
+DECODED = (1, 2, 4, 8)  # tokens at once
+CHUNKS = (16, 64, 128, 512)
+ROWS, COLS = 5632, 2048  # of a matrix, as in models of a billion parameters
+HEADS = ((8, 1), (4, 8))  # heads of the cache, and how many share each
+DIMS = (64, 128)  # features of a head
+CONTEXT, LAYERS = 2048, 4  # tokens and layers of the attention that is timed
+STARTS = (0, 1536)  # of the chunks of prompts whose attention is timed
+# Parts of the names of operations that are neither products nor attention.
+SMALL = {"norm": ("norm",), "glu": ("glu",), "rotate": ("rotat", "append"), "lookup": ("decode_rows",)}
+VOCABULARY = 32768
+NUMBER = 0x3C  # every byte of a matrix: in bfloat16 numbers of 0.0115, in few bits codes from the middle
+MOST, LEAST = 512 * MiB, 64 * MiB  # bytes of matrices
+EVICTING = 3  # matrices of 24 MiB that are read between two looks at a cache
+UNIT, UNITS, BUFFERS = 24 * MiB, 12, 3  # bytes of a layer that is streamed, layers, and buffers
+BLOCKS = (128 * KiB, MiB, 4 * MiB)  # bytes of requests of one thread in order
+SLICE = 0.005  # seconds that a repetition takes at least
+REPEATS = 9
+IN_ORDER = 0.15  # seconds of reading in order
+PATIENCE = 9.0  # seconds after which each thing is timed once, and other formats not at all
+VIRTUAL = 1 << 36  # bytes of address space of which little is written
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+
+Progress = Callable[[int, int], None]
+
+
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own: the ``speeds`` of ``threads`` and ``numerics`` if ``wanted``, and the ``disk`` that the
+    file ``file`` is on, if there is one, as JSON."""
+    numerics = Numerics.model_validate(asked["numerics"])
+    with torch.inference_mode():
+        probe = Probe(asked["threads"], numerics, asked["wanted"], child.report)
+        speeds = probe.speeds().model_dump(exclude={"read", "disk"}) if asked["wanted"] else None
+        disk = None if asked["file"] is None else probe.disk(Path(asked["file"])).model_dump()
+    return {"speeds": speeds, "disk": disk}
+
+
+class Synthetic(Placement):
+    """Layers whose parameters were made up. No step repeats the one before."""
+
+    fixed = False
+
+    def __init__(self, model: Parameters, layers: Sequence[Parameters]) -> None:
+        self.model, self._layers = model, layers
+
+    def load(self, progress: Callable[[int], None] = lambda nbytes: None) -> None:
+        """There is nothing to read."""
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Parameters]:
+        yield self._layers[index]
+
+
+class Probe:
+    def __init__(self, threads: int, numerics: Numerics, wanted: bool, progress: Progress) -> None:
+        self.threads, self.numerics = threads, numerics
+        self.gemm, self.kv = TYPES[numerics.gemm], TYPES[numerics.kv]
+        self._done, self._total = 0, 2 + wanted * (2 + len(FORMATS) + len(OTHERS) + len(CACHES) * len(DIMS))
+        self._progress = progress
+        self._until = time.perf_counter() + PATIENCE
+        cpu.set_threads(threads)
+        torch.set_num_threads(threads)
+        size = max(min(MOST, available_memory() // 4), LEAST)
+        arena = Arena(size)
+        arena.use_large_pages()
+        self._bytes = arena.take(size).fill_(NUMBER)
+        self.ws = Workspace(Arena(VIRTUAL))
+        self._next = 0  # byte that the next matrix begins at
+        self._large = cycle([self.matrix("int8", 2 * ROWS, COLS) for _ in range(len(self._bytes) // (32 * MiB))])
+        self._row, self._product = torch.full((1, COLS), 0.5), torch.zeros(1, 2 * ROWS)
+        self.step()
+
+    def speeds(self) -> Speeds:
+        formats = {fmt: self._format(fmt, DECODED, CHUNKS) for fmt in FORMATS}
+        attention = {kv: self._attention(kv) for kv in CACHES}
+        small = self._small_operations()
+        step = self._outside_of_layers()
+        for fmt in OTHERS:
+            if time.perf_counter() < self._until:
+                formats[fmt] = self._format(fmt, DECODED[::3], CHUNKS[::3])
+            self.step()
+        return Speeds(
+            threads=self.threads,
+            numerics=self.numerics,
+            padded=not (self.gemm == torch.bfloat16 and cpu.has_gemm()),
+            read={self.threads: 1.0},  # whoever asks has measured it
+            formats=formats,
+            attention=attention,
+            norm=small["norm"],
+            glu=small["glu"],
+            rotate=small["rotate"],
+            lookup=small["lookup"],
+            layer=small["layer"],
+            anew=small["anew"],
+            step=step,
+        )
+
+    # ---- products ----
+
+    def matrix(self, fmt: str, rows: int, cols: int) -> Matrix:
+        """A matrix in the next bytes, or in the first ones again."""
+        stored = parse_one("weights", fmt)
+        assert isinstance(stored, Format)
+        nbytes = stored.nbytes(rows, cols)
+        if self._next + nbytes > len(self._bytes):
+            self._next = 0
+        data = self._bytes[self._next : self._next + nbytes]
+        self._next += align(nbytes)
+        return stored.matrix(data, rows, cols, self.gemm, self.numerics.activations)
+
+    def _format(self, fmt: str, decoded: Sequence[int], chunks: Sequence[int]) -> FormatSpeed:
+        stored = parse_one("weights", fmt)
+        nbytes, weights = stored.nbytes(ROWS, COLS), ROWS * COLS
+        self._next = 0
+        matrices = cycle([self.matrix(fmt, ROWS, COLS) for _ in range(len(self._bytes) // align(nbytes))])
+
+        def seconds(tokens: int, split: Split) -> float:
+            """Of one product."""
+            x, out = torch.full((tokens, COLS), 0.5), torch.zeros(tokens, ROWS)
+            self.prefilling(not split.vector)
+            return self.best(lambda: next(matrices).matmul(x, out, self.ws, split))
+
+        found = FormatSpeed(
+            bytes_per_weight=nbytes / weights,
+            vector={tokens: seconds(tokens, Split.rows(tokens)) / nbytes for tokens in decoded},
+            product={tokens: seconds(tokens, Split(0, ((0, tokens),))) / weights for tokens in chunks},
+        )
+        self.step()
+        return found
+
+    def evict(self) -> None:
+        """Reads so many matrices that the processor's caches hold little else, as in a step."""
+        for _ in range(EVICTING):
+            next(self._large).matmul(self._row, self._product, self.ws)
+
+    def prefilling(self, prompt: bool) -> None:
+        """Lets torch use as many threads as the engine does."""
+        use_threads(Batch((Segment(0, 0, [0], decode=not prompt),)), self.threads, self.gemm)
+
+    # ---- attention ----
+
+    def _attention(self, kv: str) -> AttentionSpeed:
+        surfaces: list[dict[int, dict[int, float]]] = [{}, {}, {}]
+        decode, query, prefill = surfaces
+        layers = []
+        for dim in DIMS:
+            shapes = [Attending(self, kv, kv_heads, group, dim) for kv_heads, group in HEADS]
+            found = {shape.group: shape.decoding() for shape in shapes}
+            decode[2 * dim] = {group: each for group, (_, each) in found.items()}
+            layers += [layer for layer, _ in found.values()]
+            chunks = CHUNKS if kv == EXACT else CHUNKS[1::2]
+            both = {chunk: shapes[-1].prompt(chunk) for chunk in chunks}
+            query[2 * dim] = {chunk: each for chunk, (each, _) in both.items()}
+            prefill[2 * dim] = {chunk: each for chunk, (_, each) in both.items()}
+            self.step()
+        return AttentionSpeed(layer=min(layers), decode=decode, query=query, prefill=prefill)
+
+    # ---- all else ----
+
+    def _small_operations(self) -> dict[str, float]:
+        """Seconds of all operations that are neither products nor attention, as :class:`Speeds` has them."""
+        attention = AttentionSpec(32, 4, 64, 64**-0.5, RopeSpec(64, RopeParameters()))
+        decoder, cache = self._decoder(attention, COLS, ROWS, LAYERS)
+        one = Batch((Segment(0, 0, [0], decode=True),))
+        chunk = Batch((Segment(0, 0, [0] * CHUNKS[-1], logits="none"),))
+
+        def compute(batch: Batch) -> None:
+            with self.ws.frame():
+                decoder.hidden(batch, cache, self.ws)
+
+        with ops.recorded() as program:
+            compute(one)
+        layer = min(sum(_timed(program, SMALL).values()) for _ in range(2 * REPEATS)) / LAYERS
+        python = (self.best(lambda: compute(one)) - self.best(program.run)) / LAYERS
+        self.prefilling(True)
+        with ops.recorded() as program:
+            compute(chunk)
+        runs = [_timed(program, SMALL) for _ in range(3)]
+        self.prefilling(False)
+        tokens, turned = chunk.size, attention.heads + 2 * attention.kv_heads
+        numbers = {
+            "norm": tokens * COLS * 2 * LAYERS,
+            "glu": tokens * ROWS * LAYERS,
+            "rotate": tokens * turned * attention.head_dim * LAYERS,
+            "lookup": tokens * COLS,
+        }
+        self.step()
+        each = {name: min(run[name] for run in runs) / count for name, count in numbers.items()}
+        return each | {"layer": layer, "anew": layer + max(python, 0.0)}
+
+    def _outside_of_layers(self) -> float:
+        """Seconds of an engine's step of one token through a model that is next to nothing."""
+        attention = AttentionSpec(1, 1, 64, 1.0, RopeSpec(64, RopeParameters()))
+        decoder, cache = self._decoder(attention, 64, 64, layers=1)
+        engine = Engine(decoder, cache, self.ws, CONTEXT, CHUNKS[0], self.threads)
+        engine.scheduler.add(Running([0], 1, CONTEXT, frozenset(), Sampler(SamplingParams())))
+        engine.step()
+        found = self.best(engine.step)
+        self.step()
+        return found
+
+    def _decoder(
+        self, attention: AttentionSpec, hidden: int, intermediate: int, layers: int
+    ) -> tuple[Decoder, BaseCache]:
+        """A made-up model in int4, with a vocabulary of the usual size."""
+        queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+        shapes = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
+        shapes |= {"o_proj": (hidden, queries), "down_proj": (hidden, intermediate)}
+        shapes |= dict.fromkeys(("gate_proj", "up_proj"), (intermediate, hidden))
+        norms = dict.fromkeys(("input_layernorm", "pre_feedforward_layernorm"), torch.ones(hidden))
+        made = [
+            Parameters({name: self.matrix("int4", *shape) for name, shape in shapes.items()} | norms)
+            for _ in range(layers)
+        ]
+        model = Parameters({"embed_tokens": self.matrix("int4", VOCABULARY, hidden), "norm": torch.ones(hidden)})
+        layer = LayerSpec(attention, MlpSpec(intermediate), ())
+        spec = ModelSpec("synthetic", VOCABULARY, hidden, (layer,) * layers, (), CONTEXT, 1e-5)
+        layouts = cache_layouts(spec, CONTEXT, CHUNKS[-1])
+        cache = make_cache(EXACT, layouts, CONTEXT, 1, self.kv, Arena(VIRTUAL), self.gemm, CHUNKS[-1])
+        return Decoder(spec, Synthetic(model, made)), cache
+
+    # ---- the disk ----
+
+    def disk(self, file: Path) -> DiskSpeed:
+        """Reading a file as streaming does, alone and beside products that take about as long."""
+        with Cold(file) as cold:
+            streamed, copied = (UNITS * UNIT / self._ring(cold, shift, 0) for shift in (0, 1000))
+            alone = self.best(self.evict)
+            calls = max(round(UNIT / streamed / alone), 1)
+            computing, reading = calls * alone * UNITS, UNITS * UNIT / streamed
+            both = self._ring(cold, 0, calls)
+            hidden = (both - max(computing, reading)) / min(computing, reading)
+            blocks = {nbytes: cold.in_order(nbytes) for nbytes in BLOCKS}
+        self.step()
+        return DiskSpeed(streamed=streamed, copied=copied, blocks=blocks, overlap=min(max(hidden, 0.0), 1.0))
+
+    def _ring(self, cold: Cold, shift: int, calls: int) -> float:
+        """Seconds of streaming ``UNITS`` units that begin ``shift`` bytes behind a multiple of 4 KiB, with so many
+        calls of :meth:`evict` for each; the better of two rounds."""
+        arena = Arena(BUFFERS * UNIT)
+        ring = Ring(
+            [UNIT] * (2 * UNITS + BUFFERS),
+            [arena.take(UNIT) for _ in range(BUFFERS)],
+            lambda unit, piece, out: cold.read(unit * UNIT + piece.start + shift, out.numpy().data),
+            READERS,
+            PIECE,
+        )
+        found = math.inf
+        began = time.perf_counter()
+        for unit in range(2 * UNITS):
+            if unit == UNITS:
+                found, began = time.perf_counter() - began, time.perf_counter()
+            with ring.use(unit):
+                for _ in range(calls):
+                    self.evict()
+        found = min(found, time.perf_counter() - began)
+        ring.stop()
+        return found
+
+    # ---- how things are timed ----
+
+    def step(self) -> None:
+        self._done += 1
+        self._progress(self._done, self._total)
+
+    def best(self, call: Callable[[], object]) -> float:
+        """Seconds of a call: the mean of a repetition, the best of several; the first call is left out."""
+        call()
+        found = math.inf
+        for _ in range(REPEATS):
+            calls, began = 0, time.perf_counter()
+            while (took := time.perf_counter() - began) < SLICE or not calls:
+                call()
+                calls += 1
+            found = min(found, took / calls)
+            if time.perf_counter() > self._until:
+                break
+        return found
+
+
+class Cold:
+    """A file that is read past the page cache where its file system can; from the start again behind its end."""
+
+    def __init__(self, file: Path) -> None:
+        self._own = threading.local()
+        try:
+            self._descriptor = os.open(file, os.O_RDONLY | DIRECT)
+        except OSError:  # not every file system has direct reads
+            self._descriptor = os.open(file, os.O_RDONLY)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._nbytes = os.fstat(self._descriptor).st_size // ALIGNMENT * ALIGNMENT
+
+    def __enter__(self) -> Cold:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+
+    def read(self, position: int, view: memoryview) -> None:
+        """Fills ``view`` as :class:`tightfit.checkpoints.positioned.DirectFile` does: in requests of a mebibyte, and
+        through memory of its own where ``position`` is no multiple of 4 KiB."""
+        done = 0
+        while done < len(view):
+            want = min(REQUEST, len(view) - done)
+            at = (position + done) % max(self._nbytes - REQUEST - ALIGNMENT, ALIGNMENT)
+            before = (position + done) % ALIGNMENT
+            at -= at % ALIGNMENT
+            if not before:
+                got = os.preadv(self._descriptor, [view[done : done + want]], at)
+            else:
+                own = self._memory()
+                got = min(os.preadv(self._descriptor, [own], at) - before, want)
+                view[done : done + got] = own[before : before + got]
+            if got <= 0:
+                raise UsageError("the file is too small to measure a disk with", "Name a larger one.")
+            done += got
+
+    def in_order(self, block: int) -> float:
+        """Bytes per second of one thread that reads blocks in order, for a fifth of a second."""
+        with mmap.mmap(-1, block) as memory:
+            memory.write(bytes(block))
+            done, began = 0, time.perf_counter()
+            while (took := time.perf_counter() - began) < IN_ORDER:
+                done += os.preadv(self._descriptor, [memory], done % max(self._nbytes - block, ALIGNMENT))
+            return done / took
+
+    def _memory(self) -> memoryview:
+        if not hasattr(self._own, "memory"):
+            self._own.memory = memoryview(mmap.mmap(-1, REQUEST + ALIGNMENT))
+        memory: memoryview = self._own.memory
+        return memory
+
+
+class Attending:
+    """A cache of a few layers, ``group`` heads sharing each of its ``kv_heads``, and steps that look at it."""
+
+    def __init__(self, probe: Probe, kv: str, kv_heads: int, group: int, dim: int) -> None:
+        self._probe, self._ws = probe, probe.ws
+        self.group, self._kv_heads, self._heads, self._dim = group, kv_heads, kv_heads * group, dim
+        room = CONTEXT + 2 * BLOCK
+        layouts = [LayerLayout(kv_heads, dim, dim, room, heads=self._heads)] * LAYERS
+        self._cache = make_cache(kv, layouts, room, 1, probe.kv, Arena(VIRTUAL), probe.gemm, CHUNKS[-1])
+        self._scoring = Scoring(dim**-0.5)
+        self._exact, self._filled = kv == EXACT, 0
+
+    def decoding(self) -> tuple[float, float]:
+        """Seconds of a layer of a step, and for each token and head of the cache beside that."""
+        times = []
+        lengths = (CHUNKS[-1], CONTEXT)
+        for length in lengths:
+            self._fill(length)
+            times.append(self._decode(length))
+        each = max(times[1] - times[0], 0.1 * times[1]) / (lengths[1] - lengths[0])
+        return max(times[0] - each * lengths[0], 1e-6) + self._commit(), each / self._kv_heads
+
+    def prompt(self, count: int) -> tuple[float, float]:
+        """Seconds for each token and head of a chunk of ``count``, and for each key that they look at."""
+        best = [math.inf, math.inf]
+        for _ in range(2):
+            for index, start in enumerate(STARTS):
+                self._fill(start)
+                best[index] = min(best[index], self._chunk(start, count))
+        pairs = count * self._heads
+        key = max(best[1] - best[0], 0.1 * best[1]) / (STARTS[1] - STARTS[0]) / pairs
+        return max(best[0] / pairs - key * count, 1e-12), key
+
+    def _fill(self, length: int) -> None:
+        """Has the cache hold a prompt of so many tokens; what keeps all of them as they are may hold more."""
+        if self._exact and length <= self._filled:
+            return
+        self._cache.begin(0, 0)
+        for start in range(0, length, CHUNKS[-1]):
+            self._chunk(start, min(CHUNKS[-1], length - start))
+        self._filled = length
+
+    def _chunk(self, start: int, count: int) -> float:
+        """Seconds that a layer's attention of a chunk takes."""
+        batch = Batch((Segment(0, start, [0] * count),))
+        took = 0.0
+        self._probe.prefilling(True)
+        with self._ws.frame():
+            q, k, v, out = self._tensors(count)
+            self._cache.begin(0, start)
+            with self._cache.through(batch, self._ws):
+                for layer in range(LAYERS):
+                    with self._ws.frame():
+                        held = self._cache.update(layer, batch, q, k, v, None, self._ws)
+                        began = time.perf_counter()
+                        self._cache.attend_step(layer, batch, held, q, out, self._ws, self._scoring)
+                        took += time.perf_counter() - began
+            began = time.perf_counter()
+            self._cache.prefilled(0, start, start + count)
+            took += time.perf_counter() - began
+        self._probe.prefilling(False)
+        return took / LAYERS
+
+    def _decode(self, length: int) -> float:
+        """Seconds of a layer: writing a token and looking at those before it, between products with matrices."""
+        batch = Batch((Segment(0, length, [0], decode=True),))
+        best = math.inf
+        with self._ws.frame(), self._cache.through(batch, self._ws):
+            q, k, v, out = self._tensors(1)
+            programs = []
+            for layer in range(LAYERS):
+                with ops.recorded() as program:
+                    held = self._cache.update(layer, batch, q, k, v, None, self._ws)
+                    self._cache.attend_step(layer, batch, held, q, out, self._ws, self._scoring)
+                programs.append(program)
+            for _ in range(REPEATS):
+                took = 0.0
+                for program in programs:
+                    self._probe.evict()
+                    began = time.perf_counter()
+                    program.run()
+                    took += time.perf_counter() - began
+                best = min(best, took / LAYERS)
+        return best
+
+    def _commit(self) -> float:
+        """Seconds for each layer that a token takes to be certain, of as many tokens as are coded at once."""
+        took = 0.0
+        for index in range(BLOCK):
+            batch = Batch((Segment(0, CONTEXT + index, [0], decode=True),))
+            with self._ws.frame():
+                q, k, v, out = self._tensors(1)
+                with self._cache.through(batch, self._ws):
+                    for layer in range(LAYERS):
+                        held = self._cache.update(layer, batch, q, k, v, None, self._ws)
+                        self._cache.attend_step(layer, batch, held, q, out, self._ws, self._scoring)
+                began = time.perf_counter()
+                self._cache.commit(0, range(1), self._ws)
+                took += time.perf_counter() - began
+        return took / BLOCK / LAYERS
+
+    def _tensors(self, count: int) -> list[torch.Tensor]:
+        """Queries, keys, values and results of so many tokens."""
+        heads = (self._heads, self._kv_heads, self._kv_heads, self._heads)
+        made = [self._ws.empty(count, each, self._dim) for each in heads]
+        for tensor in made:
+            tensor.normal_()
+        return made
+
+
+def _timed(program: ops.Program, kinds: dict[str, tuple[str, ...]]) -> dict[str, float]:
+    """Seconds of the operations of a program whose names have one of these parts in them, by their kind."""
+    seconds = dict.fromkeys(kinds, 0.0)
+    for function, args, kwargs in program.calls:
+        began = time.perf_counter()
+        function(*args, **kwargs)
+        took = time.perf_counter() - began
+        names = (function.__name__, *(getattr(each, "__name__", "") for each in args[:1]))
+        for kind, parts in kinds.items():
+            if any(part in name for name in names for part in parts):
+                seconds[kind] += took
+    return seconds
