@@ -31,7 +31,7 @@ def test_json_has_stable_keys_and_bytes_that_add_up(tiny: Path) -> None:
     done = tightfit("plan", tiny, "-m", "2GiB", "-c", 128, "-b", 3, "--json")
     assert (done.status, done.stderr) == (0, "")
     answer = done.json
-    assert set(answer) == {"model", "budget_bytes", "plan", "precisions"}
+    assert set(answer) == {"model", "budget_bytes", "plan", "predicted", "precisions"}
     assert set(answer["model"]) == {"name", "family", "parameters", "context"}
     plan = answer["plan"]
     assert (plan["context"], plan["sequences"], plan["budget"]) == (128, 3, 2 << 30)

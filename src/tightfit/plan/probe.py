@@ -63,6 +63,7 @@ STARTS = (0, 1536)  # of the chunks of prompts whose attention is timed
 # Parts of the names of operations: those that are neither products nor attention, and products.
 SMALL = {"norm": ("norm",), "glu": ("glu",), "rotate": ("rotat", "append"), "lookup": ("decode_rows",)}
 PRODUCTS = {"product": ("gemm", "matmul", "multiply", "pad", "decode_block")}
+TINY = 64  # hidden size of a model that is next to nothing
 VOCABULARY = 32768
 NUMBER = 0x3C  # every byte of a matrix: in bfloat16 numbers of 0.0115, in few bits codes from the middle
 USUAL, MOST, LEAST = 256 * MiB, 768 * MiB, 64 * MiB  # bytes of matrices, which should not fit into a cache
@@ -71,7 +72,7 @@ BLOCKS = (128 * KiB, MiB, 4 * MiB)  # bytes of requests of one thread in order
 SLOWEST = 1.5  # times that products may be slower between other operations than alone
 SLICE = 0.005  # seconds that a repetition takes at least
 REPEATS = 5
-LEAST_LAYER = 1e-6  # seconds of attention in a layer
+LEAST_LAYER = 1e-6  # seconds of anything in a layer
 IN_ORDER = 0.15  # seconds of reading in order
 PATIENCE = 12.0  # seconds after which each thing is timed once, and other formats not at all
 VIRTUAL = 1 << 36  # bytes of address space of which little is written
@@ -151,7 +152,7 @@ class Probe:
             glu=small["glu"],
             rotate=small["rotate"],
             lookup=small["lookup"],
-            layer=small["layer"],
+            layer={TINY: small["tiny"], COLS: small["layer"]},
             anew=small["anew"],
             step=step,
         )
@@ -228,6 +229,10 @@ class Probe:
         attention = AttentionSpec(32, 4, 64, 64**-0.5, RopeSpec(64, RopeParameters()))
         decoder, cache, layers = self._decoder(attention, COLS, ROWS, LAYERS)
         one = Batch((Segment(0, 0, [0], decode=True),))
+        tiny, cache_of_tiny, _ = self._decoder(AttentionSpec(1, 1, 64, 1.0, attention.rope), TINY, TINY, LAYERS)
+        with self.ws.frame(), ops.recorded() as program:
+            tiny.hidden(one, cache_of_tiny, self.ws)
+        hot = typical([sum(_timed(program, SMALL).values()) for _ in range(3 * REPEATS)]) / LAYERS
         chunk = Batch((Segment(0, 0, [0] * CHUNKS[-1], logits="none"),))
 
         def compute(batch: Batch) -> None:
@@ -259,12 +264,13 @@ class Probe:
         alone = self._format("int4", (1,), (tokens,))
         expected = weights * alone.bytes_per_weight * alone.vector[1], weights * alone.product[tokens]
         slower = [min(max(took / each, 1.0), SLOWEST) for took, each in zip(products, expected, strict=True)]
-        return each | {"layer": layer, "anew": layer + max(python, 0.0), "vector": slower[0], "product": slower[1]}
+        small = {"tiny": hot, "layer": layer, "anew": max(python, LEAST_LAYER)}
+        return each | small | {"vector": slower[0], "product": slower[1]}
 
     def _outside_of_layers(self) -> float:
         """Seconds of an engine's step of one token through a model that is next to nothing."""
         attention = AttentionSpec(1, 1, 64, 1.0, RopeSpec(64, RopeParameters()))
-        decoder, cache, _ = self._decoder(attention, 64, 64, layers=1)
+        decoder, cache, _ = self._decoder(attention, TINY, TINY, layers=1)
         engine = Engine(decoder, cache, self.ws, CONTEXT, CHUNKS[0], self.threads)
         engine.scheduler.add(Running([0], 1, CONTEXT, frozenset(), Sampler(SamplingParams())))
         engine.step()
