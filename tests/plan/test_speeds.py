@@ -12,12 +12,13 @@ from tests.plan import fake_speeds as fake
 from tightfit import api, child
 from tightfit.budget.machine import MachineRecord
 from tightfit.budget.units import MiB
-from tightfit.plan import profile
-from tightfit.plan.profile import MemoryBandwidth, measured_speeds
+from tightfit.engine.generate import Timing
+from tightfit.plan.profile import measured_speeds
 from tightfit.plan.speeds import Speeds, across, at, device_of, known_speeds, speeds_key
 
 MACHINE = {"processor": "some"}
-LOOSE = 2.0  # times that a prediction on a machine that does other work may be off
+LOOSE = 2.0  # times that a prediction may be off
+ATTEMPTS = 3
 
 
 @pytest.fixture
@@ -27,13 +28,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def ask(target: str, question: dict[str, Any], progress: object = None) -> dict[str, Any]:
         questions.append(question)
-        speeds = fake.speeds().model_dump(mode="json", exclude={"read", "disk"})
+        speeds = fake.speeds().model_dump(mode="json", exclude={"disk"})
         return {"speeds": speeds if question["wanted"] else None, "disk": question["file"] and fake.DISK.model_dump()}
 
     monkeypatch.setattr(child, "ask", ask)
-    monkeypatch.setattr(
-        profile, "measure_bandwidth", lambda threads, seconds: MemoryBandwidth(threads * 1e10, threads, 1, 1, 1)
-    )
     return questions
 
 
@@ -113,26 +111,35 @@ def test_speeds_survive_being_written_and_read() -> None:
 
 
 def test_what_was_measured_here_predicts_a_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real profile and the embedded model; the machine may do other work, so that the best of several runs counts
-    and the bound is loose."""
+    """The real profile and the embedded model. Where the machine does other work both are off: the best of several
+    runs counts, and what was measured at a bad moment is measured again."""
     monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path))
     prompt = "#" * 900
-    with api.load("nano", memory="1GiB", context=1024) as model:
-        steps: list[int] = []
-        assert model.receipt()["predicted"] is None  # nothing was measured
+    steps: list[tuple[int, int]] = []
+
+    def ratios(model: api.Model) -> list[float]:
         measured_speeds(
             MachineRecord.open(),
             model.plan.threads,
             model.plan.numerics,
-            progress=lambda done, total: steps.append(done) or None,
+            progress=lambda done, total: steps.append((done, total)),
+            again=True,
         )
-        assert steps == sorted(steps)
-        assert steps
-        predicted, best = {}, {"prefill": float("inf"), "decode": float("inf")}
+        runs = []
         for _ in range(5):
-            model._generator.timing = type(model._generator.timing)()
+            model._generator.timing = Timing()
             model.generate(prompt, max_new_tokens=64, ignore_eos=True)
-            predicted = model.receipt()["predicted"]
-            best = {phase: min(best[phase], predicted[phase]["measured_s"]) for phase in best}
-    for phase, seconds in best.items():
-        assert 1 / LOOSE < predicted[phase]["predicted_s"] / seconds < LOOSE, phase
+            runs.append(model.receipt()["predicted"])
+        return [
+            runs[0][phase]["predicted_s"] / min(run[phase]["measured_s"] for run in runs)
+            for phase in ("prefill", "decode")
+        ]
+
+    with api.load("nano", memory="1GiB", context=1024) as model:
+        assert model.receipt()["predicted"] is None  # nothing was measured
+        found = [ratios(model)]
+        while not all(1 / LOOSE < ratio < LOOSE for ratio in found[-1]):
+            assert len(found) < ATTEMPTS, found
+            found.append(ratios(model))
+    assert steps[0][0] == 1
+    assert max(done for done, _ in steps) <= steps[0][1]

@@ -41,7 +41,7 @@ from tightfit.kv.make import make_cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
-from tightfit.plan.profile import USUAL_CACHE, last_level_cache
+from tightfit.plan.profile import USUAL_CACHE, last_level_cache, measure_bandwidth
 from tightfit.plan.schema import Numerics
 from tightfit.plan.speeds import AttentionSpeed, DiskSpeed, FormatSpeed, Speeds
 from tightfit.weights.formats.base import Format, Matrix, Split
@@ -70,9 +70,11 @@ USUAL, MOST, LEAST = 256 * MiB, 768 * MiB, 64 * MiB  # bytes of matrices, which 
 UNIT, UNITS, BUFFERS = 24 * MiB, 12, 3  # bytes of a layer that is streamed, layers, and buffers
 BLOCKS = (128 * KiB, MiB, 4 * MiB)  # bytes of requests of one thread in order
 SLOWEST = 1.5  # times that products may be slower between other operations than alone
+LUCK = 0.1  # share by which a measurement may be too fast
 SLICE = 0.005  # seconds that a repetition takes at least
 REPEATS = 5
 LEAST_LAYER = 1e-6  # seconds of anything in a layer
+READING = 0.6  # seconds of filling a buffer and reading it
 IN_ORDER = 0.15  # seconds of reading in order
 PATIENCE = 12.0  # seconds after which each thing is timed once, and other formats not at all
 VIRTUAL = 1 << 36  # bytes of address space of which little is written
@@ -87,7 +89,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     numerics = Numerics.model_validate(asked["numerics"])
     with torch.inference_mode():
         probe = Probe(asked["threads"], numerics, asked["wanted"], child.report)
-        speeds = probe.speeds().model_dump(exclude={"read", "disk"}) if asked["wanted"] else None
+        speeds = probe.speeds().model_dump(exclude={"disk"}) if asked["wanted"] else None
         disk = None if asked["file"] is None else probe.disk(Path(asked["file"])).model_dump()
     return {"speeds": speeds, "disk": disk}
 
@@ -109,6 +111,9 @@ class Synthetic(Placement):
 
 
 class Probe:
+    """Times kernels with ``threads`` threads in the types that ``numerics`` names, on memory for matrices and one
+    workspace. ``wanted`` says whether more than the disk will be timed, for ``progress(done, total)``."""
+
     def __init__(self, threads: int, numerics: Numerics, wanted: bool, progress: Progress) -> None:
         self.threads, self.numerics = threads, numerics
         self.gemm, self.kv = TYPES[numerics.gemm], TYPES[numerics.kv]
@@ -138,14 +143,13 @@ class Probe:
         formats = {fmt: _better(*(found[fmt] for found in rounds)) for fmt in FORMATS}
         step = self._outside_of_layers()
         for fmt in OTHERS:
-            if time.perf_counter() < self._until:
+            if time.perf_counter() < self._until:  # else the bar ends early
                 formats[fmt] = self._format(fmt, DECODED[::3], CHUNKS[::3])
-            self.step()
         return Speeds(
             threads=self.threads,
             numerics=self.numerics,
             padded=not (self.gemm == torch.bfloat16 and cpu.has_gemm()),
-            read={self.threads: 1.0},  # whoever asks has measured it
+            read={count: measure_bandwidth(count, seconds=READING).bytes_per_s for count in sorted({1, self.threads})},
             formats={fmt: _slower(speed, small["vector"], small["product"]) for fmt, speed in formats.items()},
             attention=attention,
             norm=small["norm"],
@@ -377,8 +381,9 @@ def _better(one: FormatSpeed, other: FormatSpeed) -> FormatSpeed:
 
 
 def typical(seconds: Sequence[float]) -> float:
-    """The lower quartile: other work on the machine makes a measurement longer, and luck makes few of them shorter."""
-    return sorted(seconds)[len(seconds) // 4]
+    """The lower quartile, but not much above the fastest: luck makes few measurements shorter, and other work on the
+    machine makes most of them longer."""
+    return min(sorted(seconds)[len(seconds) // 4], (1 + LUCK) * min(seconds))
 
 
 class Cold:
