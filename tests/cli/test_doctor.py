@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tests.plan import fake_speeds
 
+from tightfit.budget.machine import MachineRecord
 from tightfit.budget.units import MiB
 from tightfit.cli import doctor
 from tightfit.errors import UsageError
 from tightfit.plan import profile
 from tightfit.plan.profile import DiskBandwidth, MemoryBandwidth
+from tightfit.plan.schema import Numerics
+from tightfit.plan.speeds import speeds_key
 
 KEYS = {
     "versions": {"python", "torch", "tightfit"},
@@ -24,6 +28,7 @@ KEYS = {
     "cache_folder": {"path", "writable"},
 }
 LISTS = {"bandwidth", "disk", "gpu", "problems"}
+MAYBE = {"runtime", "speeds"}  # null before they were measured
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +43,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         profile, "measure_bandwidth", lambda threads: MemoryBandwidth(threads * 1e10, threads, 600 * MiB, 480 * MiB, 9)
     )
+
+    def measured_speeds(record: MachineRecord, threads: int, numerics: Numerics, **options: object) -> None:
+        speeds = fake_speeds.speeds(threads=threads, numerics=numerics)
+        record.speeds[speeds_key(threads, numerics)] = speeds.model_dump(mode="json", exclude={"disk"})
+        record.save()
+
+    monkeypatch.setattr(profile, "measured_speeds", measured_speeds)
     monkeypatch.setattr(
         profile, "measure_disk", lambda path: DiskBandwidth(2.5e9, 256 * MiB, "fadvise", "254:0", "ext4")
     )
@@ -53,7 +65,7 @@ def text_of(report: dict[str, Any]) -> str:
 
 def test_the_keys_are_stable_and_the_report_is_json() -> None:
     report = json.loads(json.dumps(doctor.collect(measure=False)))
-    assert set(report) == set(KEYS) | LISTS | {"runtime"}
+    assert set(report) == set(KEYS) | LISTS | MAYBE
     for key, inner in KEYS.items():
         assert set(report[key]) == inner
     assert all(isinstance(report[key], list) for key in LISTS)
@@ -61,9 +73,9 @@ def test_the_keys_are_stable_and_the_report_is_json() -> None:
 
 def test_nothing_is_measured_unless_it_is_asked_for(cache: Path) -> None:
     report = doctor.collect(measure=False)
-    assert (report["bandwidth"], report["disk"], report["runtime"]) == ([], [], None)
+    assert (report["bandwidth"], report["disk"], report["runtime"], report["speeds"]) == ([], [], None, None)
     assert not cache.exists()
-    assert text_of(report).count("not measured yet") == 3
+    assert text_of(report).count("not measured yet") == 4
 
 
 def test_measurements_are_reported_and_remembered(quick: None) -> None:
@@ -75,7 +87,9 @@ def test_measurements_are_reported_and_remembered(quick: None) -> None:
     assert remembered["runtime"] == measured["runtime"]
     assert remembered["disk"] == [{"device": "254:0", "bytes_per_s": 2.5e9}]
     assert {"threads": 1, "bytes_per_s": 1e10} in remembered["bandwidth"]
+    assert remembered["speeds"] == measured["speeds"]
     text = text_of(measured)
+    assert "bf16: 10.0 GB/s decoding, 2.56 Top/s in chunks of 512" in text
     assert "10.0 GB/s with 1 thread, reading 600 MiB (partly the cache of 480 MiB" in text
     assert "2.5 GB/s from device 254:0 (ext4, fadvise reads of 256 MiB, perhaps partly from the page cache)" in text
 

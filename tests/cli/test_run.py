@@ -24,6 +24,7 @@ RECEIPT_KEYS = {
     "time_to_first_token_s",
     "prefill_tokens_per_s",
     "decode_tokens_per_s",
+    "predicted",
     "prefill_streamed_bytes_per_token",
     "decode_streamed_bytes_per_token",
     "prefill_experts",

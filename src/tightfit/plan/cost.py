@@ -160,8 +160,8 @@ class Cost:
         formats = [layer.format for layer in plan.layers]
         head = sum(self.decode_seconds(name, plan.outer.format) for name in (EMBEDDINGS, HEAD))
         in_step = sum(self.decode_seconds(name, plan.outer.format, sequences) for name in (EMBEDDINGS, HEAD))
-        repeated = 0.0 if not plan.streamed else len(formats) * (self.speeds.anew - self.speeds.layer)
-        computing = in_step + repeated + sequences * self._attend(plan.cache, middle)
+        anew = len(formats) * self.speeds.anew if plan.streamed else 0.0
+        computing = in_step + anew + sequences * self._attend(plan.cache, middle)
         computing += sum(
             self.decode_seconds(name, fmt, sequences) for name, fmt in zip(self._names, formats, strict=True)
         )
@@ -274,9 +274,12 @@ class Cost:
         """What a layer's operations take however few tokens there are. A mixture's experts are computed one by one,
         each of them half a layer."""
         layer = self.spec.layers[int(group.removeprefix(LAYER))]
+        repeated = at(self.speeds.layer, self.spec.hidden_size)
         if isinstance(layer.mlp, MoeSpec):
-            return self.speeds.anew * (1 + layer.mlp.experts_per_token / 2)
-        return self.speeds.anew if prompt or isinstance(layer.attention, LatentAttentionSpec) else self.speeds.layer
+            return (repeated + self.speeds.anew) * (1 + layer.mlp.experts_per_token / 2)
+        if prompt or isinstance(layer.attention, LatentAttentionSpec):
+            return repeated + self.speeds.anew
+        return repeated
 
     def _format(self, stored: Stored) -> FormatSpeed:
         """How fast a format is. One that was not measured is as fast, for each byte when decoding and for each weight

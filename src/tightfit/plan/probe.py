@@ -41,6 +41,7 @@ from tightfit.kv.make import make_cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
+from tightfit.plan.profile import USUAL_CACHE, last_level_cache, measure_bandwidth
 from tightfit.plan.schema import Numerics
 from tightfit.plan.speeds import AttentionSpeed, DiskSpeed, FormatSpeed, Speeds
 from tightfit.weights.formats.base import Format, Matrix, Split
@@ -57,20 +58,25 @@ CHUNKS = (16, 64, 128, 512)
 ROWS, COLS = 5632, 2048  # of a matrix, as in models of a billion parameters
 HEADS = ((8, 1), (4, 8))  # heads of the cache, and how many share each
 DIMS = (64, 128)  # features of a head
-CONTEXT, LAYERS = 2048, 4  # tokens and layers of the attention that is timed
+CONTEXT, LAYERS = 2048, 3  # tokens and layers of the attention that is timed
 STARTS = (0, 1536)  # of the chunks of prompts whose attention is timed
-# Parts of the names of operations that are neither products nor attention.
+# Parts of the names of operations: those that are neither products nor attention, and products.
 SMALL = {"norm": ("norm",), "glu": ("glu",), "rotate": ("rotat", "append"), "lookup": ("decode_rows",)}
+PRODUCTS = {"product": ("gemm", "matmul", "multiply", "pad", "decode_block")}
+TINY = 64  # hidden size of a model that is next to nothing
 VOCABULARY = 32768
 NUMBER = 0x3C  # every byte of a matrix: in bfloat16 numbers of 0.0115, in few bits codes from the middle
-MOST, LEAST = 512 * MiB, 64 * MiB  # bytes of matrices
-EVICTING = 3  # matrices of 24 MiB that are read between two looks at a cache
+USUAL, MOST, LEAST = 256 * MiB, 768 * MiB, 64 * MiB  # bytes of matrices, which should not fit into a cache
 UNIT, UNITS, BUFFERS = 24 * MiB, 12, 3  # bytes of a layer that is streamed, layers, and buffers
 BLOCKS = (128 * KiB, MiB, 4 * MiB)  # bytes of requests of one thread in order
+SLOWEST = 1.5  # times that products may be slower between other operations than alone
+LUCK = 0.1  # share by which a measurement may be too fast
 SLICE = 0.005  # seconds that a repetition takes at least
-REPEATS = 9
+REPEATS = 5
+LEAST_LAYER = 1e-6  # seconds of anything in a layer
+READING = 0.6  # seconds of filling a buffer and reading it
 IN_ORDER = 0.15  # seconds of reading in order
-PATIENCE = 9.0  # seconds after which each thing is timed once, and other formats not at all
+PATIENCE = 12.0  # seconds after which each thing is timed once, and other formats not at all
 VIRTUAL = 1 << 36  # bytes of address space of which little is written
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
@@ -83,7 +89,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     numerics = Numerics.model_validate(asked["numerics"])
     with torch.inference_mode():
         probe = Probe(asked["threads"], numerics, asked["wanted"], child.report)
-        speeds = probe.speeds().model_dump(exclude={"read", "disk"}) if asked["wanted"] else None
+        speeds = probe.speeds().model_dump(exclude={"disk"}) if asked["wanted"] else None
         disk = None if asked["file"] is None else probe.disk(Path(asked["file"])).model_dump()
     return {"speeds": speeds, "disk": disk}
 
@@ -105,45 +111,52 @@ class Synthetic(Placement):
 
 
 class Probe:
+    """Times kernels with ``threads`` threads in the types that ``numerics`` names, on memory for matrices and one
+    workspace. ``wanted`` says whether more than the disk will be timed, for ``progress(done, total)``."""
+
     def __init__(self, threads: int, numerics: Numerics, wanted: bool, progress: Progress) -> None:
         self.threads, self.numerics = threads, numerics
         self.gemm, self.kv = TYPES[numerics.gemm], TYPES[numerics.kv]
-        self._done, self._total = 0, 2 + wanted * (2 + len(FORMATS) + len(OTHERS) + len(CACHES) * len(DIMS))
+        self._done = 0
+        self._total = 2 + int(wanted) * (3 + 2 * len(FORMATS) + len(OTHERS) + len(CACHES) * len(DIMS))
         self._progress = progress
         self._until = time.perf_counter() + PATIENCE
         cpu.set_threads(threads)
         torch.set_num_threads(threads)
-        size = max(min(MOST, available_memory() // 4), LEAST)
+        beyond = (last_level_cache() or USUAL_CACHE) * 5 // 4
+        size = max(min(max(beyond, USUAL), MOST, available_memory() // 4), LEAST)
         arena = Arena(size)
         arena.use_large_pages()
         self._bytes = arena.take(size).fill_(NUMBER)
         self.ws = Workspace(Arena(VIRTUAL))
         self._next = 0  # byte that the next matrix begins at
-        self._large = cycle([self.matrix("int8", 2 * ROWS, COLS) for _ in range(len(self._bytes) // (32 * MiB))])
+        self._large = [self.matrix("int8", 2 * ROWS, COLS) for _ in range(size // (24 * MiB))]
         self._row, self._product = torch.full((1, COLS), 0.5), torch.zeros(1, 2 * ROWS)
         self.step()
 
     def speeds(self) -> Speeds:
-        formats = {fmt: self._format(fmt, DECODED, CHUNKS) for fmt in FORMATS}
+        rounds = [{fmt: self._format(fmt, DECODED, CHUNKS) for fmt in FORMATS}]
         attention = {kv: self._attention(kv) for kv in CACHES}
         small = self._small_operations()
+        # A second time, a while later: what disturbs the machine often passes.
+        rounds.append({fmt: self._format(fmt, DECODED, CHUNKS) for fmt in FORMATS})
+        formats = {fmt: _better(*(found[fmt] for found in rounds)) for fmt in FORMATS}
         step = self._outside_of_layers()
         for fmt in OTHERS:
-            if time.perf_counter() < self._until:
+            if time.perf_counter() < self._until:  # else the bar ends early
                 formats[fmt] = self._format(fmt, DECODED[::3], CHUNKS[::3])
-            self.step()
         return Speeds(
             threads=self.threads,
             numerics=self.numerics,
             padded=not (self.gemm == torch.bfloat16 and cpu.has_gemm()),
-            read={self.threads: 1.0},  # whoever asks has measured it
-            formats=formats,
+            read={count: measure_bandwidth(count, seconds=READING).bytes_per_s for count in sorted({1, self.threads})},
+            formats={fmt: _slower(speed, small["vector"], small["product"]) for fmt, speed in formats.items()},
             attention=attention,
             norm=small["norm"],
             glu=small["glu"],
             rotate=small["rotate"],
             lookup=small["lookup"],
-            layer=small["layer"],
+            layer={TINY: small["tiny"], COLS: small["layer"]},
             anew=small["anew"],
             step=step,
         )
@@ -182,9 +195,13 @@ class Probe:
         return found
 
     def evict(self) -> None:
-        """Reads so many matrices that the processor's caches hold little else, as in a step."""
-        for _ in range(EVICTING):
-            next(self._large).matmul(self._row, self._product, self.ws)
+        """Reads so many matrices that the processor's caches hold nothing else, as a step of a large model does."""
+        for matrix in self._large:
+            matrix.matmul(self._row, self._product, self.ws)
+
+    def compute(self) -> None:
+        """About as long as a layer of a few bits."""
+        self._large[0].matmul(self._row, self._product, self.ws)
 
     def prefilling(self, prompt: bool) -> None:
         """Lets torch use as many threads as the engine does."""
@@ -195,26 +212,31 @@ class Probe:
     def _attention(self, kv: str) -> AttentionSpeed:
         surfaces: list[dict[int, dict[int, float]]] = [{}, {}, {}]
         decode, query, prefill = surfaces
-        layers = []
+        layer = 0.0
         for dim in DIMS:
             shapes = [Attending(self, kv, kv_heads, group, dim) for kv_heads, group in HEADS]
-            found = {shape.group: shape.decoding() for shape in shapes}
-            decode[2 * dim] = {group: each for group, (_, each) in found.items()}
-            layers += [layer for layer, _ in found.values()]
+            layer = layer or shapes[0].layer()
+            decode[2 * dim] = {shape.group: shape.token(layer) for shape in shapes}
             chunks = CHUNKS if kv == EXACT else CHUNKS[1::2]
             both = {chunk: shapes[-1].prompt(chunk) for chunk in chunks}
             query[2 * dim] = {chunk: each for chunk, (each, _) in both.items()}
             prefill[2 * dim] = {chunk: each for chunk, (_, each) in both.items()}
             self.step()
-        return AttentionSpeed(layer=min(layers), decode=decode, query=query, prefill=prefill)
+        return AttentionSpeed(layer=layer, decode=decode, query=query, prefill=prefill)
 
     # ---- all else ----
 
     def _small_operations(self) -> dict[str, float]:
-        """Seconds of all operations that are neither products nor attention, as :class:`Speeds` has them."""
+        """Seconds of all operations that are neither products nor attention, as :class:`Speeds` has them; and how many
+        times slower than alone products are between them, whose caches others have used: of ``vector`` and ``product``
+        kind."""
         attention = AttentionSpec(32, 4, 64, 64**-0.5, RopeSpec(64, RopeParameters()))
-        decoder, cache = self._decoder(attention, COLS, ROWS, LAYERS)
+        decoder, cache, layers = self._decoder(attention, COLS, ROWS, LAYERS)
         one = Batch((Segment(0, 0, [0], decode=True),))
+        tiny, cache_of_tiny, _ = self._decoder(AttentionSpec(1, 1, 64, 1.0, attention.rope), TINY, TINY, LAYERS)
+        with self.ws.frame(), ops.recorded() as program:
+            tiny.hidden(one, cache_of_tiny, self.ws)
+        hot = typical([sum(_timed(program, SMALL).values()) for _ in range(3 * REPEATS)]) / LAYERS
         chunk = Batch((Segment(0, 0, [0] * CHUNKS[-1], logits="none"),))
 
         def compute(batch: Batch) -> None:
@@ -223,12 +245,15 @@ class Probe:
 
         with ops.recorded() as program:
             compute(one)
-        layer = min(sum(_timed(program, SMALL).values()) for _ in range(2 * REPEATS)) / LAYERS
+        runs = [_timed(program, SMALL | PRODUCTS) for _ in range(3 * REPEATS)]
+        products = [typical([run.pop("product") for run in runs])]
+        layer = typical([sum(run.values()) for run in runs]) / LAYERS
         python = (self.best(lambda: compute(one)) - self.best(program.run)) / LAYERS
         self.prefilling(True)
         with ops.recorded() as program:
             compute(chunk)
-        runs = [_timed(program, SMALL) for _ in range(3)]
+        runs = [_timed(program, SMALL | PRODUCTS) for _ in range(REPEATS - 1)]
+        products.append(typical([run.pop("product") for run in runs]))
         self.prefilling(False)
         tokens, turned = chunk.size, attention.heads + 2 * attention.kv_heads
         numbers = {
@@ -238,13 +263,18 @@ class Probe:
             "lookup": tokens * COLS,
         }
         self.step()
-        each = {name: min(run[name] for run in runs) / count for name, count in numbers.items()}
-        return each | {"layer": layer, "anew": layer + max(python, 0.0)}
+        each = {name: typical([run[name] for run in runs]) / count for name, count in numbers.items()}
+        weights = LAYERS * sum(matrix.rows * matrix.cols for matrix in layers[0].values() if isinstance(matrix, Matrix))
+        alone = self._format("int4", (1,), (tokens,))
+        expected = weights * alone.bytes_per_weight * alone.vector[1], weights * alone.product[tokens]
+        slower = [min(max(took / each, 1.0), SLOWEST) for took, each in zip(products, expected, strict=True)]
+        small = {"tiny": hot, "layer": layer, "anew": max(python, LEAST_LAYER)}
+        return each | small | {"vector": slower[0], "product": slower[1]}
 
     def _outside_of_layers(self) -> float:
         """Seconds of an engine's step of one token through a model that is next to nothing."""
         attention = AttentionSpec(1, 1, 64, 1.0, RopeSpec(64, RopeParameters()))
-        decoder, cache = self._decoder(attention, 64, 64, layers=1)
+        decoder, cache, _ = self._decoder(attention, TINY, TINY, layers=1)
         engine = Engine(decoder, cache, self.ws, CONTEXT, CHUNKS[0], self.threads)
         engine.scheduler.add(Running([0], 1, CONTEXT, frozenset(), Sampler(SamplingParams())))
         engine.step()
@@ -254,8 +284,8 @@ class Probe:
 
     def _decoder(
         self, attention: AttentionSpec, hidden: int, intermediate: int, layers: int
-    ) -> tuple[Decoder, BaseCache]:
-        """A made-up model in int4, with a vocabulary of the usual size."""
+    ) -> tuple[Decoder, BaseCache, list[Parameters]]:
+        """A made-up model in int4, with a vocabulary of the usual size, its cache and its layers."""
         queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
         shapes = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
         shapes |= {"o_proj": (hidden, queries), "down_proj": (hidden, intermediate)}
@@ -270,7 +300,7 @@ class Probe:
         spec = ModelSpec("synthetic", VOCABULARY, hidden, (layer,) * layers, (), CONTEXT, 1e-5)
         layouts = cache_layouts(spec, CONTEXT, CHUNKS[-1])
         cache = make_cache(EXACT, layouts, CONTEXT, 1, self.kv, Arena(VIRTUAL), self.gemm, CHUNKS[-1])
-        return Decoder(spec, Synthetic(model, made)), cache
+        return Decoder(spec, Synthetic(model, made)), cache, made
 
     # ---- the disk ----
 
@@ -278,7 +308,7 @@ class Probe:
         """Reading a file as streaming does, alone and beside products that take about as long."""
         with Cold(file) as cold:
             streamed, copied = (UNITS * UNIT / self._ring(cold, shift, 0) for shift in (0, 1000))
-            alone = self.best(self.evict)
+            alone = self.best(self.compute)
             calls = max(round(UNIT / streamed / alone), 1)
             computing, reading = calls * alone * UNITS, UNITS * UNIT / streamed
             both = self._ring(cold, 0, calls)
@@ -289,7 +319,7 @@ class Probe:
 
     def _ring(self, cold: Cold, shift: int, calls: int) -> float:
         """Seconds of streaming ``UNITS`` units that begin ``shift`` bytes behind a multiple of 4 KiB, with so many
-        calls of :meth:`evict` for each; the better of two rounds."""
+        calls of :meth:`compute` for each; the better of two rounds."""
         arena = Arena(BUFFERS * UNIT)
         ring = Ring(
             [UNIT] * (2 * UNITS + BUFFERS),
@@ -305,7 +335,7 @@ class Probe:
                 found, began = time.perf_counter() - began, time.perf_counter()
             with ring.use(unit):
                 for _ in range(calls):
-                    self.evict()
+                    self.compute()
         found = min(found, time.perf_counter() - began)
         ring.stop()
         return found
@@ -317,18 +347,43 @@ class Probe:
         self._progress(self._done, self._total)
 
     def best(self, call: Callable[[], object]) -> float:
-        """Seconds of a call: the mean of a repetition, the best of several; the first call is left out."""
+        """Seconds of a call: repetitions of a few milliseconds each, of which :func:`typical` is taken; the first call
+        is left out."""
         call()
-        found = math.inf
+        found = []
         for _ in range(REPEATS):
             calls, began = 0, time.perf_counter()
             while (took := time.perf_counter() - began) < SLICE or not calls:
                 call()
                 calls += 1
-            found = min(found, took / calls)
+            found.append(took / calls)
             if time.perf_counter() > self._until:
                 break
-        return found
+        return typical(found)
+
+
+def _slower(speed: FormatSpeed, vector: float, product: float) -> FormatSpeed:
+    """So many times slower."""
+    return FormatSpeed(
+        bytes_per_weight=speed.bytes_per_weight,
+        vector={tokens: vector * seconds for tokens, seconds in speed.vector.items()},
+        product={tokens: product * seconds for tokens, seconds in speed.product.items()},
+    )
+
+
+def _better(one: FormatSpeed, other: FormatSpeed) -> FormatSpeed:
+    """The faster of two measurements of a format, figure by figure."""
+    return FormatSpeed(
+        bytes_per_weight=one.bytes_per_weight,
+        vector={tokens: min(seconds, other.vector[tokens]) for tokens, seconds in one.vector.items()},
+        product={tokens: min(seconds, other.product[tokens]) for tokens, seconds in one.product.items()},
+    )
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """The lower quartile, but not much above the fastest: luck makes few measurements shorter, and other work on the
+    machine makes most of them longer."""
+    return min(sorted(seconds)[len(seconds) // 4], (1 + LUCK) * min(seconds))
 
 
 class Cold:
@@ -397,15 +452,20 @@ class Attending:
         self._scoring = Scoring(dim**-0.5)
         self._exact, self._filled = kv == EXACT, 0
 
-    def decoding(self) -> tuple[float, float]:
-        """Seconds of a layer of a step, and for each token and head of the cache beside that."""
+    def layer(self) -> float:
+        """Seconds of a layer of a step, however few tokens it looks at."""
+        lengths = (CHUNKS[-1] // 2, CHUNKS[-1])
         times = []
-        lengths = (CHUNKS[-1], CONTEXT)
         for length in lengths:
             self._fill(length)
             times.append(self._decode(length))
-        each = max(times[1] - times[0], 0.1 * times[1]) / (lengths[1] - lengths[0])
-        return max(times[0] - each * lengths[0], 1e-6) + self._commit(), each / self._kv_heads
+        return max(2 * times[0] - times[1], LEAST_LAYER) + self._commit(lengths[-1])
+
+    def token(self, layer: float) -> float:
+        """Seconds for each token and head of the cache beside that."""
+        self._fill(CONTEXT)
+        took = self._decode(CONTEXT)
+        return max(took - layer, took / 2) / CONTEXT / self._kv_heads
 
     def prompt(self, count: int) -> tuple[float, float]:
         """Seconds for each token and head of a chunk of ``count``, and for each key that they look at."""
@@ -451,7 +511,7 @@ class Attending:
     def _decode(self, length: int) -> float:
         """Seconds of a layer: writing a token and looking at those before it, between products with matrices."""
         batch = Batch((Segment(0, length, [0], decode=True),))
-        best = math.inf
+        times = []
         with self._ws.frame(), self._cache.through(batch, self._ws):
             q, k, v, out = self._tensors(1)
             programs = []
@@ -460,21 +520,19 @@ class Attending:
                     held = self._cache.update(layer, batch, q, k, v, None, self._ws)
                     self._cache.attend_step(layer, batch, held, q, out, self._ws, self._scoring)
                 programs.append(program)
-            for _ in range(REPEATS):
-                took = 0.0
+            for _ in range(REPEATS - 1):
+                self._probe.evict()
                 for program in programs:
-                    self._probe.evict()
                     began = time.perf_counter()
                     program.run()
-                    took += time.perf_counter() - began
-                best = min(best, took / LAYERS)
-        return best
+                    times.append(time.perf_counter() - began)
+        return typical(times)
 
-    def _commit(self) -> float:
+    def _commit(self, length: int) -> float:
         """Seconds for each layer that a token takes to be certain, of as many tokens as are coded at once."""
         took = 0.0
         for index in range(BLOCK):
-            batch = Batch((Segment(0, CONTEXT + index, [0], decode=True),))
+            batch = Batch((Segment(0, length + index, [0], decode=True),))
             with self._ws.frame():
                 q, k, v, out = self._tensors(1)
                 with self._cache.through(batch, self._ws):

@@ -233,9 +233,7 @@ def measured_speeds(
     asked = {"threads": threads, "numerics": numerics.model_dump(), "wanted": known is None}
     answer = child.ask("tightfit.plan.probe:answer", asked | {"file": str(file) if disk else None}, progress)
     if answer["speeds"] is not None:
-        read = {count: measure_bandwidth(count, seconds=0.6).bytes_per_s for count in sorted({1, threads})}
-        record.memory_bandwidth |= read
-        record.speeds[speeds_key(threads, numerics)] = answer["speeds"] | {"read": read}
+        record.speeds[speeds_key(threads, numerics)] = answer["speeds"]
     if disk and file is not None:
         record.disks[device_of(file)] = answer["disk"]
     record.save()

@@ -81,8 +81,9 @@ class Speeds(Strict):
 
     ``read``: bytes per second of memory, by threads. ``formats`` and ``attention`` are by spec string. Seconds for each
     number of a prompt's activations: ``norm``, ``glu`` (of the feed-forward part), ``rotate`` (queries and keys, and
-    keeping keys and values), ``lookup`` (embeddings). Seconds of all else: ``layer`` for each layer of a decoding step
-    that repeats the one before, ``anew`` for each of another step, ``step`` for a step.
+    keeping keys and values), ``lookup`` (embeddings). Seconds of all else: ``layer``, by the hidden size, for each
+    layer of a decoding step that repeats the one before, ``anew`` beside that for each of another step, ``step`` for a
+    step.
     """
 
     version: Literal[1] = VERSION
@@ -96,7 +97,7 @@ class Speeds(Strict):
     glu: Positive
     rotate: Positive
     lookup: Positive
-    layer: Positive
+    layer: Curve
     anew: Positive
     step: Positive
     disk: DiskSpeed | None = Field(default=None, description="of the device that the model is on, where it is known")
