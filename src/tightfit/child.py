@@ -56,19 +56,18 @@ def ask(
     ):
         json.dump(question, asked)
         asked.seek(0)
-        process = subprocess.Popen(
+        with subprocess.Popen(
             command(code), env=environment(), stdin=asked, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if line.startswith(PROGRESS):
-                    done, total = line.removeprefix(PROGRESS).split()
-                    progress(int(done), int(total))
-        except BaseException:  # Ctrl-C
-            process.kill()
-            raise
-        process.wait()
+        ) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    if line.startswith(PROGRESS):
+                        done, total = line.removeprefix(PROGRESS).split()
+                        progress(int(done), int(total))
+            except BaseException:  # Ctrl-C
+                process.kill()
+                raise
         errors.seek(0)
         told = errors.read().strip()
     try:

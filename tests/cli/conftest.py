@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from tests import tiny_llama
 
-from tightfit.engine import opening
 from tightfit.weights.placement.resident import Resident
 
 
@@ -19,13 +18,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def talkative(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a chat template."""
     return tiny_llama.write(tmp_path_factory.mktemp("models") / "talkative", chat=True)
-
-
-@pytest.fixture(autouse=True)
-def _measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring a machine takes a quarter of a minute; tests of that do it themselves."""
-    monkeypatch.setattr(opening, "measure_machine", lambda *arguments: None)
-    monkeypatch.setattr(opening, "is_measured", lambda *arguments: True)
 
 
 @pytest.fixture

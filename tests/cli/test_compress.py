@@ -82,7 +82,7 @@ def test_plan_lists_the_one_format_that_is_there(compressed: Path) -> None:
     assert answer["plan"]["layers"][0]["format"] == "int4"
     refused = tightfit("plan", compressed, "-m", "150MiB", "--json")
     assert refused.status == BUDGET
-    assert "compress the model in fewer bits" in refused.json["hint"]
+    assert "The runtime account is" in refused.json["hint"]
     assert "--weights" not in refused.json["hint"]
 
 

@@ -61,7 +61,7 @@ def test_while_weights_are_read(tiny: Path) -> None:
 
 
 def test_while_a_child_process_plans(tiny: Path) -> None:
-    process = start(patched("subprocess:run"), "run", tiny, "-p", "x", "-m", "200MiB")
+    process = start(patched("tightfit.child:ask"), "run", tiny, "-p", "x", "-m", "200MiB")
     assert interrupted_when_here(process) == (INTERRUPTED, "", "interrupted\n")
 
 

@@ -149,7 +149,7 @@ def test_less_precise_weights_and_shorter_contexts_are_never_slower(large: Check
 def streaming(search: Search, more: int = 0) -> Plan:
     smallest = search.smallest(RUNTIME)
     bounded = dataclasses.replace(search.constraints, budget=smallest.total + more)
-    return Search(search.checkpoint, search.spec, bounded, search._workspace).best(RUNTIME)
+    return Search(search.checkpoint, search.spec, bounded, search.workspace).best(RUNTIME)
 
 
 def test_what_is_read_from_the_disk_is_hidden_as_far_as_was_measured(large: Checkpoint) -> None:
