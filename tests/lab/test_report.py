@@ -272,6 +272,16 @@ def test_the_command_writes_a_page_and_marks_the_front(few: Path, tmp_path: Path
     assert re.search(r" 0 \(0 to 0\) MBT$", exact)
 
 
+def test_the_table_can_be_had_as_markdown(few: Path, tmp_path: Path) -> None:
+    done = tightfit("lab", "report", few, "--out", tmp_path / "table.md")
+    assert (done.status, done.stderr) == (0, f"the table is {tmp_path / 'table.md'}\n")
+    report, lines = summarise(Results.open(few)), (tmp_path / "table.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert [row[0] for row in rows[2:]] == [f"| `{row.key}`" for row in report.rows]
+    assert f"Command: `{report.experiment.command}`" in lines
+
+
 def test_json_has_all_there_is(few: Path) -> None:
     done, report = tightfit("lab", "report", few, "--json").json, summarise(Results.open(few))
     assert [each["key"] for each in done["configurations"]] == [row.key for row in report.rows]

@@ -12,14 +12,17 @@ from tightfit.cli.output import print_json, say
 from tightfit.errors import FileError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tightfit.lab.report import Measure, Report, Row
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Results of `tightfit lab run`.")]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", "-o", metavar="FILE", help="The page. Default: report.html in the folder; none with --json."),
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="FILE",
+        help="The page, or FILE.md for the table as Markdown. Default: report.html in the folder; nothing with --json.",
+    ),
 ]
 
 
@@ -32,21 +35,18 @@ def report(folder: Folder, out: Out = None, json: Json = False, debug: Debug = F
     from tightfit.lab.results import Results
 
     found = summarise(Results.open(folder))
-    html = None
     if json:
-        if out is not None:
-            html = _page(found)
         print_json(found.as_json())
     else:
         _show(found)
-        html = _page(found)
         out = out or folder / "report.html"
-    if html is not None and out is not None:
+    if out is not None:
+        written = _markdown(found) if out.suffix == ".md" else _page(found)
         try:
-            out.write_text(html, encoding="utf-8")
+            out.write_text(written, encoding="utf-8")
         except OSError as error:
             raise FileError(f"{out} cannot be written: {error.strerror}", "Name another with --out.") from error
-        say(f"the page is {out}")
+        say(f"the {'table' if out.suffix == '.md' else 'page'} is {out}")
 
 
 def _page(found: Report) -> str:
@@ -56,8 +56,35 @@ def _page(found: Report) -> str:
 
 
 def _show(found: Report) -> None:
-    from tightfit.cli.screen import show
-    from tightfit.lab.page import title
+    from tightfit.cli.screen import show, table
+
+    heads, rows = _table(found)
+    made = table(*heads)
+    for row in rows:
+        made.add_row(*row)
+    show(made, *_notes(found))
+
+
+def _markdown(found: Report) -> str:
+    """The same table, with what is needed to measure it again."""
+    heads, rows = _table(found)
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    lines += [[f"`{key}`", *(" ".join(cell.split()) for cell in cells)] for key, *cells in rows]
+    experiment = found.experiment
+    facts = [f"{name} {value}" for name, value in (experiment.machine | experiment.versions).items()]
+    written = [
+        f"# {experiment.model}: {len(rows)} configurations on {len(experiment.tasks)} tasks",
+        "\n".join(f"| {' | '.join(line)} |" for line in lines),
+        *_notes(found),
+        f"Tasks: {', '.join(experiment.tasks)}; context {experiment.context}, seed {experiment.seed}.",
+        f"Machine: {', '.join(facts)}.",
+        f"Command: `{experiment.command}`",
+    ]
+    return "\n\n".join(written) + "\n"
+
+
+def _notes(found: Report) -> list[str]:
+    """What the table does not say."""
     from tightfit.lab.report import PEAK
 
     lines = []
@@ -67,23 +94,24 @@ def _show(found: Report) -> None:
         lines.append("all peaks are within noise of each other: who has an M is chance")
     lines += [f"{row.key} was not measured to its end" for row in found.rows if not row.finished]
     lines += [f"{each.configuration} was refused: {each.error}" for each in found.refused]
-    show(_table(found, [(measure, title(measure, found)) for measure in found.quality]), *lines)
+    return lines
 
 
-def _table(found: Report, measures: list[tuple[Measure, str]]) -> Table:
-    """All configurations in the order of their peaks, with the first measure of each task."""
-    from tightfit.cli.screen import table
+def _table(found: Report) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells: all configurations in the order of their peaks, with the first measure of each task."""
+    from tightfit.lab.page import title
     from tightfit.lab.report import PEAK, SECONDS, STORED
     from tightfit.lab.shown import number
 
     costs = {PEAK: ("peak", "bytes"), STORED: ("weights+kv", "bytes"), SECONDS: ("token", "s")}
-    made = table("configuration", *(head for head, _ in costs.values()), *(head for _, head in measures))
+    heads = ["configuration", *(head for head, _ in costs.values()), *(title(each, found) for each in found.quality)]
+    rows = []
     for row in found.rows:
         shown = (
             number(row.indicators[cost], unit) if cost in row.indicators else "" for cost, (_, unit) in costs.items()
         )
-        made.add_row(row.key, *shown, *(_value(found, row, measure) for measure, _ in measures))
-    return made
+        rows.append([row.key, *shown, *(_value(found, row, measure) for measure in found.quality)])
+    return heads, rows
 
 
 def _value(found: Report, row: Row, measure: Measure) -> str:
