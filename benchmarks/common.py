@@ -22,8 +22,8 @@ import numpy as np
 from tests.measure import Measured, run_measured
 
 from tightfit.budget.machine import processor
-from tightfit.lab import material
 from tightfit.plan.profile import measure_bandwidth
+from tightfit.zoo import corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 STAT = Path("/proc/stat")
@@ -224,7 +224,7 @@ def machine(threads: int, *packages: str) -> str:
 
 def held_out(folder: Path) -> tuple[list[str], int]:
     """The texts of the held-out files that are installed here, and how many names there are."""
-    found, names = material.held_out(folder)
+    found, names = corpus.held_out(folder)
     return [text for _, text in found], names
 
 

@@ -14,6 +14,7 @@ from tightfit.errors import UsageError
 from tightfit.lab import material as materials
 from tightfit.lab.material import Material, Source, text_bytes
 from tightfit.lab.rows import divergence, log_probability
+from tightfit.zoo import corpus
 
 
 def test_given_files_are_read_whole_and_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -36,7 +37,8 @@ def test_pieces_do_not_change_how_text_is_encoded(tokenizer: Tokenizer, monkeypa
 
 
 def test_without_files_the_text_is_one_that_the_model_has_not_seen(tokenizer: Tokenizer) -> None:
-    found, names = materials.held_out(zoo.path())
+    texts, names = corpus.held_out(zoo.path())
+    found = list(texts)
     assert len(found) <= names
     standard = Material.read(tokenizer, None)
     assert len(standard.ids) > 100_000

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import abc
+from collections.abc import Iterator
+from itertools import chain
+
 import torch
 
 from tightfit.budget.ledger import Workspace
@@ -105,6 +109,25 @@ class Engine:
             sequence.finish = "stop"
         elif sequence.new_tokens >= sequence.max_new_tokens or len(sequence.tokens) >= self.context:
             sequence.finish = "length"
+
+    @torch.inference_mode()
+    def follow(self, prompt: abc.Sequence[int], decoded: abc.Iterable[int]) -> Iterator[torch.Tensor]:
+        """Rows of logits (vocab,) float32, after ``prompt`` and after each token of ``decoded``, which is asked for its
+        next one when a row was taken: prompts are computed as they always are, what follows in decoding steps.
+
+        The place of the first sequence must be free. A row lies in scratch memory until the next one is asked for.
+        """
+        count, at_once = len(prompt), len(prompt) if self.layered else self.chunk
+        starts = range(0, count, at_once)
+        chunks = (Segment(0, start, prompt[start : start + at_once], length=count) for start in starts)
+        steps = (Segment(0, count + index, [token], decode=True) for index, token in enumerate(decoded))
+        for segment in chain(chunks, steps):
+            with self.ws.frame():
+                hidden = self.hidden(Batch((segment,)))
+                if segment.decode:
+                    self.cache.commit(0, [0], self.ws)
+                if segment.stop >= count:
+                    yield self.decoder.logits(hidden, self.ws)[-1]
 
     @torch.inference_mode()
     def score(self, tokens: list[int], slot: int = 0) -> list[float]:

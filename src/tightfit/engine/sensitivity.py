@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -57,10 +56,8 @@ Variant = tuple[str, str]  # (group, format)
 def calibration_text() -> str:
     """Text to measure with where none is given: beginnings of files that are installed here and that the embedded model
     was not trained on, or of Python's own library."""
-    names = json.loads((zoo.path() / "heldout.json").read_text(encoding="utf-8"))
-    found = (folder / name for name in names for folder in corpus.default_folders() if (folder / name).is_file())
-    texts = (corpus.clean(file.read_text(encoding="utf-8")) for file in found)
-    beginnings = [text[:BEGINNING] for text in islice(filter(None, texts), CHARACTERS // BEGINNING)]
+    found, _ = corpus.held_out(zoo.path())
+    beginnings = [text[:BEGINNING] for _, text in islice(found, CHARACTERS // BEGINNING)]
     return "".join(beginnings) or inspect.getsource(argparse)
 
 
@@ -324,7 +321,7 @@ def _measure_caches(wish: Wish, opened: Opened, ids: list[int], progress: Progre
             reserved = rows.capacity + 2 * 4 * opened.spec.vocab_size + MARGIN
             try:
                 with _started(replace(wish, kv=kv), opened, reserved, length + len(following)) as (engine, _, _):
-                    for row, logits in zip(exact, _follow(engine, prompt, following), strict=True):
+                    for row, logits in zip(exact, engine.follow(prompt, following[:-1]), strict=True):
                         if kv == EXACT:
                             row.copy_(logits)
                         else:
@@ -336,23 +333,3 @@ def _measure_caches(wish: Wish, opened: Opened, ids: list[int], progress: Progre
     finally:
         rows.release()
     return found
-
-
-def _follow(engine: Engine, prompt: list[int], following: list[int]) -> Iterator[torch.Tensor]:
-    """The logits (vocab,) after the prompt, and after each of the tokens that follow it but the last."""
-    chunks = range(0, len(prompt), engine.chunk)
-    segments = [Segment(0, start, prompt[start : start + engine.chunk], length=len(prompt)) for start in chunks]
-    segments += [Segment(0, len(prompt) + i, [token], decode=True) for i, token in enumerate(following[:-1])]
-    for segment in segments:
-        batch = Batch((segment,))
-        use_threads(batch, engine.threads, engine.cache.gemm_dtype)
-        with engine.ws.frame():
-            if segment.decode:
-                hidden = engine.decoder.hidden(batch, engine.cache, engine.ws)
-                engine.cache.commit(0, [0], engine.ws)
-            else:
-                engine.cache.begin(0, segment.start)
-                hidden = engine.decoder.hidden(batch, engine.cache, engine.ws)
-                engine.cache.prefilled(0, segment.start, segment.stop)
-            if segment.stop >= len(prompt):
-                yield engine.decoder.logits(hidden, engine.ws)[-1]

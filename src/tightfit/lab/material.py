@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
 import sysconfig
@@ -110,18 +109,6 @@ def text_bytes(tokenizer: Tokenizer, ids: Iterable[int]) -> int:
     return total
 
 
-def held_out(folder: Path) -> tuple[list[tuple[str, str]], int]:
-    """(name, text) of the held-out files of the model in ``folder`` that are installed here, and how many there are."""
-    names: list[str] = json.loads((folder / "heldout.json").read_text())
-    found = []
-    for name in names:
-        files = [root / name for root in corpus.default_folders() if (root / name).is_file()]
-        text = corpus.clean(files[0].read_text(encoding="utf-8")) if files else None
-        if text:
-            found.append((name, text))
-    return found, len(names)
-
-
 def _given(files: Sequence[Path]) -> list[tuple[str, str]]:
     found = []
     for file in files:
@@ -133,7 +120,7 @@ def _given(files: Sequence[Path]) -> list[tuple[str, str]]:
 
 
 def _held_out(folder: Path | None) -> list[tuple[str, str]]:
-    return held_out(folder)[0] if folder is not None and (folder / "heldout.json").is_file() else []
+    return list(corpus.held_out(folder)[0]) if folder is not None and (folder / "heldout.json").is_file() else []
 
 
 def _standard_library() -> list[tuple[str, str]]:

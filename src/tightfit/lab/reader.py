@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
-from itertools import chain
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from tightfit.api import Model
-from tightfit.engine.engine import Engine
 from tightfit.errors import UsageError
 from tightfit.kernels.pages import PAGE
 from tightfit.kv.cache import Cache
 from tightfit.kv.paged import PagedCache
-from tightfit.model.batch import Batch, Segment
 
 
 class Reader:
@@ -36,24 +32,16 @@ class Reader:
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """The ``count`` tokens that greedy decoding adds; an end token does not end it."""
         tokens: list[int] = []
-        with closing(self._rows(prompt, tokens, len(prompt) + count)) as rows:  # reads what is added to `tokens`
-            for _ in range(count):
-                tokens.append(int(next(rows).argmax()))
+        rows = self._rows(prompt, tokens, len(prompt) + count)  # reads what is added to `tokens`
+        for _ in range(count):
+            tokens.append(int(next(rows).argmax()))
         return tokens
 
-    @torch.inference_mode()
-    def _rows(self, prompt: Sequence[int], decoded: Sequence[int], total: int) -> Generator[torch.Tensor, None, None]:
-        engine, count = self.model.borrow_engine(), len(prompt)
-        if not 0 < count <= total <= engine.context:
+    def _rows(self, prompt: Sequence[int], decoded: Sequence[int], total: int) -> Iterator[torch.Tensor]:
+        engine = self.model.borrow_engine()
+        if not 0 < len(prompt) <= total <= engine.context:
             raise UsageError(f"{total} tokens in a context of {engine.context}", "Load the model with a longer one.")
-        steps = (Segment(0, count + i, [token], decode=True) for i, token in enumerate(decoded))
-        for segment in chain(_prefill(engine, prompt), steps):
-            with engine.ws.frame():
-                hidden = engine.hidden(Batch((segment,)))
-                if segment.decode:
-                    engine.cache.commit(0, [0], engine.ws)
-                if segment.logits == "last":
-                    yield engine.decoder.logits(hidden, engine.ws)[0]
+        return engine.follow(prompt, decoded)
 
     def kv_bytes(self) -> tuple[int, int]:
         """Of keys and values the bytes that are reserved, and the most that were resident."""
@@ -73,14 +61,6 @@ class Reader:
                 token = (kept.keys.shape[3] + kept.values.shape[3]) * kept.keys.element_size()
                 total += readers * kept.keys.shape[1] * min(cache.tokens[0], kept.keys.shape[2]) * token
         return int(total)
-
-
-def _prefill(engine: Engine, prompt: Sequence[int]) -> Iterator[Segment]:
-    count = len(prompt)
-    at_once = count if engine.layered else engine.chunk
-    for start in range(0, count, at_once):
-        part = prompt[start : start + at_once]
-        yield Segment(0, start, part, logits="last" if start + len(part) == count else "none", length=count)
 
 
 def _paged_bytes(cache: PagedCache, layer: int) -> float:

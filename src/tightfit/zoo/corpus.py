@@ -75,6 +75,21 @@ def default_folders() -> list[Path]:
     return [Path(paths["stdlib"]), Path(paths["purelib"])]
 
 
+def held_out(folder: Path) -> tuple[Iterator[tuple[str, str]], int]:
+    """(name, text) of the files that the model in ``folder`` was not trained on, as far as they are installed here, and
+    how many there are."""
+    names: list[str] = json.loads((folder / "heldout.json").read_text(encoding="utf-8"))
+    return ((name, text) for name in names if (text := _installed(name))), len(names)
+
+
+def _installed(name: str) -> str | None:
+    """What can be used of a file in one of the default folders."""
+    for folder in default_folders():
+        if (folder / name).is_file():
+            return clean((folder / name).read_text(encoding="utf-8"))
+    return None
+
+
 def clean(text: str) -> str | None:
     """``text`` without its licence header, or None if it does not read like code or documentation."""
     if len(text) not in CHARACTERS:
