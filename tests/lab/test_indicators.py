@@ -25,7 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def reading(model: Path, kv: str = "none", weights: str = "f32") -> Iterator[Reader]:
-    with tightfit.load(str(model), "1GiB", kv=kv, weights=weights, context=256) as loaded:
+    with tightfit.load(str(model), "4GiB", kv=kv, weights=weights, context=256) as loaded:
         reader = Reader(loaded)
         for _ in reader.follow([5] * READ):
             pass

@@ -43,13 +43,19 @@ def smallest_bytes(model: str | Path, *options: object) -> int:
     return smallest
 
 
+# Linux counts pages of three kinds for each processor on its own, and adds them up when they are this many: two readings
+# of one peak may differ by as much.
+CPUS = os.cpu_count() or 1
+COUNTING = 3 * CPUS * max(32, 2 * CPUS) * os.sysconf("SC_PAGE_SIZE")
+
+
 def check(done: Measured, budget: int, at_least: float = 0.0) -> dict[str, Any]:
     """The peak is inside the budget, the receipt says the same, and at least a share of what was planned was used."""
     receipt = receipt_of(done)
     assert done.peak_bytes <= budget
     assert receipt["budget_bytes"] == budget
     # Children that planned may be larger than a small run; the receipt is about the process itself.
-    assert receipt["peak_rss_bytes"] <= done.peak_bytes
+    assert receipt["peak_rss_bytes"] <= done.peak_bytes + COUNTING
     assert done.peak_bytes >= at_least * receipt["predicted_bytes"]
     return receipt
 
@@ -95,7 +101,7 @@ def test_a_billion_parameters_stay_inside_the_budget(billion: Path, budget: int)
     formats = {layer["format"] for layer in receipt["plan"]["layers"]}
     # 2 GiB of weights fit into 3 GiB as they are; in 8 bits they take 1.04 GiB: some layers fit into 1.5 as they are.
     assert formats == {3 * GIB: {"own"}, 3 * GIB // 2: {"own", "int8"}}.get(budget, formats)
-    assert formats <= {"own", "int8", "int6", "int5", "int4"}
+    assert formats <= {"own", "int8", "int6", "int5", "int4", "int4(group=64)"}
 
 
 def test_a_long_context_stays_inside_the_budget(billion: Path) -> None:

@@ -149,6 +149,14 @@ def test_the_cache_is_chosen_where_it_is_left_open_and_only_there(nano: Checkpoi
     assert search(nano, budget=1024 * MIB, **large, kv=None, kv_bytes=limit).best(RUNTIME).accounts["kv"] <= limit
 
 
+def test_a_cache_of_which_nothing_is_known_does_not_decide_what_is_rounded(nano: Checkpoint) -> None:
+    budget = search(nano, weights="int6", kv="quest(tokens=256)").smallest(RUNTIME).total
+    plan = search(nano, budget=budget, kv="quest(tokens=256)").best(RUNTIME)
+    assert plan.cache == "quest(tokens=256)"
+    assert 0 < search(nano).nats(plan) < search(nano).nats(search(nano, weights="int5").smallest(RUNTIME))
+    assert search(nano).sensitivity.of_plan(plan) is None
+
+
 def test_neighbours_are_on_the_other_sides_and_say_what_they_cost(nano: Checkpoint) -> None:
     wanted = search(nano, budget=search(nano).uniform("int5", 512, RUNTIME).total)
     plan = wanted.best(RUNTIME)

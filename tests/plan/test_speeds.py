@@ -135,7 +135,7 @@ def test_what_was_measured_here_predicts_a_run_here(tmp_path: Path, monkeypatch:
             for phase in ("prefill", "decode")
         ]
 
-    with api.load("nano", memory="1GiB", context=1024) as model:
+    with api.load("nano", memory="4GiB", context=1024) as model:
         assert model.receipt()["predicted"] is None  # nothing was measured
         found = [ratios(model)]
         while not all(1 / LOOSE < ratio < LOOSE for ratio in found[-1]):

@@ -170,10 +170,8 @@ class Search(Sizes):
         return [Aim(nats=1.0, most_bytes=budget, tie=TIE, tie_below=min(known, default=None))]
 
     def nats(self, plan: Plan) -> float:
-        """The predicted divergence of a plan of :data:`LEVELS`."""
-        found = self.sensitivity.of_plan(plan)
-        assert found is not None
-        return found
+        """The predicted divergence of a plan. What is not known was asked for, and is the same for all plans."""
+        return sum(self.sensitivity.known_of_plan(plan))
 
     def solved(self, aims: Sequence[Aim], runtime: int) -> list[Plan | None]:
         """The plan that meets each aim; None where there is none. Those that have a limit of bytes are in it."""

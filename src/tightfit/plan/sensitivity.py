@@ -70,10 +70,14 @@ class Sensitivity:
 
     def of_plan(self, plan: Plan) -> float | None:
         """The sum over a plan, None where a part of it is not known."""
+        known, parts = self.known_of_plan(plan), 2 + len(plan.layers)
+        return sum(known) if len(known) == parts else None
+
+    def known_of_plan(self, plan: Plan) -> list[float]:
+        """The parts of the sum that are known."""
         parts = [self.of(OUTER, plan.outer.format), self.of_cache(plan.cache, reference_prompt(plan.context))]
         parts += [self.of(layer_group(index), layer.format) for index, layer in enumerate(plan.layers)]
-        known = [part for part in parts if part is not None]
-        return sum(known) if len(known) == len(parts) else None
+        return [part for part in parts if part is not None]
 
 
 def layer_group(index: int) -> str:
