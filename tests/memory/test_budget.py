@@ -43,8 +43,8 @@ def smallest_bytes(model: str | Path, *options: object) -> int:
     return smallest
 
 
-# Linux counts pages of three kinds for each processor on its own, and adds them up when they are this many: two readings
-# of one peak may differ by as much.
+# Linux counts pages of three kinds for each processor on its own, and adds them up when they are this many: two
+# readings of one peak may differ by as much.
 CPUS = os.cpu_count() or 1
 COUNTING = 3 * CPUS * max(32, 2 * CPUS) * os.sysconf("SC_PAGE_SIZE")
 
