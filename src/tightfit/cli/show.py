@@ -168,7 +168,7 @@ def _expected(predicted: dict[str, Any] | None, plan: dict[str, Any]) -> list[st
         f"expected: a prompt of {predicted['prompt_tokens']} tokens in {_seconds(predicted['prefill_seconds'])} "
         f"(bound by {predicted['prefill_bound']}), then {rate:.1f} tokens/s (bound by {predicted['decode_bound']}), "
         f"{share:.0%} of what this machine could do",
-        f"room for {predicted['concurrency']} sequences of {plan['context']} tokens, "
+        f"room for {_counted(predicted['concurrency'], 'sequence')} of {plan['context']} tokens, "
         f"{_seconds(predicted['switch_seconds'])} to change from one to another",
     ]
 
@@ -209,4 +209,8 @@ def _formats(plan: dict[str, Any]) -> str:
     if len(formats) == 1:
         [only] = formats
         return names.get(only, only)
-    return ", ".join(f"{names.get(name, name)} in {count} layers" for name, count in formats.items())
+    return ", ".join(f"{names.get(name, name)} in {_counted(count, 'layer')}" for name, count in formats.items())
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -262,7 +262,8 @@ def settle(checkpoint: Checkpoint, spec: ModelSpec, constraints: Constraints, el
     for _ in range(ROUNDS):
         plan = search.find(runtime)
         if plan is None:
-            smallest = smallest_runtime(search) + elsewhere
+            known = _alike(search.smallest(runtime), rehearsed)
+            smallest = runtime if known else smallest_runtime(search) + elsewhere
             if fitting or search.smallest(smallest).total > constraints.budget:
                 return Settled(search, fitting, None if fitting else refusal(search, smallest + NOISE))
             runtime = smallest
