@@ -17,7 +17,7 @@ from tightfit.plan.profile import measured_speeds
 from tightfit.plan.speeds import Speeds, across, at, device_of, known_speeds, speeds_key
 
 MACHINE = {"processor": "some"}
-LOOSE = 2.0  # times that a prediction may be off
+LOOSE = 3.0  # times that a prediction may be off
 ATTEMPTS = 3
 
 
@@ -135,7 +135,7 @@ def test_what_was_measured_here_predicts_a_run_here(tmp_path: Path, monkeypatch:
             for phase in ("prefill", "decode")
         ]
 
-    with api.load("nano", memory="4GiB", context=1024) as model:
+    with api.load("nano", memory="4GiB", context=1024, threads=1) as model:  # other tests keep cores busy
         assert model.receipt()["predicted"] is None  # nothing was measured
         found = [ratios(model)]
         while not all(1 / LOOSE < ratio < LOOSE for ratio in found[-1]):
