@@ -19,8 +19,8 @@ FILES = 20 * MIB
 def test_a_full_prompt_cache_stays_inside_the_smallest_budget(kv: str, size: int, tmp_path: Path) -> None:
     # Of each prompt 7.5 MiB are kept, or 2.2 MiB in 4 bits: five do not all fit into memory, nor on the disk.
     kept = ("--prompt-cache", size, "--prompt-cache-disk", FILES, "--prompt-cache-dir", tmp_path)
-    # Which layers get more bits follows from the last byte that is left, and other bits are found again by none.
-    options = ("--context", CONTEXT, "--batch", 1, "--kv", kv, "--weights", "int4", *kept)
+    # Bits and chunks that are left open follow from the last byte that is left, and with others nothing is found.
+    options = ("--context", CONTEXT, "--batch", 1, "--kv", kv, "--weights", "int4", "--chunk", 128, *kept)
     smallest = smallest_bytes("nano", *options)
 
     def run(digits: str, budget: int) -> Measured:
