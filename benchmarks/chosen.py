@@ -17,9 +17,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import quantiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -44,12 +45,12 @@ from tightfit.zoo import evaluate
 BUDGET = 4 << 30  # of the process: what is compared is the weights
 CHUNK = 128
 RUNTIME = 300 << 20
-PROMPT, NEW = "def read(", 200
+PROMPT, NEW, ROUNDS = "def read(", 200, 15
 
 
 @dataclass(frozen=True)
 class Measured:
-    """``weights_bytes`` of the plan; ``divergence`` in nats per token; ``speed`` in tokens per second, 0 if unknown."""
+    """``weights_bytes`` of the plan; ``divergence`` in nats per token; ``speed`` in tokens per second."""
 
     budget: int
     name: str
@@ -57,7 +58,7 @@ class Measured:
     weights_bytes: int
     predicted: float
     divergence: float
-    speed: float
+    speed: str
 
 
 @contextmanager
@@ -81,14 +82,24 @@ def search(opened: Opened, constraints: Constraints, prefer: Preference, budget:
 
 
 def speed(model: Model) -> float:
-    """Tokens per second of decoding, the best of three."""
-    rates = []
-    for _ in range(3):
-        began = None
-        for _ in model.stream(PROMPT, max_new_tokens=NEW, temperature=0.0, ignore_eos=True):
-            began = began or time.perf_counter()
-        rates.append(NEW / (time.perf_counter() - (began or 0.0)))
-    return max(rates)
+    """Tokens per second of decoding."""
+    began = None
+    for _ in model.stream(PROMPT, max_new_tokens=NEW, temperature=0.0, ignore_eos=True):
+        began = began or time.perf_counter()
+    return NEW / (time.perf_counter() - (began or 0.0))
+
+
+def speeds(opened: Opened, plans: dict[str, Plan]) -> dict[str, str]:
+    """Tokens per second of each plan, the median of some rounds in which they take turns, and its quartiles: other work
+    and warmth are the same for all."""
+    rates: dict[str, list[float]] = {formats: [] for formats in plans}
+    with ExitStack() as models:
+        loaded = {formats: models.enter_context(running(opened, plan))[0] for formats, plan in plans.items()}
+        for _ in range(ROUNDS):
+            for formats, model in loaded.items():
+                rates[formats].append(speed(model))
+    quartiles = {formats: quantiles(found, n=4) for formats, found in rates.items()}
+    return {formats: f"{middle:.0f} ({low:.0f} to {high:.0f})" for formats, (low, middle, high) in quartiles.items()}
 
 
 def main() -> None:
@@ -116,16 +127,17 @@ def main() -> None:
     every = search(opened, constraints, "quality", BUDGET)
     uniform = {level: every.uniform(level, CHUNK, RUNTIME) for level in every.levels()}
     low, high = (uniform[level].total for level in (LEVELS[-1], OWN))
-    losses: dict[str, tuple[float, float]] = {}
+    losses: dict[str, float] = {}
+    plans: dict[str, Plan] = {}
 
     def result(budget: int, name: str, plan: Plan) -> Measured:
         formats = described(plan)
         if formats not in losses:
-            with running(opened, plan) as (model, engine):
-                _, lost = text.losses(engine, decode=True)
-                losses[formats] = lost, speed(model) if arguments.speed else 0.0
+            with running(opened, plan) as (_, engine):
+                _, losses[formats] = text.losses(engine, decode=True)
+            plans[formats] = plan
         weights = plan.accounts["weights"]
-        return Measured(budget, name, formats, weights, every.nats(plan), *losses[formats])
+        return Measured(budget, name, formats, weights, every.nats(plan), losses[formats], "")
 
     between = {low + (high - low) * step // (arguments.budgets + 1) for step in range(1, arguments.budgets + 1)}
     results = []
@@ -136,6 +148,9 @@ def main() -> None:
             results.append(result(left, "**speed**", search(opened, constraints, "speed", budget).best(RUNTIME)))
         results += [result(left, level, plan) for level, plan in uniform.items() if plan.total <= budget]
         print(f"{left / MiB:.2f} MiB", file=sys.stderr)
+    if arguments.speed:
+        measured_speeds = speeds(opened, plans)
+        results = [replace(each, speed=measured_speeds[each.formats]) for each in results]
     columns = ("weights at most, MiB", "plan", "formats", "MiB", "KL predicted", "KL measured", "tokens/s")
     lines = [
         (
@@ -145,16 +160,16 @@ def main() -> None:
             f"{each.weights_bytes / MiB:.2f}",
             f"{each.predicted:.5f}",
             f"{each.divergence:.5f}",
-            f"{each.speed:.1f}" if each.speed else "",
+            each.speed,
         )
         for each in results
     ]
     sums = {level: sum(of_group[level] for of_group in measured["weights"].values()) for level in LEVELS[1:]}
     whole = {described(plan): level for level, plan in uniform.items()}
     ratios = ", ".join(
-        f"{level} {sums[level] / losses[formats][0]:.2f}"
+        f"{level} {sums[level] / losses[formats]:.2f}"
         for formats, level in whole.items()
-        if level in sums and formats in losses and losses[formats][0]
+        if level in sums and formats in losses and losses[formats]
     )
     written = f"""# Chosen plans against uniform formats
 

@@ -37,10 +37,7 @@ from benchmarks.common import held_out, machine, table
 
 import tightfit
 from tightfit import zoo
-from tightfit.kernels.pages import PAGE
-from tightfit.kv.cache import Cache
-from tightfit.kv.paged import PagedCache
-from tightfit.model.batch import Batch, Segment
+from tightfit.lab.reader import Reader
 from tightfit.zoo.presets import BOS
 from tightfit.zoo.tasks import TASKS, Material
 
@@ -75,63 +72,9 @@ class Question:
     answer: list[int]
 
 
-class Reader:
-    """A loaded model whose cache is filled and followed by hand."""
-
-    def __init__(self, kv: str, prefill: str, memory: str, threads: int) -> None:
-        self.model = tightfit.load("nano", memory, context=CONTEXT, kv=kv, prefill=prefill, threads=threads)
-        self.engine = self.model._generator.engine
-
-    @torch.inference_mode()
-    def follow(self, prompt: list[int], following: list[int]) -> torch.Tensor:
-        """The logits (1 + n, vocab) after ``prompt`` and after each of the tokens that follow it but the last."""
-        engine, found = self.engine, []
-        at_once = len(prompt) if engine.layered else engine.chunk
-        segments = [
-            Segment(0, start, prompt[start : start + at_once], length=len(prompt))
-            for start in range(0, len(prompt), at_once)
-        ]
-        segments += [Segment(0, len(prompt) + i, [token], decode=True) for i, token in enumerate(following[:-1])]
-        for segment in segments:
-            with engine.ws.frame():
-                if segment.decode:
-                    hidden = engine.decoder.hidden(Batch((segment,)), engine.cache, engine.ws)
-                    engine.cache.commit(0, [0], engine.ws)
-                else:
-                    hidden = engine.hidden(Batch((segment,)))
-                if segment.stop >= len(prompt):
-                    found.append(engine.decoder.logits(hidden, engine.ws)[-1].clone())
-        return torch.stack(found)
-
-    def kv_bytes(self) -> tuple[int, int]:
-        """Reserved and resident bytes of the cache."""
-        receipt = self.model.receipt()["accounts"]["kv"]
-        return receipt["reserved_bytes"], receipt["peak_bytes"]
-
-    def read_bytes(self) -> int:
-        """Bytes of keys and values, and of bounds, that the next token reads, from memory or the file."""
-        cache, total = self.engine.cache, 0
-        for layer in cache.own:
-            readers = cache.owners.count(layer)
-            if not isinstance(cache, PagedCache):
-                assert isinstance(cache, Cache)
-                kept = cache.layers[layer]
-                token = (kept.keys.shape[3] + kept.values.shape[3]) * kept.keys.element_size()
-                total += readers * kept.keys.shape[1] * min(cache.tokens[0], kept.keys.shape[2]) * token
-                continue
-            pages = cache.layers[layer]
-            token = (pages.keys.shape[3] + pages.values.shape[3]) * pages.keys.element_size()
-            code = pages.key_codec.page_bytes + pages.value_codec.page_bytes
-            lists = [counts[0].tolist() for counts in (pages.lengths, pages.coded, pages.bounded)]
-            for length, coded, bounded in zip(*lists, strict=True):
-                dense = length - coded * PAGE
-                if cache.reserved.selects(layer) and cache.composition.selector is not None:
-                    chosen = min(cache.composition.selector.tokens // PAGE, bounded)
-                    share = chosen / max(bounded, 1)  # coded pages are chosen as often as others
-                    total += readers * bounded * 2 * pages.keys.shape[3] * pages.keys.element_size()
-                    coded, dense = coded * share, dense * share + length - bounded * PAGE
-                total += int(readers * (coded * code + dense * token))
-        return total
+def follow(reader: Reader, asked: Question) -> torch.Tensor:
+    """The logits (n, vocab) that predict the answer, token by token."""
+    return torch.stack([row.clone() for row in reader.follow(asked.prompt, asked.answer)])
 
 
 def questions(material: Material, task: str, tokens: int, count: int) -> list[Question]:
@@ -149,11 +92,11 @@ def measure(reader: Reader, asked: dict[tuple[str, int], list[Question]], rows: 
     """Right answers by task and length, and the logits on the texts."""
     right = {
         f"{task}/{tokens}": sum(
-            bool((reader.follow(one.prompt, one.answer).argmax(-1) == torch.tensor(one.answer)).all()) for one in list_
+            bool((follow(reader, one).argmax(-1) == torch.tensor(one.answer)).all()) for one in list_
         )
         for (task, tokens), list_ in asked.items()
     }
-    logits = [reader.follow(row.prompt, row.answer) for row in rows]
+    logits = [follow(reader, row) for row in rows]
     reserved, resident = reader.kv_bytes()
     return {
         "right": right,
@@ -209,7 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: dict[tuple[str, str], dict[str, Any]] = {}
     for number, (kv, prefill) in enumerate(runs, start=1):
         print(f"{number}/{len(runs)} {kv} {prefill}", file=sys.stderr, flush=True)
-        reader = Reader(kv, prefill, options.memory, options.threads)
+        reader = Reader(
+            tightfit.load("nano", options.memory, context=CONTEXT, kv=kv, prefill=prefill, threads=options.threads)
+        )
         results[kv, prefill] = measure(reader, asked, rows)
         reader.model.close()
     exact = results["none", "chunked"]["logits"]
