@@ -11,6 +11,7 @@ from tests.cli.command import BUDGET, USAGE, check, tightfit
 
 from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
+from tightfit.engine import opening
 
 PROMPT = ("-p", "def f(x):", "-n", 4)
 ACCOUNTS = {"runtime", "weights", "kv", "workspace"}
@@ -157,3 +158,19 @@ def test_a_plan_and_what_it_fixes_are_not_given_both(option: list[str], plan: An
 def test_a_plan_that_cannot_be_written_is_told_and_nothing_is_left(where: str, tiny: Path, tmp_path: Path) -> None:
     check(tightfit("plan", tiny, "--out", tmp_path / where), USAGE, "cannot be written", "a folder of yours")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_that_is_not_known_is_measured_and_one_that_is_is_not(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(opening, "measure_machine", lambda *arguments: asked.append(arguments))
+    assert tightfit("plan", tiny, "-m", "2GiB").stderr == ""
+    assert tightfit("run", tiny, "-p", "x", "-n", 1, "-m", "2GiB", "--prefer", "speed").status == 0
+    assert not asked
+    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path))
+    assert tightfit("run", tiny, "-p", "x", "-n", 1, "-m", "2GiB").status == 0  # nothing depends on it
+    assert not asked
+    assert tightfit("plan", tiny, "-m", "2GiB").stderr.startswith("This machine is measured first")
+    assert tightfit("run", tiny, "-p", "x", "-n", 1, "-m", "2GiB", "--prefer", "speed").status == 0
+    assert len(asked) == 2

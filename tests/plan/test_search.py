@@ -160,7 +160,7 @@ def test_a_cache_of_which_nothing_is_known_does_not_decide_what_is_rounded(nano:
 def test_neighbours_are_on_the_other_sides_and_say_what_they_cost(nano: Checkpoint) -> None:
     wanted = search(nano, budget=search(nano).uniform("int5", 512, RUNTIME).total)
     plan = wanted.best(RUNTIME)
-    found = {each.is_: each for each in neighbours(wanted, plan)}
+    found = {each.better: each for each in neighbours(wanted, plan)}
     assert found["smaller"].plan.total < plan.total
     assert found["smaller"].nats > wanted.nats(plan)
     assert "nats more" in found["smaller"].why

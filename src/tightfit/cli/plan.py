@@ -84,9 +84,9 @@ def plan(
     opened = open_model(wish, headers_only=True)
     with opened.checkpoint:
         if not is_measured(wish, opened):
-            say("This machine is measured first, which takes about 20 seconds and is remembered.")
-        with counting("measuring") as progress:
-            measure_machine(wish, opened, progress)
+            say("This machine is measured first, which takes up to 20 seconds and is remembered.")
+            with counting("measuring") as progress:
+                measure_machine(wish, opened, progress)
         answer = survey(wish, opened, followed=out is not None)
     if out is not None and answer["plan"] is not None:
         write_plan(out, answer["plan"])

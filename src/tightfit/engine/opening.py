@@ -286,10 +286,10 @@ def measure_machine(
 
 def is_measured(wish: Wish, opened: Opened) -> bool:
     """Whether :func:`measure_machine` has nothing to do."""
-    from tightfit.plan.speeds import known_speeds
+    from tightfit.plan import profile
 
-    constraints = _constraints(wish, opened)
-    return known_speeds(MachineRecord.open(), constraints.threads, constraints.numerics) is not None
+    constraints, file = _constraints(wish, opened), opened.checkpoint.largest_file
+    return profile.is_measured(MachineRecord.open(), constraints.threads, constraints.numerics, file)
 
 
 def _know_speeds(wish: Wish, opened: Opened) -> None:

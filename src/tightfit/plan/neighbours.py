@@ -18,9 +18,9 @@ LEAST_NATS, LEAST_RATIO = 5e-5, 1.02  # differences that are worth a word
 
 @dataclass(frozen=True)
 class Neighbour:
-    """``is_`` says in what it is better, ``why`` what that costs."""
+    """``better`` says in what it is, ``why`` what that costs."""
 
-    is_: str
+    better: str
     why: str
     plan: Plan
     nats: float
@@ -47,8 +47,8 @@ def neighbours(search: Search, plan: Plan) -> list[Neighbour]:
     if not nats:
         del found["more precise"]
     return [
-        Neighbour(is_, _why(search, plan, other), other, search.nats(other), search.seconds(other))
-        for is_, other in found.items()
+        Neighbour(better, _why(search, plan, other), other, search.nats(other), search.seconds(other))
+        for better, other in found.items()
         if other is not None and (other.layers, other.outer, other.cache) != (plan.layers, plan.outer, plan.cache)
     ]
 
@@ -72,7 +72,7 @@ def described(search: Search, plan: Plan) -> list[dict[str, Any]]:
     """:func:`neighbours`, JSON-ready."""
     return [
         {
-            "is": each.is_,
+            "is": each.better,
             "why": each.why,
             "bytes": each.plan.total,
             "divergence": each.nats,

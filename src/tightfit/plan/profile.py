@@ -226,20 +226,31 @@ def measured_speeds(
     """As :func:`known_speeds`, measured where they are not known, or ``again``, and kept. The disk is measured where
     ``file`` is large enough to tell."""
     known = None if again else known_speeds(record, threads, numerics, file)
-    large = file is not None and file.stat().st_size >= SMALLEST_FILE and _device(file)[1] not in MEMORY_FILESYSTEMS
-    disk = large and (known is None or known.disk is None)
-    if known is not None and not disk:
-        return known
-    asked = {"threads": threads, "numerics": numerics.model_dump(), "wanted": known is None}
-    answer = child.ask("tightfit.plan.probe:answer", asked | {"file": str(file) if disk else None}, progress)
-    if answer["speeds"] is not None:
-        record.speeds[speeds_key(threads, numerics)] = answer["speeds"]
-    if disk and file is not None:
-        record.disks[device_of(file)] = answer["disk"]
-    record.save()
+    disk = file if _lacks_disk(known, file) else None
+    if known is None or disk is not None:
+        asked = {"threads": threads, "numerics": numerics.model_dump(), "wanted": known is None}
+        answer = child.ask("tightfit.plan.probe:answer", asked | {"file": disk and str(disk)}, progress)
+        if answer["speeds"] is not None:
+            record.speeds[speeds_key(threads, numerics)] = answer["speeds"]
+        if disk is not None:
+            record.disks[device_of(disk)] = answer["disk"]
+        record.save()
     found = known_speeds(record, threads, numerics, file)
     assert found is not None
     return found
+
+
+def is_measured(record: MachineRecord, threads: int, numerics: Numerics, file: Path | None = None) -> bool:
+    """Whether :func:`measured_speeds` has nothing to measure."""
+    known = known_speeds(record, threads, numerics, file)
+    return known is not None and not _lacks_disk(known, file)
+
+
+def _lacks_disk(known: Speeds | None, file: Path | None) -> bool:
+    """Whether the disk that ``file`` is on is not known, and can be measured with it."""
+    if file is None or (known is not None and known.disk is not None):
+        return False
+    return file.stat().st_size >= SMALLEST_FILE and _device(file)[1] not in MEMORY_FILESYSTEMS
 
 
 def measure_for_parent(asked: dict[str, Any]) -> dict[str, Any]:

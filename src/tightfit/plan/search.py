@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from tightfit.budget.units import format_bytes
@@ -85,7 +86,7 @@ class ByBytes:
 
 
 @dataclass(frozen=True)
-class Open:
+class Choices:
     """A chunk, and what can be chosen with it: formats of each group of matrices, and caches."""
 
     chunk: int
@@ -115,6 +116,7 @@ class Search(Sizes):
         self.sensitivity = sensitivity or prior(len(spec.layers))
         self.times = times or ByBytes(self)
         self._candidates: dict[int, list[str]] = {}
+        self._choices: dict[tuple[int, int, tuple[str, ...]], Choices] = {}
 
     def within(self, constraints: Constraints) -> Search:
         """The search within other constraints."""
@@ -175,12 +177,12 @@ class Search(Sizes):
 
     def solved(self, aims: Sequence[Aim], runtime: int) -> list[Plan | None]:
         """The plan that meets each aim; None where there is none. Those that have a limit of bytes are in it."""
-        opened = [self.opened(chunk, runtime) for chunk in self._useful(runtime)]
+        choices = [self.choices(chunk, runtime) for chunk in self._useful(runtime)]
         wanted, missing = list(aims), 0.0
         for _ in range(TRIES):
-            answers = solve([each.table for each in opened], wanted)
+            answers = solve([each.table for each in choices], wanted)
             plans = [
-                None if answer is None else self._exact(opened[answer.table], answer, runtime) for answer in answers
+                None if answer is None else self._exact(choices[answer.table], answer, runtime) for answer in answers
             ]
             # What the program takes to add up does so but for alignment, and what scratch formats share.
             over = [
@@ -196,8 +198,8 @@ class Search(Sizes):
             ]
         raise TightfitError("no plan is as small as it was computed to be", "Please report this.")
 
-    def _exact(self, opened: Open, answer: Answer, runtime: int) -> Plan:
-        layout = opened.layout(answer)
+    def _exact(self, choices: Choices, answer: Answer, runtime: int) -> Plan:
+        layout = choices.layout(answer)
         return self.streaming(layout, runtime) if answer.streamed else self.plan(layout, runtime)
 
     def _useful(self, runtime: int) -> list[int]:
@@ -212,13 +214,13 @@ class Search(Sizes):
 
     def seconds(self, plan: Plan) -> float:
         """What the workload takes that plans are compared with, as the program adds it up."""
-        opened = self.opened(plan.chunk, plan.accounts["runtime"], (plan.cache,))
+        choices = self.choices(plan.chunk, plan.accounts["runtime"], (plan.cache,))
         levels = [plan.outer.format, *(layer.format for layer in plan.layers)]
-        chosen = [group[opened.levels.index(level)] for group, level in zip(opened.table.groups, levels, strict=False)]
-        chosen += opened.table.groups[-1]
+        table = choices.table
+        chosen = [group[choices.levels.index(level)] for group, level in zip(table.groups, levels, strict=False)]
+        chosen += table.groups[-1]
         stored = plan.outer.nbytes + sum(layer.nbytes for layer in plan.layers)
         on_disk = max(stored - plan.weights_bytes, 0) if plan.streamed else 0
-        table = opened.table
         prefill = table.prefill + sum(choice.prefill for choice in chosen)
         decode = table.decode + sum(choice.decode for choice in chosen)
         return max(prefill, table.stream_prefill * on_disk) + max(decode, table.stream_decode * on_disk)
@@ -228,9 +230,15 @@ class Search(Sizes):
         """Whether times are those of this machine."""
         return not isinstance(self.times, ByBytes)
 
-    def opened(self, chunk: int, runtime: int, caches: tuple[str, ...] | None = None) -> Open:
+    def choices(self, chunk: int, runtime: int, caches: tuple[str, ...] | None = None) -> Choices:
         """What can be chosen where prompts are computed in chunks of ``chunk``."""
-        levels, caches = tuple(self.levels()), caches or tuple(self.caches(chunk))
+        key = chunk, runtime, caches or tuple(self.caches(chunk))
+        if key not in self._choices:
+            self._choices[key] = self._choices_of(*key)
+        return self._choices[key]
+
+    def _choices_of(self, chunk: int, runtime: int, caches: tuple[str, ...]) -> Choices:
+        levels = tuple(self.levels())
         layers = range(len(self.spec.layers))
         prompt = reference_prompt(self.constraints.context)
         counts = Counter(min(chunk, prompt - start) for start in range(0, prompt, chunk))
@@ -284,7 +292,7 @@ class Search(Sizes):
             buffers=max(BUFFERS) * largest,
             readers=READERS * OF_A_READER,
         )
-        return Open(chunk, levels, caches, table)
+        return Choices(chunk, levels, caches, table)
 
     def _streamable(self, index: int, level: str) -> int:
         """Bytes of a layer that may be on the disk where streaming is a choice among others: not of mixtures, whose
@@ -298,7 +306,7 @@ class Search(Sizes):
         group = self.group(layer_name(index), level)
         return streamed_nbytes(group, self.least_resident(group))
 
-    @property
+    @cached_property
     def _cached_experts(self) -> bool:
         _, experts = self.apart([self.levels()[0]] * len(self.spec.layers))
         return any(experts)
