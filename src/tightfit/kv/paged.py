@@ -140,6 +140,13 @@ class PagedCache(BaseCache):
         if self._file >= 0:
             self._closing()
 
+    def pages_read(self, layer: int, bounded: int) -> int:
+        """Of ``bounded`` pages of a head that can be chosen among, how many a token that decodes reads."""
+        selector = self.composition.selector
+        if selector is None or not self.reserved.selects(layer):
+            return bounded
+        return min(selector.tokens // PAGE, bounded)
+
     # ---- a step ----
 
     def anchor_positions(self, positions: torch.Tensor) -> torch.Tensor:

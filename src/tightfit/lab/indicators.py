@@ -73,8 +73,5 @@ def _in_pages(cache: PagedCache, layer: int, slot: int) -> float:
     pages = cache.layers[layer]
     lengths: list[int] = pages.lengths[slot].tolist()
     bounded: list[int] = pages.bounded[slot].tolist()
-    hidden = 0
-    if cache.reserved.selects(layer) and cache.composition.selector is not None:
-        most = cache.composition.selector.tokens // PAGE
-        hidden = sum(max(pages_of_head - most, 0) * PAGE for pages_of_head in bounded)
-    return (sum(lengths) - hidden) / len(lengths)
+    hidden = sum(count - cache.pages_read(layer, count) for count in bounded)
+    return (sum(lengths) - hidden * PAGE) / len(lengths)

@@ -66,14 +66,14 @@ class Reader:
 def _paged_bytes(cache: PagedCache, layer: int) -> float:
     """What one query of all heads reads of the first sequence in a layer. Of pages that a selector chooses among, those
     in few bits are chosen as often as others."""
-    pages, selector, total = cache.layers[layer], cache.composition.selector, 0.0
+    pages, total = cache.layers[layer], 0.0
     token = (pages.keys.shape[3] + pages.values.shape[3]) * pages.keys.element_size()
     code = pages.key_codec.page_bytes + pages.value_codec.page_bytes
     lists = [counts[0].tolist() for counts in (pages.lengths, pages.coded, pages.bounded)]
     for length, coded, bounded in zip(*lists, strict=True):
         dense = length - coded * PAGE
-        if selector is not None and cache.reserved.selects(layer):
-            share = min(selector.tokens // PAGE, bounded) / max(bounded, 1)
+        if cache.reserved.selects(layer):
+            share = cache.pages_read(layer, bounded) / max(bounded, 1)
             total += bounded * 2 * pages.keys.shape[3] * pages.keys.element_size()
             coded, dense = coded * share, (bounded * PAGE - coded * PAGE) * share + length - bounded * PAGE
         total += coded * code + dense * token
