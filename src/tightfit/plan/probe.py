@@ -9,9 +9,6 @@ other work on the machine only makes them slower.
 from __future__ import annotations
 
 import math
-import mmap
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,24 +23,24 @@ from tightfit.budget.ledger import Arena, Workspace, align
 from tightfit.budget.meter import available_memory
 from tightfit.budget.units import KiB, MiB
 from tightfit.catalog import parse_one
-from tightfit.checkpoints.positioned import ALIGNMENT, DIRECT, REQUEST
 from tightfit.checkpoints.rope import RopeParameters
 from tightfit.decode.params import SamplingParams
 from tightfit.decode.sample import Sampler
 from tightfit.engine.engine import Engine, use_threads
 from tightfit.engine.sequence import Sequence as Running
-from tightfit.errors import UsageError
 from tightfit.kernels import cpu, ops
-from tightfit.kernels.attention import Scoring
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout
+from tightfit.kv.base import BaseCache
 from tightfit.kv.compose import EXACT
 from tightfit.kv.make import make_cache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
+from tightfit.plan.attending import CHUNK, CONTEXT, LAYERS, LEAST_LAYER, VIRTUAL, Attending
+from tightfit.plan.cold import Cold
 from tightfit.plan.profile import USUAL_CACHE, last_level_cache, measure_bandwidth
 from tightfit.plan.schema import Numerics
 from tightfit.plan.speeds import AttentionSpeed, DiskSpeed, FormatSpeed, Speeds
+from tightfit.plan.timing import typical
 from tightfit.weights.formats.base import Format, Matrix, Split
 from tightfit.weights.placement.base import Parameters, Placement
 from tightfit.weights.placement.readers import PIECE, READERS
@@ -54,12 +51,10 @@ FORMATS = ("bf16", "int8", "int6", "int5", "int4", "int4(group=64)", "int4(group
 OTHERS = ("f32", "f16", "fp8", "nf4", "int3", "int2", "ternary")
 CACHES = ("none", "int8", "int4")
 DECODED = (1, 2, 4, 8)  # tokens at once
-CHUNKS = (16, 64, 128, 512)
+CHUNKS = (16, 64, 128, CHUNK)
 ROWS, COLS = 5632, 2048  # of a matrix, as in models of a billion parameters
 HEADS = ((8, 1), (4, 8))  # heads of the cache, and how many share each
 DIMS = (64, 128)  # features of a head
-CONTEXT, LAYERS = 2048, 3  # tokens and layers of the attention that is timed
-STARTS = (0, 1536)  # of the chunks of prompts whose attention is timed
 # Parts of the names of operations: those that are neither products nor attention, and products.
 SMALL = {"norm": ("norm",), "glu": ("glu",), "rotate": ("rotat", "append"), "lookup": ("decode_rows",)}
 PRODUCTS = {"product": ("gemm", "matmul", "multiply", "pad", "decode_block")}
@@ -70,14 +65,10 @@ USUAL, MOST, LEAST = 256 * MiB, 768 * MiB, 64 * MiB  # bytes of matrices, which 
 UNIT, UNITS, BUFFERS = 24 * MiB, 12, 3  # bytes of a layer that is streamed, layers, and buffers
 BLOCKS = (128 * KiB, MiB, 4 * MiB)  # bytes of requests of one thread in order
 SLOWEST = 1.5  # times that products may be slower between other operations than alone
-LUCK = 0.1  # share by which a measurement may be too fast
 SLICE = 0.005  # seconds that a repetition takes at least
 REPEATS = 5
-LEAST_LAYER = 1e-6  # seconds of anything in a layer
 READING = 0.6  # seconds of filling a buffer and reading it
-IN_ORDER = 0.15  # seconds of reading in order
 PATIENCE = 12.0  # seconds after which each thing is timed once, and other formats not at all
-VIRTUAL = 1 << 36  # bytes of address space of which little is written
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 Progress = Callable[[int, int], None]
@@ -378,179 +369,6 @@ def _better(one: FormatSpeed, other: FormatSpeed) -> FormatSpeed:
         vector={tokens: min(seconds, other.vector[tokens]) for tokens, seconds in one.vector.items()},
         product={tokens: min(seconds, other.product[tokens]) for tokens, seconds in one.product.items()},
     )
-
-
-def typical(seconds: Sequence[float]) -> float:
-    """The lower quartile, but not much above the fastest: luck makes few measurements shorter, and other work on the
-    machine makes most of them longer."""
-    return min(sorted(seconds)[len(seconds) // 4], (1 + LUCK) * min(seconds))
-
-
-class Cold:
-    """A file that is read past the page cache where its file system can; from the start again behind its end."""
-
-    def __init__(self, file: Path) -> None:
-        self._own = threading.local()
-        try:
-            self._descriptor = os.open(file, os.O_RDONLY | DIRECT)
-        except OSError:  # not every file system has direct reads
-            self._descriptor = os.open(file, os.O_RDONLY)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        self._nbytes = os.fstat(self._descriptor).st_size // ALIGNMENT * ALIGNMENT
-
-    def __enter__(self) -> Cold:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._descriptor)
-
-    def read(self, position: int, view: memoryview) -> None:
-        """Fills ``view`` as :class:`tightfit.checkpoints.positioned.DirectFile` does: in requests of a mebibyte, and
-        through memory of its own where ``position`` is no multiple of 4 KiB."""
-        done = 0
-        while done < len(view):
-            want = min(REQUEST, len(view) - done)
-            at = (position + done) % max(self._nbytes - REQUEST - ALIGNMENT, ALIGNMENT)
-            before = (position + done) % ALIGNMENT
-            at -= at % ALIGNMENT
-            if not before:
-                got = os.preadv(self._descriptor, [view[done : done + want]], at)
-            else:
-                own = self._memory()
-                got = min(os.preadv(self._descriptor, [own], at) - before, want)
-                view[done : done + got] = own[before : before + got]
-            if got <= 0:
-                raise UsageError("the file is too small to measure a disk with", "Name a larger one.")
-            done += got
-
-    def in_order(self, block: int) -> float:
-        """Bytes per second of one thread that reads blocks in order, for a fifth of a second."""
-        with mmap.mmap(-1, block) as memory:
-            memory.write(bytes(block))
-            done, began = 0, time.perf_counter()
-            while (took := time.perf_counter() - began) < IN_ORDER:
-                done += os.preadv(self._descriptor, [memory], done % max(self._nbytes - block, ALIGNMENT))
-            return done / took
-
-    def _memory(self) -> memoryview:
-        if not hasattr(self._own, "memory"):
-            self._own.memory = memoryview(mmap.mmap(-1, REQUEST + ALIGNMENT))
-        memory: memoryview = self._own.memory
-        return memory
-
-
-class Attending:
-    """A cache of a few layers, ``group`` heads sharing each of its ``kv_heads``, and steps that look at it."""
-
-    def __init__(self, probe: Probe, kv: str, kv_heads: int, group: int, dim: int) -> None:
-        self._probe, self._ws = probe, probe.ws
-        self.group, self._kv_heads, self._heads, self._dim = group, kv_heads, kv_heads * group, dim
-        room = CONTEXT + 2 * BLOCK
-        layouts = [LayerLayout(kv_heads, dim, dim, room, heads=self._heads)] * LAYERS
-        self._cache = make_cache(kv, layouts, room, 1, probe.kv, Arena(VIRTUAL), probe.gemm, CHUNKS[-1])
-        self._scoring = Scoring(dim**-0.5)
-        self._exact, self._filled = kv == EXACT, 0
-
-    def layer(self) -> float:
-        """Seconds of a layer of a step, however few tokens it looks at."""
-        lengths = (CHUNKS[-1] // 2, CHUNKS[-1])
-        times = []
-        for length in lengths:
-            self._fill(length)
-            times.append(self._decode(length))
-        return max(2 * times[0] - times[1], LEAST_LAYER) + self._commit(lengths[-1])
-
-    def token(self, layer: float) -> float:
-        """Seconds for each token and head of the cache beside that."""
-        self._fill(CONTEXT)
-        took = self._decode(CONTEXT)
-        return max(took - layer, took / 2) / CONTEXT / self._kv_heads
-
-    def prompt(self, count: int) -> tuple[float, float]:
-        """Seconds for each token and head of a chunk of ``count``, and for each key that they look at."""
-        best = [math.inf, math.inf]
-        for _ in range(2):
-            for index, start in enumerate(STARTS):
-                self._fill(start)
-                best[index] = min(best[index], self._chunk(start, count))
-        pairs = count * self._heads
-        key = max(best[1] - best[0], 0.1 * best[1]) / (STARTS[1] - STARTS[0]) / pairs
-        return max(best[0] / pairs - key * count, 1e-12), key
-
-    def _fill(self, length: int) -> None:
-        """Has the cache hold a prompt of so many tokens; what keeps all of them as they are may hold more."""
-        if self._exact and length <= self._filled:
-            return
-        self._cache.begin(0, 0)
-        for start in range(0, length, CHUNKS[-1]):
-            self._chunk(start, min(CHUNKS[-1], length - start))
-        self._filled = length
-
-    def _chunk(self, start: int, count: int) -> float:
-        """Seconds that a layer's attention of a chunk takes."""
-        batch = Batch((Segment(0, start, [0] * count),))
-        took = 0.0
-        self._probe.prefilling(True)
-        with self._ws.frame():
-            q, k, v, out = self._tensors(count)
-            self._cache.begin(0, start)
-            with self._cache.through(batch, self._ws):
-                for layer in range(LAYERS):
-                    with self._ws.frame():
-                        held = self._cache.update(layer, batch, q, k, v, None, self._ws)
-                        began = time.perf_counter()
-                        self._cache.attend_step(layer, batch, held, q, out, self._ws, self._scoring)
-                        took += time.perf_counter() - began
-            began = time.perf_counter()
-            self._cache.prefilled(0, start, start + count)
-            took += time.perf_counter() - began
-        self._probe.prefilling(False)
-        return took / LAYERS
-
-    def _decode(self, length: int) -> float:
-        """Seconds of a layer: writing a token and looking at those before it, between products with matrices."""
-        batch = Batch((Segment(0, length, [0], decode=True),))
-        times = []
-        with self._ws.frame(), self._cache.through(batch, self._ws):
-            q, k, v, out = self._tensors(1)
-            programs = []
-            for layer in range(LAYERS):
-                with ops.recorded() as program:
-                    held = self._cache.update(layer, batch, q, k, v, None, self._ws)
-                    self._cache.attend_step(layer, batch, held, q, out, self._ws, self._scoring)
-                programs.append(program)
-            for _ in range(REPEATS - 1):
-                self._probe.evict()
-                for program in programs:
-                    began = time.perf_counter()
-                    program.run()
-                    times.append(time.perf_counter() - began)
-        return typical(times)
-
-    def _commit(self, length: int) -> float:
-        """Seconds for each layer that a token takes to be certain, of as many tokens as are coded at once."""
-        took = 0.0
-        for index in range(BLOCK):
-            batch = Batch((Segment(0, length + index, [0], decode=True),))
-            with self._ws.frame():
-                q, k, v, out = self._tensors(1)
-                with self._cache.through(batch, self._ws):
-                    for layer in range(LAYERS):
-                        held = self._cache.update(layer, batch, q, k, v, None, self._ws)
-                        self._cache.attend_step(layer, batch, held, q, out, self._ws, self._scoring)
-                began = time.perf_counter()
-                self._cache.commit(0, range(1), self._ws)
-                took += time.perf_counter() - began
-        return took / BLOCK / LAYERS
-
-    def _tensors(self, count: int) -> list[torch.Tensor]:
-        """Queries, keys, values and results of so many tokens."""
-        heads = (self._heads, self._kv_heads, self._kv_heads, self._heads)
-        made = [self._ws.empty(count, each, self._dim) for each in heads]
-        for tensor in made:
-            tensor.normal_()
-        return made
 
 
 def _timed(program: ops.Program, kinds: dict[str, tuple[str, ...]]) -> dict[str, float]:
