@@ -38,6 +38,7 @@ METHODS = [
     "window(keep=96,positions=original)",
     "h2o(keep=96)",
     "snapkv(keep=96,window=16,budget=adakv)",
+    "snapkv(keep=96,window=16,budget=dynamickv)",
     "d2o(keep=96)",
     "int8(recent=0)",
     "int4(recent=40)",

@@ -26,13 +26,14 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
-from tightfit.kv.cache import place
+from tightfit.kv.cache import as_bytes, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.drafts import Drafts
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.merge.merging import Merging
 from tightfit.kv.method import Merger, Seen
+from tightfit.kv.pooled import Pooled
 from tightfit.kv.reserved import Reserved, numbers
 
 Made = TypeVar("Made")
@@ -116,6 +117,11 @@ class PagedCache(BaseCache):
             ]
             self.mass = self._of_owners(lambda layer: place(arena, shapes[layer], torch.float32))
             self.drafts = [Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
+        self.pooled: dict[int, Pooled] = {}  # of each layer that shares what it keeps with others
+        for layer in self.own:
+            if reserved.pooled(layer) and layer not in self.pooled:
+                layers = reserved.common(layer)
+                self.pooled |= dict.fromkeys(layers, self._pooling(layers, arena))
         self._nbytes = arena.used - before
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
@@ -135,6 +141,11 @@ class PagedCache(BaseCache):
     def _merging(self, merger: Merger, layer: int, arena: Arena) -> Merging:
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
+
+    def _pooling(self, layers: Sequence[int], arena: Arena) -> Pooled:
+        return Pooled(
+            layers, self.sequences, self.layouts[layers[0]].kv_heads, self.reserved.sizes[layers[0]].most, arena
+        )
 
     def close(self) -> None:
         if self._file >= 0:
@@ -312,6 +323,8 @@ class PagedCache(BaseCache):
             mass[slot] = 0.0
         for merging in self.merging:
             merging.memory[slot] = math.nan
+        for pooled in self.pooled.values():
+            pooled.clear(slot)
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = stop
@@ -342,6 +355,11 @@ class PagedCache(BaseCache):
                 put(part)
 
     def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
+        for pool in self.reserved.pools.values():
+            yield as_bytes(pool.dense_free[slot])
+            yield as_bytes(pool.coded_free[slot])
+        for pooled in dict.fromkeys(self.pooled.values()):
+            yield from pooled.parts(slot)
         for layer in self.own:
             mass = self.mass[layer] if self.mass else None
             memory = self.merging[layer].memory if self.merging else None
@@ -439,55 +457,35 @@ class PagedCache(BaseCache):
 
     def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
         """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
-        kept = self.layers[layer]
-        heads, tier = self.layouts[layer].kv_heads, self.composition.tier
-        resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
-
-        def keep(run: Run, indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
-            try:
-                pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self.reserved.ahead)
-            except RuntimeError as error:
-                if tier is None:
-                    raise
-                hint = "Make room on it, or name a folder on another: host(folder=...)."
-                raise TightfitError(str(error), hint) from error
-
+        kept, heads = self.layers[layer], self.layouts[layer].kv_heads
         if kept.positions is None or ops.is_dry():
             if kept.positions is not None:
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
+            if layer in self.pooled:
+                self._let_go(layer, slot, torch.empty(heads, 0, dtype=torch.int32), ws)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
-            keep(run)
+            self._keep(layer, slot, run, ws)
             return
         before = kept.lengths[slot].tolist()
         counts = [length + run.count for length in before]
         tokens = int(self.tokens[slot]) + run.count
-        limit = self.reserved.limit(layer, tokens)
         positions = ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
         for head, length in enumerate(before):
             positions[head, :length] = kept.positions[slot, head, :length]
             positions[head, length : length + run.count] = torch.arange(tokens - run.count, tokens)
             if given is not None and self._remembers(run.count):
                 given[head, :length] += self.mass[layer][slot, head, :length]
-        window = self.layouts[layer].window
-        # The next query stands at `tokens`, and sees itself too.
-        oldest = min((int(positions[head, 0]) for head in range(heads) if counts[head]), default=tokens)
-        too_old = window is not None and oldest <= tokens - window
-        if too_old or (sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit):
-            indices, left = self._judge(layer, given, positions, counts, tokens, limit)
-            listed = indices
-            if self.merging:
-                horizon = -1 if window is None else tokens - window  # what no query sees any more is not merged
-                listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
-                run = Run(run.keys, run.values, run.keys.shape[1])
-            counts = left
-            keep(run, listed, torch.tensor(counts, dtype=torch.int32))
+        staying = self._judge(layer, slot, given, positions, counts, tokens, ws)
+        if staying is not None:
+            indices, counts = staying
+            self._write(layer, slot, run, staying, positions, ws)
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
                 given[:, : indices.shape[1]] = given.gather(1, gather)
         else:
-            keep(run)
+            self._keep(layer, slot, run, ws)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
@@ -498,6 +496,73 @@ class PagedCache(BaseCache):
                 if self.observes == "all" or run.count:  # else the last queries were judged, and others come
                     mass[:length] = given[head, :length]
 
+    def _let_go(self, layer: int, slot: int, indices: torch.Tensor, ws: Workspace) -> None:
+        """Of a layer's certain tokens those at ``indices`` (kv_heads, n) int32 stay, whose turn it is not: what else it
+        has of them, and room for what comes, stays with them."""
+        kept, (heads, count) = self.layers[layer], indices.shape
+        assert kept.positions is not None
+        with ws.frame():
+            positions = ws.empty(heads, kept.positions.shape[2], dtype=torch.int32)
+            run = self._new_run(layer, 0, ws)
+            if ops.is_dry():
+                if self.merging:
+                    self.merging[layer].take_most(slot, run, ws)
+                self._keep(layer, slot, run, ws)
+                return
+            length = int(kept.lengths[slot, 0])
+            behind = self.reserved.ahead - (length - self.pooled[layer].of(layer, slot).shape[1])
+            positions.copy_(kept.positions[slot])
+            self._write(layer, slot, run, (indices, [count] * heads), positions, ws, behind)
+            places = indices.long()
+            kept.positions[slot, :, :count] = positions.gather(1, places)
+            kept.positions[slot, :, count : count + behind] = positions[:, length : length + behind]
+            if self.mass:
+                mass = self.mass[layer][slot]
+                mass[:, :count] = mass.gather(1, places)
+                mass[:, count:] = 0.0
+
+    def _write(
+        self,
+        layer: int,
+        slot: int,
+        run: Run,
+        staying: tuple[torch.Tensor, list[int]],
+        positions: torch.Tensor,
+        ws: Workspace,
+        ahead: int | None = None,
+    ) -> None:
+        """Keeps of a layer's tokens and those of the run, at ``positions`` (kv_heads, n), what stays: indices
+        (kv_heads, m) int32 and how many for each head."""
+        listed, left = staying
+        if self.merging:
+            window, tokens = self.layouts[layer].window, int(self.tokens[slot]) + run.count
+            horizon = -1 if window is None else tokens - window  # what no query sees any more is not merged
+            listed = self.merging[layer].merge(slot, run, staying, positions > horizon, ws)
+            run = Run(run.keys, run.values, run.keys.shape[1])
+        self._keep(layer, slot, run, ws, listed, torch.tensor(left, dtype=torch.int32), ahead)
+
+    def _keep(
+        self,
+        layer: int,
+        slot: int,
+        run: Run,
+        ws: Workspace,
+        indices: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+        ahead: int | None = None,
+    ) -> None:
+        """:func:`tightfit.kernels.pages.keep`, with room for ``ahead`` more tokens."""
+        tier, recent = self.composition.tier, self.composition.recent
+        resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
+        ahead = self.reserved.ahead if ahead is None else ahead
+        try:
+            pages.keep(self.layers[layer], slot, run, ws, indices, counts, recent, resident, ahead)
+        except RuntimeError as error:
+            if tier is None:
+                raise
+            hint = "Make room on it, or name a folder on another: host(folder=...)."
+            raise TightfitError(str(error), hint) from error
+
     def rehearse(self, count: int) -> None:
         for layer, layout in enumerate(self.layouts):
             kept = self.layers[layer].positions
@@ -507,7 +572,10 @@ class PagedCache(BaseCache):
             given = torch.zeros(layout.kv_heads, width)
             positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
             limit = self.reserved.limit(layer, width)
-            self._judge(layer, given, positions, [width] * layout.kv_heads, width, limit)
+            scores = self._scores(layer, given, positions, [width] * layout.kv_heads, width, limit)
+            if layer in self.pooled:
+                self.pooled[layer].rehearse(layer, scores, limit, self.reserved.sizes[layer].most)
+            budgets.choose(scores, [width] * layout.kv_heads, limit, self.reserved.budget)
 
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
@@ -526,13 +594,60 @@ class PagedCache(BaseCache):
     def _judge(
         self,
         layer: int,
+        slot: int,
+        given: torch.Tensor | None,
+        positions: torch.Tensor,
+        counts: list[int],
+        tokens: int,
+        ws: Workspace,
+    ) -> tuple[torch.Tensor, list[int]] | None:
+        """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head; None if
+        all do. Where layers share what they keep, others let go of theirs."""
+        limit, heads, window = self.reserved.limit(layer, tokens), len(counts), self.layouts[layer].window
+        if layer in self.pooled:
+            scores = self._scores(layer, given, positions, counts, tokens, limit)
+            indices = self._share(layer, slot, scores, limit, ws)
+            return indices, [indices.shape[1]] * heads
+        # The next query stands at `tokens`, and sees itself too.
+        oldest = min((int(positions[head, 0]) for head in range(heads) if counts[head]), default=tokens)
+        too_old = window is not None and oldest <= tokens - window
+        if not too_old and (sum(counts) <= limit * heads if self.reserved.ragged else max(counts) <= limit):
+            return None
+        scores = self._scores(layer, given, positions, counts, tokens, limit)
+        indices, kept = budgets.choose(scores, counts, limit, self.reserved.budget)
+        return indices, kept.tolist()
+
+    def _share(self, layer: int, slot: int, scores: torch.Tensor, limit: int, ws: Workspace) -> torch.Tensor:
+        """What a layer keeps (kv_heads, n) int32 of tokens with these ``scores`` (kv_heads, n), now that the others let
+        go of what scores less."""
+        pooled, heads = self.pooled[layer], len(scores)
+        share = pooled.share(layer, slot, scores, limit, self.reserved.sizes[layer].most)
+        for other, keep in share.items():
+            of_other = pooled.of(other, slot)
+            if other == layer or keep == of_other.shape[1]:
+                continue
+            # Behind those that were judged are others, whose turn comes; they stay.
+            waiting = int(self.layers[other].lengths[slot, 0]) - of_other.shape[1]
+            places, _ = budgets.choose(of_other, [of_other.shape[1]] * heads, keep, "uniform")
+            behind = torch.arange(waiting, dtype=torch.int32) + of_other.shape[1]
+            self._let_go(other, slot, torch.cat([places, behind.expand(heads, -1)], 1).contiguous(), ws)
+            pooled.note(other, slot, of_other.gather(1, places.long()))
+        indices, _ = budgets.choose(scores, [scores.shape[1]] * heads, share[layer], "uniform")
+        pooled.note(layer, slot, scores.gather(1, indices.long()))
+        return indices
+
+    def _scores(
+        self,
+        layer: int,
         given: torch.Tensor | None,
         positions: torch.Tensor,
         counts: list[int],
         tokens: int,
         limit: int,
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
+    ) -> torch.Tensor:
+        """How much tokens (kv_heads, n) are worth keeping: infinite where they stay in any case, minus infinite where
+        no query will see them. Where layers share what they keep, scores are shares of what the layer's tokens
+        received."""
         evictor, window = self.evictor, self.layouts[layer].window
         width = max(counts)
         positions = positions[:, :width]
@@ -540,6 +655,8 @@ class PagedCache(BaseCache):
             scores = positions.float()
         else:
             mass = torch.zeros(positions.shape) if given is None else given[:, :width].clone()
+            if layer in self.pooled:
+                mass /= mass.sum().clamp(min=torch.finfo().tiny)
             scores = evictor.scores(Seen(mass, positions, counts, tokens))
             first, last = evictor.protected(limit)
             if window is not None:  # which hides the first tokens sooner or later
@@ -549,8 +666,7 @@ class PagedCache(BaseCache):
                 scores[head, max(count - last, 0) : count] = torch.inf
         if window is not None:
             scores = scores.masked_fill(positions <= tokens - window, -torch.inf)
-        indices, kept = budgets.choose(scores, counts, limit, "uniform" if evictor is None else evictor.budget)
-        return indices, kept.tolist()
+        return scores
 
     def _commit_drafts(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
         """The tentative tokens of ``path`` become the first ones, and what they looked at is noted."""

@@ -17,13 +17,27 @@ from tightfit.kv.compose import Composition
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one layer reserves for each sequence: tokens ``kept`` by each head on average, the most that one head can
-    have, and pages of all heads."""
+    """What one layer reserves for each sequence: tokens ``kept`` by each head on average, the ``most`` that one keeps,
+    pages for those and for what comes next, and pages of all heads of the layers that have theirs in common."""
 
     kept: int
+    most: int
     table_pages: int
     dense_pages: int
     coded_pages: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pages from which one or several layers of one shape take theirs, as :class:`~tightfit.kernels.pages.Pages` has
+    them."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    dense_free: torch.Tensor
+    coded_free: torch.Tensor
+    coded_keys: torch.Tensor | None
+    coded_values: torch.Tensor | None
 
 
 class Reserved:
@@ -45,9 +59,11 @@ class Reserved:
         self.sequences = sequences
         self.owners = owners
         self.ahead = BLOCK + tail  # tokens between two moments at which some are let go of, and tentative ones behind
-        self.ragged = composition.evictor is not None and composition.evictor.budget == "adakv"
+        self.budget = "uniform" if composition.evictor is None else composition.evictor.budget
+        self.ragged = self.budget == "adakv"
         self.file_bytes = 0
-        self.sizes = [self._size(layout, kept) for layout, kept in zip(layouts, self._kept(context), strict=True)]
+        self.pools: dict[int, Pool] = {}  # of the first of the layers that have them in common
+        self.sizes = [self._size(layer, kept) for layer, kept in enumerate(self._kept(context))]
 
     def limit(self, layer: int, tokens: int) -> int:
         """How many tokens each head of a layer keeps on average of so many that came; queries may see no more than a
@@ -55,6 +71,17 @@ class Reserved:
         window = self.layouts[layer].window
         kept = min(max(self._kept(tokens)[layer], 1), self.sizes[layer].kept)
         return kept if window is None else min(kept, window)
+
+    def common(self, layer: int) -> list[int]:
+        """The layers that take their pages from where a layer's are: itself, or all like it where a budget lets what
+        each of them keeps follow the prompt."""
+        if not self.pooled(layer):
+            return [layer]
+        return [each for each in sorted(set(self.owners)) if self.layouts[each] == self.layouts[layer]]
+
+    def pooled(self, layer: int) -> bool:
+        """Whether the scores of tokens in all layers say how many a layer keeps."""
+        return self.budget == "dynamickv" and self.layouts[layer].window is None
 
     def selects(self, layer: int) -> bool:
         """Whether tokens that decode see only some pages of a layer."""
@@ -76,20 +103,22 @@ class Reserved:
         c = self.composition
         return c.key_codec is not None or c.value_codec is not None or c.pruner is not None
 
-    def _size(self, layout: LayerLayout, kept: int) -> Sizes:
+    def _size(self, layer: int, kept: int) -> Sizes:
+        layout, layers = self.layouts[layer], len(self.common(layer))
         kept = min(kept, self.context, layout.window or kept)
         heads, tier, recent = layout.kv_heads, self.composition.tier, self.composition.recent
         ragged, more = self.ragged, self.ahead
-        table_pages = -(-(min(kept * heads if ragged else kept, self.context) + more) // PAGE)
+        most = min(kept * (budgets.DYNAMIC_MOST if layers > 1 else 1), self.context)
+        table_pages = -(-(min(kept * heads if ragged else most, self.context) + more) // PAGE)
         # Of all heads together; each has a page that is not full.
-        whole = heads * -(-(kept + more) // PAGE) + (heads if ragged else 0)
+        whole = heads * (layers * (kept + more + PAGE - 1) // PAGE) + (heads if ragged else 0)
         if not self._has_codes:
             in_memory = whole if tier is None else heads * (-(-tier.resident // PAGE) + -(-more // PAGE) + 2)
-            return Sizes(kept, table_pages, min(whole, in_memory), 0)
+            return Sizes(kept, most, table_pages, min(whole, layers * in_memory), 0)
         # What is not coded yet; and while pages change their kind, that of one head once more.
         dense = heads * -(-(recent + PAGE - 1 + more) // PAGE) + -(-recent // PAGE) + 1
         coded = whole if tier is None else heads * (max(-(-tier.resident // PAGE) - recent // PAGE, 0) + 1)
-        return Sizes(kept, table_pages, min(dense, whole + 1), min(whole, coded))
+        return Sizes(kept, most, table_pages, min(layers * dense, whole + 1), min(whole, layers * coded))
 
     def pages(self, index: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int) -> Pages:
         """The pages of a layer, in ``arena`` and behind what other layers have in ``file`` (-1: there is none).
@@ -102,14 +131,12 @@ class Reserved:
         width = layout.key_dim if pruner is None else pruner.kept(layout.key_dim)
         key_codec = Codec(as_they_are if key is None else key.bits, width, per_channel=True)
         value_codec = Codec(as_they_are if value is None else value.bits, layout.value_dim, per_channel=False)
-        dense, coded = (sequences, size.dense_pages, PAGE), (sequences, size.coded_pages)
-        keys = place(arena, (*dense, layout.key_dim), dtype)
-        shared, listed = layout.shared, (sequences, heads, size.table_pages)
-        values = keys[..., : layout.value_dim] if shared else place(arena, (*dense, layout.value_dim), dtype)
-        coded_keys = coded_values = positions = channels = bounds = None
-        if self._has_codes:
-            coded_keys = place(arena, (*coded, key_codec.page_bytes), torch.uint8)
-            coded_values = None if shared else place(arena, (*coded, value_codec.page_bytes), torch.uint8)
+        listed = (sequences, heads, size.table_pages)
+        first = self.common(index)[0]
+        if first not in self.pools:
+            self.pools[first] = self._pool(index, arena, dtype, key_codec, value_codec)
+        pool = self.pools[first]
+        positions = channels = bounds = None
         if composition.evictor is not None or layout.window is not None:
             positions = numbers(arena, sequences, heads, size.table_pages * PAGE)
         if pruner is not None:
@@ -120,20 +147,20 @@ class Reserved:
         values_at = keys_at + sequences * heads * size.table_pages * key_codec.page_bytes
         self.file_bytes = values_at + sequences * heads * size.table_pages * value_codec.page_bytes
         return Pages(
-            keys,
-            values,
+            pool.keys,
+            pool.values,
             numbers(arena, *listed),
             lengths=numbers(arena, sequences, heads),
             coded=numbers(arena, sequences, heads),
             cold=numbers(arena, sequences, heads),
             bounded=numbers(arena, sequences, heads),
-            dense_free=numbers(arena, sequences, 1 + size.dense_pages),
-            coded_free=numbers(arena, sequences, 1 + size.coded_pages),
+            dense_free=pool.dense_free,
+            coded_free=pool.coded_free,
             tokens=tokens,
             key_codec=key_codec,
             value_codec=value_codec,
-            coded_keys=coded_keys,
-            coded_values=coded_values,
+            coded_keys=pool.coded_keys,
+            coded_values=pool.coded_values,
             positions=positions,
             channels=channels,
             bounds=bounds,
@@ -141,6 +168,18 @@ class Reserved:
             keys_at=keys_at,
             values_at=values_at,
         )
+
+    def _pool(self, index: int, arena: Arena, dtype: torch.dtype, key_codec: Codec, value_codec: Codec) -> Pool:
+        layout, size, sequences = self.layouts[index], self.sizes[index], self.sequences
+        dense, coded = (sequences, size.dense_pages, PAGE), (sequences, size.coded_pages)
+        keys = place(arena, (*dense, layout.key_dim), dtype)
+        values = keys[..., : layout.value_dim] if layout.shared else place(arena, (*dense, layout.value_dim), dtype)
+        coded_keys = coded_values = None
+        if self._has_codes:
+            coded_keys = place(arena, (*coded, key_codec.page_bytes), torch.uint8)
+            coded_values = None if layout.shared else place(arena, (*coded, value_codec.page_bytes), torch.uint8)
+        free = numbers(arena, sequences, 1 + size.dense_pages), numbers(arena, sequences, 1 + size.coded_pages)
+        return Pool(keys, values, *free, coded_keys, coded_values)
 
 
 def numbers(arena: Arena, *shape: int) -> torch.Tensor:
