@@ -14,6 +14,7 @@ from tests.kv.test_bytes import Layers
 from tests.parity.harness import ROOM
 
 from tightfit.budget.ledger import Arena
+from tightfit.errors import UsageError
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE
 from tightfit.kv.base import LayerLayout
@@ -147,3 +148,8 @@ def test_layers_that_share_take_no_more_keys_and_values(tiny: Callable[..., Tiny
     assert shared - even < 1.1 * lists
     one = kv_nbytes("snapkv(keep=512,budget=dynamickv)", layouts, 32768, 1, "bfloat16")
     assert one == shared
+
+
+def test_layers_that_others_read_do_not_let_go_when_it_is_not_their_turn() -> None:
+    with pytest.raises(UsageError, match="snapkv does not go with kvsharer"):
+        compose("snapkv(budget=dynamickv)+kvsharer")

@@ -6,7 +6,7 @@ Nothing here imports torch when it is imported: spec strings are read before any
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import torch
 
     from tightfit.budget.ledger import Workspace
+    from tightfit.kernels.attention import Scoring
     from tightfit.kv.base import LayerLayout
+    from tightfit.kv.fitted import Known
 
 
 class Method:
@@ -25,6 +27,11 @@ class Method:
 
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
+    joined: ClassVar[bool] = False  # whether layers need each other: then they are planned together
+
+    def excludes(self, other: Method) -> str | None:
+        """Why it does not go with another method ("it ..."), if it does not."""
+        return None
 
     def refusal(self, layout: LayerLayout) -> str | None:
         """Why it cannot be used on such a layer, if it cannot."""
@@ -70,6 +77,15 @@ class Evictor(Method):
                 f"Give keep={max(first + last, 2)} or more, or a share of the prompt such as keep=0.25.",
             )
 
+    @property
+    def joined(self) -> bool:  # type: ignore[override]
+        return self.budget == "dynamickv"
+
+    def excludes(self, other: Method) -> str | None:
+        if self.budget == "dynamickv" and "layers" in other.roles:
+            return "lets go of tokens of layers that others have yet to read (budget=dynamickv)"
+        return None
+
     def kept(self, tokens: int) -> int:
         """How many tokens of each head stay of ``tokens`` that came."""
         return int(self.keep) if self.keep >= 1 else max(math.ceil(self.keep * tokens), sum(self.protected(1)), 2)
@@ -80,6 +96,54 @@ class Evictor(Method):
 
     def scores(self, seen: Seen) -> torch.Tensor:
         """(kv_heads, n) float32: those with the highest stay. It may write to ``seen.mass``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Streamer(Method):
+    """Of some heads everything stays; the others, streaming heads, keep the first ``sinks`` tokens and the last
+    ``recent``, as soon as a chunk of the prompt has been computed, and then after every 32 tokens.
+
+    Layers in which the model has a window of its own stay as they are.
+    """
+
+    sinks: int = 4
+    recent: int = 512
+
+    roles: ClassVar[tuple[str, ...]] = ("tokens",)
+    window: ClassVar[int] = 0  # of the last queries of each chunk that are observed
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or self.recent < 1:
+            raise UsageError(
+                f"{self.name} cannot keep {self.sinks} first and {self.recent} last tokens",
+                "Give sinks=0 or more, and recent=1 or more.",
+            )
+
+    def excludes(self, other: Method) -> str | None:
+        return "is for heads with keys and values of their own" if "layers" in other.roles else None
+
+    @property
+    def short(self) -> int:
+        """How many tokens a streaming head keeps."""
+        return self.sinks + self.recent
+
+    @property
+    def streaming_share(self) -> float:
+        """About how many of all heads stream."""
+        raise NotImplementedError
+
+    def kept(self, tokens: int) -> int:
+        """How many tokens stay of ``tokens`` that came, on average of heads and layers."""
+        share = self.streaming_share
+        return math.ceil(share * min(self.short, tokens) + (1 - share) * tokens)
+
+    def streams(self, layouts: Sequence[LayerLayout], known: Known) -> list[list[bool]] | None:
+        """Of each layer which key-value heads stream; None if the prompt says which layers do."""
+        return None
+
+    def lazy(self, layers: int) -> int:
+        """How many of so many layers stream where the prompt says which."""
         raise NotImplementedError
 
 
@@ -110,6 +174,41 @@ class Merger(Evictor):
         """Changes tokens that stay, and what is remembered (``remembers``,) float32; gives (n,) bool which of them were
         changed, in scratch memory of the enclosing frame. Computes with operations alone: in a dry run it takes its
         scratch and nothing else."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rest(Method):
+    """What is let go of still counts: a state of constant size takes it up, and queries look at that too.
+
+    What it gives is folded into attention by the logarithms of what both divide by, to base 2, so it is a part of the
+    softmax like any stretch of tokens."""
+
+    roles: ClassVar[tuple[str, ...]] = ("rest",)
+
+    def remembers(self, layout: LayerLayout) -> int:
+        """How many float32 numbers each sequence and head has as its state; they are 0 when a sequence begins."""
+        raise NotImplementedError
+
+    def take_up(self, layer: int, head: int, leaving: Leaving, memory_: torch.Tensor, ws: Workspace) -> None:
+        """Puts the tokens that a key-value head lets go of into its state (numbers,). Computes with operations alone:
+        in a dry run it takes its scratch and nothing else."""
+        raise NotImplementedError
+
+    def recall(
+        self,
+        layer: int,
+        memory: torch.Tensor,
+        slots: torch.Tensor,
+        q: torch.Tensor,
+        scoring: Scoring,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        ws: Workspace,
+    ) -> None:
+        """Attention of ``q`` (n, heads, key_dim) over the states (sequences, kv_heads, numbers) of their sequences
+        ``slots`` (n,) int32, into ``out`` (n, heads, value_dim) and ``lse`` (n, heads), -inf where there is nothing
+        yet. Computes with operations alone, each row by itself."""
         raise NotImplementedError
 
 

@@ -31,10 +31,13 @@ from tightfit.kv.compose import Composition
 from tightfit.kv.drafts import Drafts
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
+from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Seen
+from tightfit.kv.method import Merger, Rest, Seen
 from tightfit.kv.pooled import Pooled
 from tightfit.kv.reserved import Reserved, numbers
+from tightfit.kv.rest import Resting
+from tightfit.kv.streaming import Streaming
 
 Made = TypeVar("Made")
 
@@ -84,11 +87,11 @@ class PagedCache(BaseCache):
         arena: Arena,
         gemm_dtype: torch.dtype = torch.float32,
         tail: int = 1,
-        owners: Sequence[int] | None = None,
+        known: Known = NOTHING,
     ) -> None:
         composition.check(layouts)
         self.layouts = layouts
-        self.owners = list(range(len(layouts)) if owners is None else owners)
+        self.owners = list(range(len(layouts)) if known.owners is None else known.owners)
         self._last = {owner: layer for layer, owner in enumerate(self.owners)}  # the last one that reads an owner's
         self.composition = composition
         self.context = context
@@ -96,10 +99,16 @@ class PagedCache(BaseCache):
         self.dtype = dtype
         self.gemm_dtype = gemm_dtype
         self.tail = tail
-        self.evictor = evictor = composition.evictor
-        self.observes = "nothing" if evictor is None else evictor.observes
+        self.evictor, streamer = composition.evictor, composition.streamer
+        evictor = self.evictor
+        self.observes, self.window = "nothing", 0  # which queries, and how many of the last ones
+        if evictor is not None:
+            self.observes, self.window = evictor.observes, evictor.window
+        elif streamer is not None and streamer.window:
+            self.observes, self.window = "last", streamer.window
         self.anchors = 0 if evictor is None else evictor.anchors
-        self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners)
+        streams = None if streamer is None else streamer.streams(layouts, known)
+        self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners, streams)
         self._file = -1 if composition.tier is None else composition.tier.open()
         self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
         before = arena.used
@@ -108,9 +117,13 @@ class PagedCache(BaseCache):
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
+        self.resting: list[Resting] = []
+        if composition.rest is not None:
+            rest = composition.rest
+            self.resting = self._of_owners(lambda layer: self._resting(rest, layer, arena))
         self.mass: list[torch.Tensor] = []
         self.drafts: list[Drafts] = []
-        if self.observes != "nothing":
+        if evictor is not None and evictor.observes != "nothing":
             shapes = [
                 (sequences, layout.kv_heads, size.table_pages * PAGE)
                 for layout, size in zip(layouts, reserved.sizes, strict=True)
@@ -122,6 +135,10 @@ class PagedCache(BaseCache):
             if reserved.pooled(layer) and layer not in self.pooled:
                 layers = reserved.common(layer)
                 self.pooled |= dict.fromkeys(layers, self._pooling(layers, arena))
+        self.streaming: Streaming | None = None
+        if streamer is not None:
+            self.streaming = Streaming(streamer, self.layers, self.resting, self._keep, streams)
+            self.streaming.find(reserved, sequences, arena)
         self._nbytes = arena.used - before
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
@@ -143,9 +160,13 @@ class PagedCache(BaseCache):
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
     def _pooling(self, layers: Sequence[int], arena: Arena) -> Pooled:
-        return Pooled(
-            layers, self.sequences, self.layouts[layers[0]].kv_heads, self.reserved.sizes[layers[0]].most, arena
-        )
+        first = layers[0]
+        return Pooled(layers, self.sequences, self.layouts[first].kv_heads, self.reserved.sizes[first].most, arena)
+
+    def _resting(self, rest: Rest, layer: int, arena: Arena) -> Resting:
+        layout = self.layouts[layer]
+        memory = place(arena, (self.sequences, layout.kv_heads, rest.remembers(layout)), torch.float32)
+        return Resting(rest, layer, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
     def close(self) -> None:
         if self._file >= 0:
@@ -183,7 +204,12 @@ class PagedCache(BaseCache):
                 self._shared = {}
 
     def _new_shared(self, owner: int, count: int, ws: Workspace) -> Shared:
-        return Shared(self._new_run(owner, count, ws), self._received(owner, count, ws) if self.mass else None)
+        given = self._received(owner, count, ws) if self._observed(owner) else None
+        return Shared(self._new_run(owner, count, ws), given)
+
+    def _observed(self, layer: int) -> bool:
+        """Whether what a layer's tokens receive from the queries of a prompt is summed up."""
+        return bool(self.mass) or (self.observes != "nothing" and self.reserved.streaming(layer))
 
     def update(
         self,
@@ -236,26 +262,33 @@ class PagedCache(BaseCache):
         if rows:
             with ws.frame():
                 looking = self._looking(layer, Rows(step.places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = ws.empty(rows, heads) if self.mass else None
+                lse = ws.empty(rows, heads) if self.mass or self.resting else None
                 which = Rows(step.places, step.paths)
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
-                if lse is not None and step.tentative:
+                if self.resting and lse is not None:
+                    slots = step.places[:rows, 0]
+                    self.resting[layer].recall(slots, q[:rows], scoring, out[:rows], lse, ws)
+                if lse is not None and self.mass and step.tentative:
                     self.drafts[layer].put(which, self.tokens, looking, lse, scoring)
                     for slot in set(step.places[:rows, 0].tolist()):
                         self._drafting[slot] = True
-                elif lse is not None:
+                elif lse is not None and self.mass:
                     pages.weigh_rows(kept, which, looking, lse, self.mass[layer], ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             with ws.frame():
                 looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-                lse = ws.empty(b - a, heads) if self.mass else None
+                lse = ws.empty(b - a, heads) if self._observed(layer) or self.resting else None
                 bf16 = self.gemm_dtype == torch.bfloat16
                 pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
+                if self.resting and lse is not None:
+                    slots = ws.empty(b - a, dtype=torch.int32)
+                    ops.fill_(slots, segment.slot)
+                    self.resting[layer].recall(slots, looking.q, scoring, out[a:b], lse, ws)
                 if self._whole is not None:
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
                 given = None if shared is None else shared[index].given
-                if lse is not None:
+                if lse is not None and self._observed(layer):
                     given = self._received(layer, run.count, ws) if given is None else given
                     self._weigh(layer, segment.slot, run, at, looking, lse, given, ws, scoring)
                 if layer == owner:
@@ -292,8 +325,8 @@ class PagedCache(BaseCache):
     ) -> None:
         """Adds to ``given`` what the queries that are observed look at."""
         first = 0
-        if self.observes == "last" and self.evictor is not None:
-            first = max(len(looking.q) - self.evictor.window, 0)
+        if self.observes == "last":
+            first = max(len(looking.q) - self.window, 0)
         part = Looking(looking.q[first:], _part(looking.anchor_q, first, None), looking.anchors)
         pages.weigh(self.layers[layer], slot, run, at + first, part, lse[first:], given_, ws, scoring)
 
@@ -325,6 +358,10 @@ class PagedCache(BaseCache):
             merging.memory[slot] = math.nan
         for pooled in self.pooled.values():
             pooled.clear(slot)
+        if self.streaming is not None:
+            self.streaming.clear(slot)
+        for resting in self.resting:
+            resting.memory[slot] = 0.0
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = stop
@@ -360,10 +397,12 @@ class PagedCache(BaseCache):
             yield as_bytes(pool.coded_free[slot])
         for pooled in dict.fromkeys(self.pooled.values()):
             yield from pooled.parts(slot)
+        if self.streaming is not None:
+            yield from self.streaming.parts(slot)
         for layer in self.own:
             mass = self.mass[layer] if self.mass else None
-            memory = self.merging[layer].memory if self.merging else None
-            yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, memory)
+            states = [of_layers[layer].memory for of_layers in (self.merging, self.resting) if of_layers]
+            yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, states)
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
@@ -398,15 +437,15 @@ class PagedCache(BaseCache):
                 "layers that share keys and values with methods that let go of some are computed chunk by chunk",
                 "Leave --prefill layered out, or kvsharer.",
             )
-        layout, count, evictor = self.layouts[layer], len(segment.tokens), self.evictor
-        wanted = evictor.window if evictor is not None and self.observes == "last" else 0
+        layout, count = self.layouts[layer], len(segment.tokens)
+        wanted = self.window if self.observes == "last" else 0
         if self.composition.pruner is not None:
             wanted = max(wanted, self.composition.pruner.window)
         last = min(wanted, count)
         with ws.frame():
             run = self._new_run(layer, count, ws)
             q, anchor_q = ws.empty(2, last, layout.heads, layout.key_dim)
-            given = self._received(layer, count, ws) if self.mass else None
+            given = self._received(layer, count, ws) if self._observed(layer) else None
             whole = Whole(run, segment.start, last, q, anchor_q, ws.empty(last, layout.heads), given)
             self._whole = whole
             try:
@@ -458,14 +497,15 @@ class PagedCache(BaseCache):
     def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
         """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
         kept, heads = self.layers[layer], self.layouts[layer].kv_heads
+        if self.streaming is not None and self.reserved.streaming(layer):
+            self.streaming.settle(layer, slot, run, given, int(self.tokens[slot]) + run.count, ws)
+            return
         if kept.positions is None or ops.is_dry():
             if kept.positions is not None:
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
             if layer in self.pooled:
                 self._let_go(layer, slot, torch.empty(heads, 0, dtype=torch.int32), ws)
-            if self.merging:
-                self.merging[layer].take_most(slot, run, ws)
-            self._keep(layer, slot, run, ws)
+            self._take_most(layer, slot, run, ws)
             return
         before = kept.lengths[slot].tolist()
         counts = [length + run.count for length in before]
@@ -505,9 +545,7 @@ class PagedCache(BaseCache):
             positions = ws.empty(heads, kept.positions.shape[2], dtype=torch.int32)
             run = self._new_run(layer, 0, ws)
             if ops.is_dry():
-                if self.merging:
-                    self.merging[layer].take_most(slot, run, ws)
-                self._keep(layer, slot, run, ws)
+                self._take_most(layer, slot, run, ws)
                 return
             length = int(kept.lengths[slot, 0])
             behind = self.reserved.ahead - (length - self.pooled[layer].of(layer, slot).shape[1])
@@ -534,12 +572,21 @@ class PagedCache(BaseCache):
         """Keeps of a layer's tokens and those of the run, at ``positions`` (kv_heads, n), what stays: indices
         (kv_heads, m) int32 and how many for each head."""
         listed, left = staying
+        window, tokens = self.layouts[layer].window, int(self.tokens[slot]) + run.count
+        horizon = -1 if window is None else tokens - window  # what no query sees any more does not count any more
+        if self.resting:
+            self.resting[layer].take_up(slot, run, staying, positions > horizon, ws)
         if self.merging:
-            window, tokens = self.layouts[layer].window, int(self.tokens[slot]) + run.count
-            horizon = -1 if window is None else tokens - window  # what no query sees any more is not merged
             listed = self.merging[layer].merge(slot, run, staying, positions > horizon, ws)
             run = Run(run.keys, run.values, run.keys.shape[1])
         self._keep(layer, slot, run, ws, listed, torch.tensor(left, dtype=torch.int32), ahead)
+
+    def _take_most(self, layer: int, slot: int, run: Run, ws: Workspace) -> None:
+        """Takes the scratch of :meth:`_write` at most."""
+        for of_layers in (self.resting, self.merging):
+            if of_layers:
+                of_layers[layer].take_most(slot, run, ws)
+        self._keep(layer, slot, run, ws)
 
     def _keep(
         self,
@@ -589,7 +636,7 @@ class PagedCache(BaseCache):
     def _remembers(self, count: int) -> bool:
         """Whether tokens keep what they received before: where all queries count, and where a chunk has fewer than are
         observed."""
-        return self.observes == "all" or (self.evictor is not None and 0 <= count < self.evictor.window)
+        return self.observes == "all" or (bool(self.mass) and 0 <= count < self.window)
 
     def _judge(
         self,

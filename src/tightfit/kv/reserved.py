@@ -42,7 +42,8 @@ class Pool:
 
 class Reserved:
     """What a composition reserves for ``context`` tokens of each of ``sequences``; ``tail`` tokens of each may be
-    tentative at once. ``owners`` says of each layer which one's keys and values it reads."""
+    tentative at once. ``owners`` says of each layer which one's keys and values it reads, and ``streams`` which heads
+    stream."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Reserved:
         sequences: int,
         tail: int,
         owners: Sequence[int],
+        streams: list[list[bool]] | None = None,
     ) -> None:
         self.layouts = layouts
         self.composition = composition
@@ -59,6 +61,7 @@ class Reserved:
         self.sequences = sequences
         self.owners = owners
         self.ahead = BLOCK + tail  # tokens between two moments at which some are let go of, and tentative ones behind
+        self.streams = streams
         self.budget = "uniform" if composition.evictor is None else composition.evictor.budget
         self.ragged = self.budget == "adakv"
         self.file_bytes = 0
@@ -75,13 +78,18 @@ class Reserved:
     def common(self, layer: int) -> list[int]:
         """The layers that take their pages from where a layer's are: itself, or all like it where a budget lets what
         each of them keeps follow the prompt."""
-        if not self.pooled(layer):
+        by_prompt = self.pooled(layer) or (self.streaming(layer) and self.streams is None)
+        if not by_prompt:
             return [layer]
         return [each for each in sorted(set(self.owners)) if self.layouts[each] == self.layouts[layer]]
 
     def pooled(self, layer: int) -> bool:
         """Whether the scores of tokens in all layers say how many a layer keeps."""
         return self.budget == "dynamickv" and self.layouts[layer].window is None
+
+    def streaming(self, layer: int) -> bool:
+        """Whether some heads of a layer keep everything, and others first and recent tokens."""
+        return self.composition.streamer is not None and self.layouts[layer].window is None
 
     def selects(self, layer: int) -> bool:
         """Whether tokens that decode see only some pages of a layer."""
@@ -109,9 +117,12 @@ class Reserved:
         heads, tier, recent = layout.kv_heads, self.composition.tier, self.composition.recent
         ragged, more = self.ragged, self.ahead
         most = min(kept * (budgets.DYNAMIC_MOST if layers > 1 else 1), self.context)
-        table_pages = -(-(min(kept * heads if ragged else most, self.context) + more) // PAGE)
         # Of all heads together; each has a page that is not full.
         whole = heads * (layers * (kept + more + PAGE - 1) // PAGE) + (heads if ragged else 0)
+        if self.streaming(layer):
+            of_heads = self._of_heads(layer)
+            most, whole = max(of_heads), sum(-(-(tokens + more) // PAGE) for tokens in of_heads)
+        table_pages = -(-(min(kept * heads if ragged else most, self.context) + more) // PAGE)
         if not self._has_codes:
             in_memory = whole if tier is None else heads * (-(-tier.resident // PAGE) + -(-more // PAGE) + 2)
             return Sizes(kept, most, table_pages, min(whole, layers * in_memory), 0)
@@ -119,6 +130,14 @@ class Reserved:
         dense = heads * -(-(recent + PAGE - 1 + more) // PAGE) + -(-recent // PAGE) + 1
         coded = whole if tier is None else heads * (max(-(-tier.resident // PAGE) - recent // PAGE, 0) + 1)
         return Sizes(kept, most, table_pages, min(layers * dense, whole + 1), min(whole, layers * coded))
+
+    def _of_heads(self, layer: int) -> list[int]:
+        """How many tokens the heads of the layers that have their pages in common keep, in any order."""
+        streamer, layers, heads = self.composition.streamer, len(self.common(layer)), self.layouts[layer].kv_heads
+        assert streamer is not None
+        streams = [True] * (heads * streamer.lazy(layers)) if self.streams is None else self.streams[layer]
+        short, count = min(streamer.short, self.context), sum(streams)
+        return [short] * count + [self.context] * (layers * heads - count)
 
     def pages(self, index: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int) -> Pages:
         """The pages of a layer, in ``arena`` and behind what other layers have in ``file`` (-1: there is none).
