@@ -11,8 +11,8 @@ from tightfit.kv.cache import as_bytes, place
 
 
 class Lazy:
-    """Of some ``layers``, of which ``wanted`` become lazy: how lazy each is, ``ratios`` (sequences, layers) float32, and
-    which were found to be, ``found`` (sequences, layers) int32."""
+    """Of some ``layers``, of which ``wanted`` become lazy: how lazy each is, ``ratios`` (sequences, layers) float32,
+    and which were found to be, ``found`` (sequences, layers) int32."""
 
     def __init__(self, layers: Sequence[int], wanted: int, sequences: int, arena: Arena) -> None:
         self.layers = list(layers)

@@ -52,10 +52,10 @@ def cache_of(share: float = 0.5, more: str = "", context: int = 300, tail: int =
     return PagedCache(LAYOUTS, compose(kv), context, 1, torch.float32, Arena(ROOM), tail=tail)
 
 
-@settings(deadline=None, phases=[Phase.generate], max_examples=10)
+@settings(deadline=None, phases=[Phase.generate], max_examples=8)
 @given(
     order=st.permutations(range(LAYERS)),
-    prompt=st.integers(1, 250),
+    prompt=st.integers(24, 250),  # in fewer all are first or recent ones
     chunk=st.sampled_from([20, 48, 300]),
     layered=st.booleans(),
     share=st.sampled_from([0.5, 1 / 3, 0.0, 1.0]),

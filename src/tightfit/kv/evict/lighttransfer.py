@@ -25,8 +25,8 @@ class LightTransfer(Streamer):
     They are found while the prompt is computed: as soon as more layers were computed than may keep everything, the
     laziest of them lets go, so that there is never one more than that (LightTransfer-Test, the version without
     training). The paper sees the whole prompt (the ``layered`` schedule); chunk by chunk, layers are found in the first
-    chunk behind which there are more tokens than a lazy layer keeps, and a shorter prompt is judged by its own last
-    half, once that many tokens have come.
+    chunk behind which there are more tokens than a lazy layer keeps, and of a shorter prompt the last half counts as
+    recent.
     """
 
     recent: int = 1020
