@@ -13,12 +13,18 @@ SETTINGS = {
     "h2o": "h2o(keep=72,recent=0.25)",
     "snapkv": "snapkv(keep=70,window=12)",
     "d2o": "d2o(keep=70,recent=0.25)",
+    "tova": "tova(keep=70)",
+    "scissorhands": "scissorhands(keep=70,recent=16,window=40)",
+    "corm": "corm(keep=70,window=24)",
+    "morphkv": "morphkv(keep=70,window=24)",
+    "scope": "scope(keep=70,output=30,recent=12)",
     "int8": "int8(recent=16)",
     "int4": "int4(recent=16)",
     "int2": "int2(recent=16)",
     "think": "think(recent=16,window=8)",
     "quest": "quest(tokens=32,full=1)",
     "host": "host(resident=32)",
+    "razor": "razor(recent=44,echo=0.2,induction=0.2,tokens=32)",
     "lighttransfer": "lighttransfer(recent=44,window=12)",
 }
 # Methods that do not go with these, and say why. All others do.

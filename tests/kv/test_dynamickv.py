@@ -45,13 +45,18 @@ def test_layers_keep_what_scores_highest_in_all_of_them(tiny: Callable[..., Tiny
     found = model.run(KV, chunk=chunk)
     everything.prefill(tokens, layered=layered)
     found.prefill(tokens, layered=layered)
-    evictor, layers = compose(KV).evictor, range(len(model.spec.layers))
+    evictor, observed, layers = compose(KV).evictor, everything.paged.observed, range(len(model.spec.layers))
     assert evictor is not None
+    assert observed is not None
     scores = []
     for layer in layers:
-        mass = everything.paged.mass[layer][0, :, : len(tokens)].clone()
+        mass = observed.mass[layer][0, :, :, : len(tokens)].sum(1)
         positions = torch.arange(len(tokens)).expand(2, -1)
-        scores.append(evictor.scores(Seen(mass, positions, [len(tokens)] * 2, len(tokens)))[:, : len(tokens) - WINDOW])
+        scores.append(
+            evictor.scores(Seen(mass, positions, [len(tokens)] * 2, 3, 0, len(tokens), len(tokens)))[
+                :, : len(tokens) - WINDOW
+            ]
+        )
     best = torch.stack(scores).flatten().topk((KEEP - WINDOW) * len(scores) * 2).indices
     share = torch.bincount(best // scores[0].numel(), minlength=len(scores)) / 2
     for layer in layers:
@@ -144,10 +149,16 @@ def test_layers_that_share_take_no_more_keys_and_values(tiny: Callable[..., Tiny
     layouts = [LayerLayout(8, 128, 128, 8192, heads=32)] * 8
     specs = [f"snapkv(keep=512,budget={budget})" for budget in ("uniform", "dynamickv")]
     even, shared = (kv_nbytes(spec, layouts, 8192, 1, "bfloat16") for spec in specs)
-    lists = 8 * 8 * 4 * 512 * (4 + 4 + 4)  # positions, what tokens received, and scores
+    lists = 8 * 8 * 4 * 512 * (4 + 3 * 4 + 4)  # positions, what tokens received in three blocks, and scores
     assert shared - even < 1.1 * lists
     one = kv_nbytes("snapkv(keep=512,budget=dynamickv)", layouts, 32768, 1, "bfloat16")
     assert one == shared
+
+
+@pytest.mark.parametrize("kv", ["corm(budget=dynamickv)", "scope(budget=dynamickv)"])
+def test_methods_whose_heads_keep_other_numbers_are_refused(kv: str) -> None:
+    with pytest.raises(UsageError, match=kv.partition("(")[0]):
+        compose(kv)
 
 
 def test_layers_that_others_read_do_not_let_go_when_it_is_not_their_turn() -> None:

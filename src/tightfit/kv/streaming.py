@@ -10,10 +10,10 @@ import torch
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import ops
 from tightfit.kernels.pages import Pages, Run
+from tightfit.kv.beside import Beside
 from tightfit.kv.lazy import Lazy
 from tightfit.kv.method import Streamer
 from tightfit.kv.reserved import Reserved
-from tightfit.kv.rest import Resting
 
 Keep = Callable[..., None]  # (layer, slot, run, ws, indices, counts): writes what stays
 
@@ -21,11 +21,11 @@ Keep = Callable[..., None]  # (layer, slot, run, ws, indices, counts): writes wh
 @dataclass
 class Streaming:
     """What heads of layers without windows keep; ``keep`` writes it. What streaming heads let go of is taken up by
-    ``resting``, if that is given."""
+    what is ``beside`` their layers' pages."""
 
     streamer: Streamer
     layers: list[Pages]
-    resting: list[Resting]
+    beside: list[list[Beside]]
     keep: Keep
     streams: list[list[bool]] | None  # of each layer which heads stream; None: the prompt says which layers do
     lazy: dict[int, Lazy] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Streaming:
                 self._write(layer, slot, Run(run.keys, run.values, 0), ws)
         else:
             if run.count and given is not None:
-                lazy.note(layer, slot, self._ratio(given[:, :tokens]))
+                lazy.note(layer, slot, self._ratio(given.sum(1)[:, :tokens]))
             new = lazy.find(slot, layer if run.count else None) if tokens > self.streamer.short else []
             for other in new:
                 if other != layer:
@@ -75,22 +75,21 @@ class Streaming:
         kept, sinks, short = self.layers[layer], self.streamer.sinks, self.streamer.short
         indices = ws.empty(kept.table.shape[1], short, dtype=torch.int32)
         if ops.is_dry():
-            if self.resting:
-                self.resting[layer].take_most(slot, run, ws)
+            for each in self.beside[layer]:
+                each.take_most(slot, kept, run, ws)
             self.keep(layer, slot, run, ws)
             return
-        counts = torch.full((len(indices),), -1, dtype=torch.int32)  # everything
-        for head, streams in enumerate(self._heads(layer, slot)):
-            total = int(kept.lengths[slot, head]) + run.count
-            if not streams or total <= short:
-                continue
-            recent = total - self.streamer.recent
-            indices[head, :sinks] = torch.arange(sinks)
-            indices[head, sinks:] = torch.arange(recent, total)
-            counts[head] = short
-            if self.resting:
-                self.resting[layer].take_up_places(slot, head, run, torch.arange(sinks, recent), ws)
-        self.keep(layer, slot, run, ws, indices, counts)
+        totals = [length + run.count for length in kept.lengths[slot].tolist()]
+        counts = [-1] * len(totals)  # everything
+        for head, (streams, total) in enumerate(zip(self._heads(layer, slot), totals, strict=True)):
+            if streams and total > short:
+                counts[head] = short
+                indices[head, :sinks] = torch.arange(sinks)
+                indices[head, sinks:] = torch.arange(total - self.streamer.recent, total)
+        seen = torch.ones(1, dtype=torch.bool).expand(len(totals), max(totals))
+        for each in self.beside[layer]:
+            each.take(slot, kept, run, indices, counts, seen, ws)
+        self.keep(layer, slot, run, ws, indices, torch.tensor(counts, dtype=torch.int32))
 
     def clear(self, slot: int) -> None:
         for lazy in self.lazy.values():

@@ -1,5 +1,5 @@
 """Methods that let go of tokens."""
 
-from tightfit.kv.evict import h2o, lighttransfer, snapkv, window
+from tightfit.kv.evict import corm, h2o, lighttransfer, morphkv, razor, scissorhands, scope, snapkv, tova, window
 
-__all__ = ["h2o", "lighttransfer", "snapkv", "window"]
+__all__ = ["corm", "h2o", "lighttransfer", "morphkv", "razor", "scissorhands", "scope", "snapkv", "tova", "window"]
