@@ -71,10 +71,10 @@ class Synthetic:
     """A model of one layer with four key-value heads that are known: one looks at earlier occurrences of a token, one
     at what came behind them, one at the token before, and one at everything alike. Words are one-hot vectors."""
 
-    name = "synthetic"
-    layouts = [LayerLayout(4, 2 * WORDS + 256, 8, 256, heads=4)]
-    scorings = [Scoring(1.0)]
-    tokens = list(range(WORDS))
+    def __init__(self) -> None:
+        self.layouts = [LayerLayout(4, 2 * WORDS + 256, 8, 256, heads=4)]
+        self.scorings = [Scoring(1.0)]
+        self.tokens = list(range(WORDS))
 
     def samples(self, length: int, count: int) -> list[list[int]]:
         return [self.tokens[: min(length, 256)]] * count
