@@ -24,6 +24,7 @@ SETTINGS = {
     "think": "think(recent=16,window=8)",
     "quest": "quest(tokens=32,full=1)",
     "host": "host(resident=32)",
+    "duo": "duo(recent=44,retrieval=0.5,tokens=400,steps=3)",
     "razor": "razor(recent=44,echo=0.2,induction=0.2,tokens=32)",
     "lighttransfer": "lighttransfer(recent=44,window=12)",
 }
