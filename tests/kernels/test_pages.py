@@ -668,6 +668,26 @@ def test_rows_see_the_tokens_that_are_listed(level: str, case: Case, threads: in
     torch.testing.assert_close(mass.double(), given, rtol=0, atol=2e-5)
 
 
+@levels
+@given(case=cases(), threads=st.integers(1, 3), share=st.sampled_from([0.0, 0.6, 1.0]))
+@settings(max_examples=8, deadline=None)
+def test_shares_are_the_softmax_over_the_first_tokens(level: str, case: Case, threads: int, share: float) -> None:
+    cpu.use(level)
+    cpu.set_threads(threads)
+    store = Store(case)
+    store.grow(1, 900)
+    until = torch.tensor([int(len(tokens) * share) for tokens in store.held[1]], dtype=torch.int32)
+    q, found, ws = case.looking(1).q[0], torch.full((case.kv_heads, TABLE_PAGES * PAGE), math.nan), scratch()
+    pages.shares(store.pages, 1, q, until, found, pages.shares_scratch(store.pages, case.heads, ws), case.scoring())
+    for head, count in enumerate(until.tolist()):
+        queries = q[head * case.groups : (head + 1) * case.groups].double()
+        scores = store.held[1][head].k[:count].double() @ queries.T * case.scoring().scale
+        if case.softcap is not None:
+            scores = case.softcap * (scores / case.softcap).tanh()
+        torch.testing.assert_close(found[head, :count].double(), scores.softmax(0).sum(1), rtol=1e-4, atol=1e-6)
+        assert found[head, count:].isnan().all()
+
+
 @compiled
 def test_tokens_that_are_not_there_cannot_be_listed(level: str) -> None:
     cpu.use(level)

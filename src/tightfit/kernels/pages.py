@@ -359,6 +359,33 @@ def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor, ws: 
     )
 
 
+def shares_scratch(pages: Pages, heads: int, ws: Workspace) -> torch.Tensor:
+    """Scratch memory of the enclosing frame for :func:`shares`."""
+    nbytes = pages.handle.shares_scratch(heads, cpu.threads()) if cpu.available() else 0
+    return ws.empty(nbytes, dtype=torch.uint8)
+
+
+def shares(
+    pages: Pages,
+    sequence: int,
+    q: torch.Tensor,
+    until: torch.Tensor,
+    shares_: torch.Tensor,
+    scratch_: torch.Tensor,
+    scoring: Scoring,
+) -> None:
+    """Writes into ``shares`` (kv_heads, n) what a query ``q`` (heads, key_dim) would give to each of the first
+    ``until`` (kv_heads,) int32 tokens of a sequence if these were all, summed over the heads of a group. For use in
+    operations, of which it is none."""
+    if not cpu.available():
+        reference.shares(pages, sequence, q, until, shares_, scoring)
+        return
+    heads = len(q)
+    block = _block(q.unsqueeze(0), (1, heads, pages.key_shape[1]))
+    addresses = until.data_ptr(), _rows(shares_), scratch_.data_ptr(), cpu.threads()
+    pages.handle.shares(sequence, block, (heads, *scoring.arguments()), *addresses)
+
+
 def _call(ws: Workspace, nbytes: int, kernel: Callable[..., None], *arguments: Any) -> None:
     """Runs a kernel that takes scratch memory and a number of threads."""
     with ws.frame():

@@ -459,6 +459,18 @@ def straighten(pages: Pages, sequence: int, path: torch.Tensor) -> None:
                 pages.values[sequence, table[to], there] = pages.values[sequence, table[source], here]
 
 
+def shares(
+    pages: Pages, sequence: int, q: torch.Tensor, until: torch.Tensor, shares_: torch.Tensor, scoring: Scoring
+) -> None:
+    for head, (queries, count) in enumerate(zip(q.unflatten(0, (len(until), -1)), until.tolist(), strict=True)):
+        blocks = torch.arange(count).split(BLOCK)
+        keys = [_tokens(pages, sequence, head, places)[0] @ queries.T for places in blocks]
+        scores = torch.cat([*keys, torch.empty(0, len(queries))]) * scoring.scale
+        if scoring.softcap is not None:
+            scores = (scores / scoring.softcap).tanh() * scoring.softcap
+        shares_[head, :count] = scores.softmax(0).sum(1)
+
+
 def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor) -> None:
     if pages.bounds is None:
         raise ValueError("pages without bounds cannot be selected")

@@ -635,6 +635,32 @@ void weigh_tokens(const HeadCache& head, const Queries& queries, const float* q,
     });
 }
 
+// ---- what keys would receive ----
+
+template <class Isa>
+void score_tokens(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, float* scratch,
+                  float* out, size_t stride) {
+    float* pages = scratch + queries.rows * KEY_BLOCK;
+    for_blocks<Isa>(head, from, to, pages, [&](const HeadCache& loaded, size_t block, size_t first, size_t end) {
+        const Ahead none{reinterpret_cast<const char*>(loaded.keys), false};
+        switch (loaded.kind) {
+            case Kind::f16: score_block<Isa, F16, VECTORS>(loaded, queries.rows, q, block, first, end, scratch, none); break;
+            case Kind::bf16: score_block<Isa, BF16, VECTORS>(loaded, queries.rows, q, block, first, end, scratch, none); break;
+            default: score_block<Isa, float, VECTORS>(loaded, queries.rows, q, block, first, end, scratch, none);
+        }
+        for (size_t r = 0; r < queries.rows; r++)
+            std::copy(scratch + r * KEY_BLOCK + first - block, scratch + r * KEY_BLOCK + end - block,
+                      out + r * stride + first - from);
+    });
+}
+
+template <class Isa>
+void softmax(float* scores, size_t count) {
+    float top = LOWEST, total = 0.0f;
+    weigh<Isa>(scores, 0, count, 0, count, 0.0f, top, total);
+    for (size_t i = 0; i < count; i++) scores[i] /= total;
+}
+
 inline float largest_score(const float* bounds, const float* q, size_t rows, size_t dim) {
     float largest = -__builtin_inff();
     for (size_t r = 0; r < rows; r++) {
@@ -656,8 +682,8 @@ inline float largest_score(const float* bounds, const float* q, size_t rows, siz
 
 template <class Isa>
 constexpr AttentionKernels attention_kernels_of() {
-    return {rotate_head,      store<Isa>,       fold<Isa>,       weigh_tokens<Isa>,
-            decode_page<Isa>, encode_page<Isa>, load_numbers<Isa>, largest_score};
+    return {rotate_head,  store<Isa>,       fold<Isa>,        weigh_tokens<Isa>,  score_tokens<Isa>,
+            softmax<Isa>, decode_page<Isa>, encode_page<Isa>, load_numbers<Isa>, largest_score};
 }
 
 }  // namespace

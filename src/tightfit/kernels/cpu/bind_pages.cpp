@@ -178,6 +178,17 @@ void tightfit::bind_pages(nb::module_& m) {
             check_sequence(p, sequence);
             straighten(p, sequence, at<const int32_t>(path), count);
         })
+        .def("shares_scratch", &shares_scratch)
+        .def("shares", [](const Pages& p, size_t sequence, const Strided& q, const Scores& scores, uintptr_t until,
+                          const std::tuple<uintptr_t, size_t>& out, uintptr_t scratch, size_t threads) {
+            check_sequence(p, sequence);
+            for (size_t h = 0; h < p.kv_heads; h++)
+                if (at<const int32_t>(until)[h] < 0 || at<const int32_t>(until)[h] > p.lengths[p.at(sequence, h)])
+                    throw nb::index_error("tokens that are not in the cache");
+            nb::gil_scoped_release release;
+            shares(p, sequence, block<const float>(q), attention_of(scores), at<const int32_t>(until),
+                   {at<float>(std::get<0>(out)), std::get<1>(out)}, at<uint8_t>(scratch), threads);
+        })
         .def("select_scratch", &select_scratch)
         .def("select", [](const Pages& p, const Ragged& places, size_t rows, const Strided& q, size_t heads, size_t count,
                           uintptr_t chosen, uintptr_t scratch, size_t threads) {

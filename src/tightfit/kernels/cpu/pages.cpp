@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstdlib>
 #include <numeric>
 #include <stdexcept>
@@ -650,6 +651,45 @@ void straighten(const Pages& p, size_t sequence, const int32_t* path, size_t cou
                             p.value_dim * itemsize(p.kind));
         }
     }
+}
+
+size_t shares_scratch(const Pages& p, size_t heads, size_t threads) {
+    const size_t groups = heads / p.kv_heads;
+    return std::min(threads, p.kv_heads) * (weigh_floats(p, groups) + groups * p.capacity()) * sizeof(float);
+}
+
+void shares(const Pages& p, size_t sequence, Block<const float> q, const Attention& attention, const int32_t* until,
+            Rows<float> shares, uint8_t* scratch, size_t threads) {
+    const AttentionKernels& k = attention_kernels();
+    const size_t groups = attention.heads / p.kv_heads, workers = std::min(threads, p.kv_heads);
+    const size_t folding = round_up(fold_scratch(groups, p.key_dim, p.value_dim, true), 16);
+    const size_t each = weigh_floats(p, groups) + groups * p.capacity();
+    Queries queries{groups, groups, 0, attention.window, 0};
+    queries.all = true;
+    parallel_for(workers, workers, [&](size_t worker) {
+        float* own = reinterpret_cast<float*>(scratch) + worker * each;
+        float* query = own + folding;
+        float* scores = own + weigh_floats(p, groups);
+        for (size_t h = worker; h < p.kv_heads; h += workers) {
+            const size_t count = static_cast<size_t>(until[h]);
+            float* out = shares[h];
+            std::fill(out, out + count, 0.0f);
+            Stretches stretches;
+            Head(p, sequence, h).add(0, count, {}, queries, q.from(0, h * groups), 0, stretches);
+            for (const Stretch& stretch : stretches) {
+                load_queries(stretch, groups, attention.scale * LOG2_E, query);
+                k.score(stretch.head, stretch.queries, query, stretch.from, stretch.to, own, scores + stretch.from,
+                        p.capacity());
+            }
+            for (size_t g = 0; g < groups; g++) {
+                float* row = scores + g * p.capacity();
+                const float cap = attention.softcap * LOG2_E;
+                for (size_t i = 0; cap != 0.0f && i < count; i++) row[i] = std::tanh(row[i] / cap) * cap;
+                k.softmax(row, count);
+                for (size_t i = 0; i < count; i++) out[i] += row[i];
+            }
+        }
+    });
 }
 
 size_t select_scratch(const Pages& p, size_t threads) {

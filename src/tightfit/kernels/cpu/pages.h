@@ -158,4 +158,10 @@ void select(const Pages& pages, const Place* places, size_t rows, Block<const fl
             int32_t* chosen, uint8_t* scratch, size_t threads);
 size_t select_scratch(const Pages& pages, size_t threads);
 
+// shares (kv_heads, stride of `shares`) = what the heads of `q` would give to each of the first `until` (kv_heads) tokens of
+// a sequence, if these were all: the sums of their softmaxes.
+size_t shares_scratch(const Pages& pages, size_t heads, size_t threads);
+void shares(const Pages& pages, size_t sequence, Block<const float> q, const Attention& attention, const int32_t* until,
+            Rows<float> shares, uint8_t* scratch, size_t threads);
+
 }  // namespace tightfit
