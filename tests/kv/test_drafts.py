@@ -13,6 +13,7 @@ from tests.kv.driver import Run, Tiny, choose
 from tests.kv.slow_reference import owners
 
 from tightfit.kv.base import BLOCK
+from tightfit.kv.fitted import Known
 from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Segment
 
@@ -33,6 +34,8 @@ COMPOSITIONS = [
     "int4(recent=0)",
     "int8(recent=32)+host(resident=32)",
     "quest(tokens=64,full=1)",
+    "recycled(tokens=32,full=0,stride=5)",
+    "h2o(keep=64)+recycled(tokens=32,full=1,stride=40,similar=0.7)+int4(recent=32)",
     "quest(tokens=32,full=0)+int4(recent=32)+host(resident=32)",
     "h2o(keep=64,budget=adakv)+int4(recent=32)+quest(tokens=32,full=0)+host(resident=0)",
 ]
@@ -133,7 +136,7 @@ def test_drafts_leave_the_same_bits_as_plain_decoding(
     small = tiny(model, dtype)
     tokens = small.tokens(prompt, seed)
     whose = owners(kv, len(small.spec.layers))
-    plain, verified = (small.run(kv, context=CONTEXT, chunk=48, tail=t, owners=whose) for t in (1, tail))
+    plain, verified = (small.run(kv, context=CONTEXT, chunk=48, tail=t, known=Known(whose)) for t in (1, tail))
     layered = layered and kv not in SHARED
     first, same = plain.prefill(tokens, layered=layered), verified.prefill(tokens, layered=layered)
     assert torch.equal(first, same)

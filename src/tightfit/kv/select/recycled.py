@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
-from tightfit.kv.method import Selector
+from tightfit.kv.method import Method, Selector
+from tightfit.kv.share.kvsharer import KVSharer
 
 if TYPE_CHECKING:
     from tightfit.kv.select.selecting import Selecting, Where
@@ -40,6 +41,11 @@ class Recycled(Selector):
     def reads(self, tokens: int) -> float:
         """Where queries stay similar. A full step reads keys twice: to see them, and to find out what it gives most."""
         return (tokens + (self.stride - 1) * min(self.tokens, tokens)) / self.stride
+
+    def excludes(self, other: Method) -> str | None:
+        if isinstance(other, KVSharer):
+            return "recycles what one layer's queries chose, which others' would not"
+        return super().excludes(other)
 
     def select(self, where: Where) -> Selecting:
         from tightfit.kv.select.by_last_full import ByLastFull
