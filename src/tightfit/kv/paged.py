@@ -30,10 +30,12 @@ from tightfit.kv.cache import as_bytes, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
+from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Seen
+from tightfit.kv.method import Merger, Rest, Seen
 from tightfit.kv.observed import Observed
 from tightfit.kv.reserved import Reserved, numbers
+from tightfit.kv.rest import Resting
 
 Made = TypeVar("Made")
 
@@ -83,11 +85,11 @@ class PagedCache(BaseCache):
         arena: Arena,
         gemm_dtype: torch.dtype = torch.float32,
         tail: int = 1,
-        owners: Sequence[int] | None = None,
+        known: Known = NOTHING,
     ) -> None:
         composition.check(layouts)
         self.layouts = layouts
-        self.owners = list(range(len(layouts)) if owners is None else owners)
+        self.owners = list(range(len(layouts)) if known.owners is None else known.owners)
         self._last = {owner: layer for layer, owner in enumerate(self.owners)}  # the last one that reads an owner's
         self.composition = composition
         self.context = context
@@ -106,6 +108,10 @@ class PagedCache(BaseCache):
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
+        self.resting: list[Resting] = []
+        if composition.rest is not None:
+            rest = composition.rest
+            self.resting = self._of_owners(lambda layer: self._resting(rest, layer, arena))
         self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
         self.observed: Observed | None = None
         if evictor is not None and evictor.observes != "nothing":
@@ -130,6 +136,11 @@ class PagedCache(BaseCache):
     def _merging(self, merger: Merger, layer: int, arena: Arena) -> Merging:
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
+
+    def _resting(self, rest: Rest, layer: int, arena: Arena) -> Resting:
+        layout = self.layouts[layer]
+        memory = place(arena, (self.sequences, layout.kv_heads, rest.remembers(layout)), torch.float32)
+        return Resting(rest, layer, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
     def close(self) -> None:
         if self._file >= 0:
@@ -221,9 +232,12 @@ class PagedCache(BaseCache):
         if rows:
             with ws.frame():
                 looking = self._looking(layer, Rows(step.places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = None if observed is None else ws.empty(rows, heads)
+                lse = ws.empty(rows, heads) if observed is not None or self.resting else None
                 which = Rows(step.places, step.paths)
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
+                if self.resting and lse is not None:
+                    slots = step.places[:rows, 0]
+                    self.resting[layer].recall(slots, q[:rows], scoring, out[:rows], lse, ws)
                 if observed is not None and lse is not None and step.tentative:
                     observed.drafts[layer].put(which, self.tokens, looking, lse, scoring)
                     for slot in set(step.places[:rows, 0].tolist()):
@@ -233,9 +247,13 @@ class PagedCache(BaseCache):
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             with ws.frame():
                 looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-                lse = None if observed is None else ws.empty(b - a, heads)
+                lse = ws.empty(b - a, heads) if observed is not None or self.resting else None
                 bf16 = self.gemm_dtype == torch.bfloat16
                 pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
+                if self.resting and lse is not None:
+                    slots = ws.empty(b - a, dtype=torch.int32)
+                    ops.fill_(slots, segment.slot)
+                    self.resting[layer].recall(slots, looking.q, scoring, out[a:b], lse, ws)
                 if self._whole is not None:
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
@@ -287,6 +305,8 @@ class PagedCache(BaseCache):
             self.observed.clear(slot)
         for merging in self.merging:
             merging.memory[slot] = math.nan
+        for resting in self.resting:
+            resting.memory[slot] = 0.0
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = self.prompts[slot] = stop
@@ -324,8 +344,8 @@ class PagedCache(BaseCache):
             yield as_bytes(self.observed.since[slot])
         for layer in self.own:
             mass = None if self.observed is None else self.observed.mass[layer]
-            memory = self.merging[layer].memory if self.merging else None
-            yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, memory)
+            states = [of_layers[layer].memory for of_layers in (self.merging, self.resting) if of_layers]
+            yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, states)
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
@@ -443,6 +463,8 @@ class PagedCache(BaseCache):
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
+            if self.resting:
+                self.resting[layer].take_most(slot, run, ws)
             keep(run)
             return
         before = kept.lengths[slot].tolist()
@@ -467,8 +489,10 @@ class PagedCache(BaseCache):
             prompt = tokens if run.count else int(self.prompts[slot])
             indices, left = self._judge(layer, mass, positions, counts, since, tokens, prompt, limit)
             listed = indices
+            horizon = -1 if window is None else tokens - window  # what no query sees any more does not count any more
+            if self.resting:
+                self.resting[layer].take_up(slot, run, (indices, left), positions > horizon, ws)
             if self.merging:
-                horizon = -1 if window is None else tokens - window  # what no query sees any more is not merged
                 listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left
