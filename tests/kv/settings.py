@@ -17,6 +17,7 @@ SETTINGS = {
     "scissorhands": "scissorhands(keep=70,recent=16,window=40)",
     "corm": "corm(keep=70,window=24)",
     "morphkv": "morphkv(keep=70,window=24)",
+    "locret": "locret(keep=70,recent=12,hidden=16)",
     "scope": "scope(keep=70,output=30,recent=12)",
     "int8": "int8(recent=16)",
     "int4": "int4(recent=16)",

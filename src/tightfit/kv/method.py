@@ -6,9 +6,9 @@ Nothing here imports torch when it is imported: spec strings are read before any
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from tightfit.errors import UsageError
 from tightfit.kernels.codec import Codec
@@ -17,9 +17,9 @@ from tightfit.kv.budgets import BUDGETS
 if TYPE_CHECKING:
     import torch
 
-    from tightfit.budget.ledger import Workspace
+    from tightfit.budget.ledger import Arena, Workspace
     from tightfit.kernels.attention import Scoring
-    from tightfit.kv.base import LayerLayout
+    from tightfit.kv.base import LayerLayout, Step
     from tightfit.kv.select.selecting import Selecting, Where
 
 
@@ -98,6 +98,33 @@ class Evictor(Method):
     def scores(self, seen: Seen) -> torch.Tensor:
         """(kv_heads, n) float32: those with the highest stay, and none with minus infinity. It may write to
         ``seen.mass``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rater(Evictor):
+    """An evictor that knows what a token is worth when it comes: ``seen.mass`` is what :meth:`rate` said then."""
+
+    observes: ClassVar[str] = "itself"
+
+    def prepare(self, layer: int, tensors: Mapping[str, torch.Tensor], arena: Arena) -> Any:
+        """What rating the tokens of a layer takes, in ``arena``; ``tensors`` is what is known of the model."""
+        raise NotImplementedError
+
+    def rate(
+        self,
+        prepared: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        worth: torch.Tensor,
+        step: Step,
+        dtype: torch.dtype,
+        ws: Workspace,
+    ) -> None:
+        """Rates a step's tokens, ``q`` (n, heads, key_dim), ``k`` (n, kv_heads, key_dim) before they are turned and
+        ``v`` (n, kv_heads, value_dim), into ``worth`` (n, kv_heads). Prompts are multiplied in ``dtype``. Computes with
+        operations alone, rows that decode each by itself."""
         raise NotImplementedError
 
 

@@ -37,7 +37,7 @@ class Observed:
         arena: Arena,
     ) -> None:
         self.evictor, self._widths, self._layouts = evictor, widths, layouts
-        self.all = evictor.observes == "all"
+        self.all = evictor.observes != "last"
         # One more than a window has where blocks are full: some are not.
         self.blocks = 1 if self.all or evictor.window == 1 else -(-evictor.window // BLOCK) + 1
         self.since = numbers(arena, sequences, self.blocks)

@@ -34,8 +34,9 @@ from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Seen
+from tightfit.kv.method import Merger, Rater, Seen
 from tightfit.kv.observed import Observed
+from tightfit.kv.rated import Rated
 from tightfit.kv.reserved import Reserved, numbers
 from tightfit.kv.rest import Resting
 from tightfit.kv.select.selecting import Selecting, Settled, Where
@@ -46,10 +47,11 @@ Made = TypeVar("Made")
 @dataclass
 class Held:
     """A step's tokens of one layer on their way through attention: the run of each prefill segment and the place of its
-    first token there, and the queries that look at anchors."""
+    first token there, the queries that look at anchors, and what the tokens are worth (n, kv_heads)."""
 
     runs: list[tuple[Run, int]]
     anchor_q: torch.Tensor | None
+    worth: torch.Tensor | None = None
 
 
 @dataclass
@@ -105,7 +107,11 @@ class PagedCache(BaseCache):
         self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners)
         self._file = -1 if composition.tier is None else composition.tier.open()
         self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
-        before = arena.used
+        prepared = []
+        if isinstance(evictor, Rater):
+            tensors = known.of(evictor)
+            prepared = self._of_owners(lambda layer: evictor.prepare(layer, tensors, arena))
+        before = arena.used  # from here on it is of sequences
         self.tokens = numbers(arena, sequences)
         self.layers = self._of_owners(lambda layer: reserved.pages(layer, arena, dtype, self.tokens, self._file))
         self.merging: list[Merging] = []
@@ -113,9 +119,13 @@ class PagedCache(BaseCache):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
         self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena))
         self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
-        self.observed: Observed | None = None
-        if evictor is not None and evictor.observes != "nothing":
-            widths = [size.table_pages * PAGE for size in reserved.sizes]
+        widths = [size.table_pages * PAGE for size in reserved.sizes]
+        self.observed: Observed | None = None  # by what tokens are judged
+        self.rated: Rated | None = None  # the same, where they bring it with them
+        if isinstance(evictor, Rater):
+            common = layouts, widths, self._of_owners, sequences
+            self.observed = self.rated = Rated(evictor, prepared, *common, gemm_dtype, arena)
+        elif evictor is not None and evictor.observes != "nothing":
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
         self.beside = self._of_owners(lambda layer: self._beside(layer, arena))
         self._nbytes = arena.used - before
@@ -212,7 +222,9 @@ class PagedCache(BaseCache):
         turn: Turn | None,
         ws: Workspace,
     ) -> Held:
-        kept, anchor_q = self.layers[layer], None
+        kept, anchor_q, worth = self.layers[layer], None, None
+        if self.rated is not None and q_ is not None and k_ is not None and v is not None:
+            worth = self.rated.rate(layer, step, q_, k_, v, ws)
         if turn is not None and q_ is not None:
             if turn.anchors is not None and self._anchors(layer):
                 anchor_q = ws.empty(*q_.shape)
@@ -227,6 +239,8 @@ class PagedCache(BaseCache):
         rows = step.vector
         if rows:
             pages.append(kept, Rows(step.places), k_[:rows], None if v is None else v[:rows])
+            if self.rated is not None and worth is not None:
+                self.rated.put(layer, kept, Rows(step.places), worth[:rows])
         runs = []
         for index, (segment, a, b) in enumerate(step.prefills):
             if shared is not None:
@@ -240,7 +254,7 @@ class PagedCache(BaseCache):
             if v is not None:
                 ops.copy_(run.values[:, at : at + b - a], v[a:b].transpose(0, 1))
             runs.append((run, at))
-        return Held(runs, anchor_q)
+        return Held(runs, anchor_q, worth)
 
     def attend_step(
         self, layer: int, step: Step, held: Held, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
@@ -249,8 +263,9 @@ class PagedCache(BaseCache):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
         kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
-        observed, beside = self.observed, self.beside[layer]
-        shared, sums = self._shared.get(owner), observed is not None or bool(beside)
+        watching = None if self.rated is not None else self.observed
+        beside = self.beside[layer]
+        shared, sums = self._shared.get(owner), watching is not None or bool(beside)
         if rows:
             with ws.frame():
                 which = Rows(step.places, step.paths)
@@ -260,12 +275,12 @@ class PagedCache(BaseCache):
                 if lse is not None:
                     for each in beside:
                         each.join_rows(which, q[:rows], out[:rows], lse, ws, scoring)
-                if observed is not None and lse is not None and step.tentative:
-                    observed.drafts[layer].put(which, self.tokens, looking, lse, scoring)
+                if watching is not None and lse is not None and step.tentative:
+                    watching.drafts[layer].put(which, self.tokens, looking, lse, scoring)
                     for slot in set(step.places[:rows, 0].tolist()):
                         self._drafting[slot] = True
-                elif observed is not None and lse is not None:
-                    observed.rows(layer, kept, which, looking, lse, ws, scoring)
+                elif watching is not None and lse is not None:
+                    watching.rows(layer, kept, which, looking, lse, ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             with ws.frame():
                 looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
@@ -275,13 +290,15 @@ class PagedCache(BaseCache):
                 if lse is not None:
                     for each in beside:
                         each.join(segment.slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
+                held_by: Whole | Shared | None = self._whole or (None if shared is None else shared[index])
+                given = self._received(layer, run.count, ws) if held_by is None else held_by.given
+                if self.rated is not None and held.worth is not None and given is not None:
+                    self.rated.put_chunk(kept, segment.slot, at, held.worth[a:b], given)
                 if self._whole is not None:
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
-                given = None if shared is None else shared[index].given
-                if observed is not None and lse is not None:
-                    given = observed.room(layer, run.count, ws) if given is None else given
-                    observed.chunk(kept, segment.slot, run, at, looking, lse, given, ws, scoring)
+                if watching is not None and lse is not None and given is not None:
+                    watching.chunk(kept, segment.slot, run, at, looking, lse, given, ws, scoring)
                 if layer == owner:
                     self._choose_channels(layer, segment.slot, run, looking.q)
                 if layer == self._last[owner]:
@@ -394,8 +411,10 @@ class PagedCache(BaseCache):
         drafted, self._drafting[slot] = self._drafting[slot], False
         if drafted or list(path) != list(range(len(path))):
             order = torch.tensor(path, dtype=torch.int32)
-            for kept in self._stores:
-                pages.straighten(kept, slot, order)
+            for layer in self.own:
+                pages.straighten(self.layers[layer], slot, order)
+                if self.rated is not None:
+                    self.rated.straighten(layer, self.layers[layer], slot, order)
             if drafted and path and self.observed is not None:
                 start = int(self.tokens[slot])
                 self.observed.commit_drafts(slot, order, start, self.layers, self._looking, ws)
@@ -461,7 +480,7 @@ class PagedCache(BaseCache):
             if lse is not None:
                 ops.copy_(whole.lse[rows], lse[first:])
         observed, kept = self.observed, self.layers[layer]
-        if observed is None or whole.given is None or lse is None:
+        if observed is None or self.rated is not None or whole.given is None or lse is None:
             return
         if observed.all:
             observed.chunk(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
