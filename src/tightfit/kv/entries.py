@@ -32,6 +32,8 @@ def parts(
     yield as_bytes(kept.table[slot])
     if kept.channels is not None:
         yield as_bytes(kept.channels[slot])
+    for table in kept.tables:
+        yield as_bytes(table[slot])
     if memory is not None:
         yield as_bytes(memory[slot])
     for head, length in enumerate(kept.lengths[slot].tolist()):

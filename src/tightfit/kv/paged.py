@@ -26,14 +26,14 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
-from tightfit.kv.cache import place
+from tightfit.kv.cache import numbers, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.drafts import Drafts
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Seen
-from tightfit.kv.reserved import Reserved, numbers
+from tightfit.kv.method import Merger, Seen, Tabled
+from tightfit.kv.reserved import Reserved
 
 Made = TypeVar("Made")
 
@@ -258,7 +258,7 @@ class PagedCache(BaseCache):
                     given = self._received(layer, run.count, ws) if given is None else given
                     self._weigh(layer, segment.slot, run, at, looking, lse, given, ws, scoring)
                 if layer == owner:
-                    self._choose_channels(layer, segment.slot, run, looking.q)
+                    self._look_first(layer, segment.slot, run, looking.q)
                 if layer == self._last[owner]:
                     self._settle(owner, segment.slot, run, given, ws)
 
@@ -396,6 +396,7 @@ class PagedCache(BaseCache):
         wanted = evictor.window if evictor is not None and self.observes == "last" else 0
         if self.composition.pruner is not None:
             wanted = max(wanted, self.composition.pruner.window)
+        wanted = max([wanted, *(method.queries for method in self.composition.methods if isinstance(method, Tabled))])
         last = min(wanted, count)
         with ws.frame():
             run = self._new_run(layer, count, ws)
@@ -407,7 +408,7 @@ class PagedCache(BaseCache):
                 yield
             finally:
                 self._whole = None
-            self._choose_channels(layer, segment.slot, run, whole.q)
+            self._look_first(layer, segment.slot, run, whole.q)
             self._settle(layer, segment.slot, run, given, ws)
 
     def _watch(
@@ -443,11 +444,17 @@ class PagedCache(BaseCache):
             last = Looking(whole.q, turned, looking.anchors)
             self._weigh(layer, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
 
-    def _choose_channels(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
-        """The first queries ``q`` (n, heads, key_dim) of a sequence decide which channels of keys stay."""
-        pruner, channels = self.composition.pruner, self.layers[layer].channels
-        if pruner is not None and channels is not None and not ops.is_dry() and not self._pruned[slot]:
-            channels[slot] = pruner.choose(q, run.keys[:, : run.count])
+    def _look_first(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
+        """The first queries ``q`` (n, heads, key_dim) of a sequence and its first tokens decide which channels of keys
+        stay, and what is in the tables of codecs."""
+        if ops.is_dry() or self._pruned[slot]:
+            return
+        composition, kept, lower = self.composition, self.layers[layer], self.lower[layer]
+        if composition.pruner is not None and kept.channels is not None:
+            kept.channels[slot] = composition.pruner.choose(q, run.keys[:, : run.count])
+        _look_up(kept, slot, composition.key_codec, composition.value_codec, run, q)
+        if lower is not None:
+            _look_up(lower.pages, slot, lower.demoter, lower.demoter, run, q)
 
     def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
         """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
@@ -599,3 +606,17 @@ class PagedCache(BaseCache):
 
 def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:
     return None if x is None else x[start:stop]
+
+
+def _look_up(
+    kept: Pages, slot: int, of_keys: Tabled | None, of_values: Tabled | None, run: Run, q: torch.Tensor
+) -> None:
+    """Fills the tables of codecs that a sequence has for itself."""
+    codecs = (
+        (kept.key_codec, kept.key_side, of_keys, run.keys),
+        (kept.value_codec, kept.value_side, of_values, run.values),
+    )
+    for codec, side, method, of_run in codecs:
+        if side is not None and method is not None and not codec.coupled:
+            last = q[len(q) - min(method.queries, len(q)) :]
+            side[slot] = method.table(codec, of_run[:, : run.count], last, of_run is run.keys)

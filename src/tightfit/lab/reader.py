@@ -8,7 +8,7 @@ import torch
 
 from tightfit.api import Model
 from tightfit.errors import UsageError
-from tightfit.kernels.pages import PAGE
+from tightfit.kernels.pages import PAGE, Pages
 from tightfit.kv.cache import Cache
 from tightfit.kv.paged import PagedCache
 
@@ -66,7 +66,8 @@ class Reader:
 def _paged_bytes(cache: PagedCache, layer: int) -> float:
     """What one query of all heads reads of the first sequence in a layer. Of pages that a selector chooses among, those
     in few bits are chosen as often as others."""
-    pages, total = cache.layers[layer], 0.0
+    pages, lower = cache.layers[layer], cache.lower[layer]
+    total = 0.0 if lower is None else _bytes_below(lower.pages)
     token = (pages.keys.shape[3] + pages.values.shape[3]) * pages.keys.element_size()
     code = pages.key_codec.page_bytes + pages.value_codec.page_bytes
     lists = [counts[0].tolist() for counts in (pages.lengths, pages.coded, pages.bounded)]
@@ -78,3 +79,11 @@ def _paged_bytes(cache: PagedCache, layer: int) -> float:
             coded, dense = coded * share, (bounded * PAGE - coded * PAGE) * share + length - bounded * PAGE
         total += coded * code + dense * token
     return total
+
+
+def _bytes_below(pages: Pages) -> float:
+    """What is read of a lower store."""
+    token = (pages.keys.shape[3] + pages.values.shape[3]) * pages.keys.element_size()
+    code = pages.key_codec.page_bytes + pages.value_codec.page_bytes
+    coded = int(pages.coded[0].sum())
+    return coded * code + (int(pages.lengths[0].sum()) - coded * PAGE) * token

@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "attention_tasks.h"
+#include "codecs.h"
 #include "math.h"
 
 namespace tightfit {
@@ -344,8 +345,13 @@ void unpack(const uint8_t* codes, size_t count, float* out) {
 }
 
 template <class Isa>
-void decode_page(const Codec& codec, Kind kind, const uint8_t* page, float* out) {
+void decode_page(const Codec& codec, Kind kind, const uint8_t* page, const float* side, float* out) {
     const size_t dim = codec.dim, row_bytes = codec.row_bytes();
+    if (codec.coupled) return decode_coupled(codec, page, side, out);
+    if (!codec.plain())
+        return decode_side(codec, kind, page, side, out, [](const uint8_t* from, Kind of, size_t count, float* to) {
+            load_numbers<Isa>(from, of, count, to);
+        });
     if (codec.dense()) return load_numbers<Isa>(page, kind, PAGE * dim, out);
     float scales[1024], minima[1024];  // of some rows
     for (size_t t = 0; t < PAGE; t++) {
@@ -409,9 +415,15 @@ inline void round_scales(float* low, float* high, size_t count, float most, F16*
 }
 
 template <class Isa>
-void encode_page(const Codec& codec, Kind kind, const float* numbers, uint8_t* page) {
+void encode_page(const Codec& codec, Kind kind, const float* numbers, const float* side, uint8_t* page) {
     constexpr size_t AT_ONCE = 256;  // channels, a multiple of what shares a byte and of a group
     const size_t dim = codec.dim, row_bytes = codec.row_bytes(), bits = codec.bits, groups = codec.groups();
+    if (codec.coupled) return encode_coupled(codec, numbers, side, page);
+    if (!codec.plain())
+        return encode_side(
+            codec, kind, numbers, side, page,
+            [](const uint8_t* from, Kind of, size_t count, float* to) { load_numbers<Isa>(from, of, count, to); },
+            store<Isa>);
     if (codec.dense()) return store<Isa>(numbers, PAGE * dim, kind, page);
     const float most = static_cast<float>((1 << bits) - 1);
     F16* scales = const_cast<F16*>(codec.scales_of(page));
@@ -506,9 +518,10 @@ HeadCache load_block(const HeadCache& head, size_t block, size_t from, size_t en
     float* raw = scratch + KEY_BLOCK * (head.key_dim + head.value_dim);
     const BlockPages pages = find_pages(head, block, from, end, reinterpret_cast<uint8_t*>(raw));
     for (size_t j = (from - block) / PAGE; j < (end - block + PAGE - 1) / PAGE; j++) {
-        decode_page<Isa>(head.key_codec, head.kind, pages.keys[j], keys + j * PAGE * head.key_dim);
+        decode_page<Isa>(head.key_codec, head.kind, pages.keys[j], head.key_side, keys + j * PAGE * head.key_dim);
         if (!shared)
-            decode_page<Isa>(head.value_codec, head.kind, pages.values[j], values + j * PAGE * head.value_dim);
+            decode_page<Isa>(head.value_codec, head.kind, pages.values[j], head.value_side,
+                             values + j * PAGE * head.value_dim);
     }
     HeadCache loaded{Kind::f32, reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), KEY_BLOCK,
                      head.key_dim, head.value_dim, shared ? head.key_dim : head.value_dim};

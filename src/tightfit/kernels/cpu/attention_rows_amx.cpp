@@ -628,7 +628,7 @@ private:
 bool multiplies(const HeadCache& head) {
     if (head.loaded()) return head.kind == Kind::bf16;
     const auto fits = [&](const Codec& codec, bool per_channel) {
-        return codec.dense() ? head.kind == Kind::bf16 : codec.per_channel == per_channel;
+        return codec.dense() ? head.kind == Kind::bf16 : codec.plain() && codec.per_channel == per_channel;
     };
     return fits(head.key_codec, true) && fits(head.shared() ? head.key_codec : head.value_codec, false);
 }
