@@ -73,7 +73,8 @@ def test_balancing_keeps_outlying_channels_from_hiding_the_others() -> None:
     tokens = haystack(30.0)
     layer = last_output("mikv(keep=64,bits=4)", tokens)[1]
     below = layer.cache.lower[0]
-    assert below is not None and below.pages.key_side is not None
+    assert below is not None
+    assert below.pages.key_side is not None
     q, k, _ = (x[:256] for x in tokens)
     largest_q = q[-128:].abs().amax(0).view(2, 2, 64).amax(1)
     expected = (k.abs().amax(0) / largest_q).sqrt()
