@@ -13,6 +13,7 @@ from tests.kv.driver import Run, Tiny, choose
 from tests.kv.slow_reference import owners
 
 from tightfit.kv.base import BLOCK
+from tightfit.kv.fitted import Known
 from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Segment
 
@@ -133,7 +134,7 @@ def test_drafts_leave_the_same_bits_as_plain_decoding(
     small = tiny(model, dtype)
     tokens = small.tokens(prompt, seed)
     whose = owners(kv, len(small.spec.layers))
-    plain, verified = (small.run(kv, context=CONTEXT, chunk=48, tail=t, owners=whose) for t in (1, tail))
+    plain, verified = (small.run(kv, context=CONTEXT, chunk=48, tail=t, known=Known(whose)) for t in (1, tail))
     layered = layered and kv not in SHARED
     first, same = plain.prefill(tokens, layered=layered), verified.prefill(tokens, layered=layered)
     assert torch.equal(first, same)
@@ -151,8 +152,9 @@ def statistics_of(run: Run) -> list[object]:
     layers, kept = range(len(run.paged.layers)), run.paged.layers
     heads = [(layer, head) for layer in layers for head in range(kept[layer].table.shape[1])]
     found: list[object] = [run.positions(layer, head) for layer, head in heads]
-    if run.paged.mass:
-        found += [run.paged.mass[layer][0, head, : len(run.positions(layer, head))].tolist() for layer, head in heads]
+    if run.paged.observed is not None:
+        mass = run.paged.observed.mass
+        found += [mass[layer][0, head, :, : len(run.positions(layer, head))].tolist() for layer, head in heads]
     return found
 
 

@@ -15,7 +15,7 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.cache import numbers, place, table
-from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
+from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt, leaving
 from tightfit.kv.method import Demoter
 
 
@@ -88,30 +88,28 @@ class LowerStore:
 
     # ---- tokens that come ----
 
-    def take(self, slot: int, upper: Pages, run: Run, staying: torch.Tensor, counts: list[int], ws: Workspace) -> None:
-        """Takes over all tokens of a sequence but those that stay: indices (kv_heads, n) int32 into the certain ones of
-        ``upper`` and the run behind them, of each head ``counts``."""
-        totals = [length + run.count for length in upper.lengths[slot].tolist()]
-        with ws.frame():
-            leaving = self._room_for_leaving(upper, run, ws)
-            left = [total - count for total, count in zip(totals, counts, strict=True)]
-            for head, (total, count) in enumerate(zip(totals, counts, strict=True)):
-                leaves = torch.ones(total, dtype=torch.bool)
-                leaves[staying[head, :count].long()] = False
-                leaving[head, : left[head]] = leaves.nonzero()[:, 0]
-            for at in range(0, max(left), READ_AT_ONCE):
-                stops = [min(count, at + READ_AT_ONCE) for count in left]
-                places = [leaving[head, at:stop].long() for head, stop in enumerate(stops)]
-                self._take(slot, upper, run, places, ws)
+    def take(
+        self,
+        slot: int,
+        upper: Pages,
+        run: Run,
+        staying: tuple[torch.Tensor, list[int]],
+        seen: torch.Tensor,
+        ws: Workspace,
+    ) -> None:
+        """Takes over the tokens, of those ``seen`` (kv_heads, n) bool by queries to come, that do not stay in
+        ``upper``: indices (kv_heads, m) int32 into its certain ones and the run behind them, and how many for each
+        head."""
+        going = [
+            leaving(upper, slot, head, run, staying[0][head, :count].long(), seen[head])
+            for head, count in enumerate(staying[1])
+        ]
+        for at in range(0, max(map(len, going)), READ_AT_ONCE):
+            self._take(slot, upper, run, [places[at : at + READ_AT_ONCE] for places in going], ws)
 
     def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:
         """Takes the scratch of the most tokens that can come."""
-        with ws.frame():
-            self._room_for_leaving(upper, run, ws)
-            self._take(slot, upper, run, [torch.arange(READ_AT_ONCE)] * len(run.keys), ws)
-
-    def _room_for_leaving(self, upper: Pages, run: Run, ws: Workspace) -> torch.Tensor:
-        return ws.empty(len(run.keys), upper.table.shape[2] * PAGE + run.count, dtype=torch.int32)
+        self._take(slot, upper, run, [torch.arange(READ_AT_ONCE)] * len(run.keys), ws)
 
     def _take(self, slot: int, upper: Pages, run: Run, places: list[torch.Tensor], ws: Workspace) -> None:
         """Takes over the tokens at ``places`` (n,) int64 of each head, ascending, at most READ_AT_ONCE."""
@@ -192,7 +190,7 @@ class LowerStore:
             whole = ws.empty(*out_.shape)
             pages.project(part, self.from_values, whole)
             part = whole
-        pages.join(out_, lse_, part, sums)
+        ops.merge_(out_, lse_, part, sums)
 
 
 def _alone(scoring: Scoring) -> Scoring:

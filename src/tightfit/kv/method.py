@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from tightfit.budget.ledger import Workspace
+    from tightfit.kernels.attention import Scoring
     from tightfit.kv.base import LayerLayout
 
 
@@ -26,6 +27,11 @@ class Method:
 
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
+    joined: ClassVar[bool] = False  # whether layers need each other: then they are planned together
+
+    def excludes(self, other: Method) -> str | None:
+        """Why it does not go with another method ("it ..."), if it does not."""
+        return None
 
     def refusal(self, layout: LayerLayout) -> str | None:
         """Why it cannot be used on such a layer, if it cannot."""
@@ -36,15 +42,20 @@ class Method:
 class Seen:
     """What an evictor may judge tokens by, of one layer and sequence.
 
-    ``mass`` (kv_heads, n) float32 is the attention that each token received from the queries that were observed, summed
-    over the heads of its group; ``positions`` (kv_heads, n) int32; ``counts`` of the n are there in each head, and
-    ``tokens`` came so far. Tokens are in the order of their positions.
+    ``mass`` (kv_heads, n) float32 is the attention that each token received from the queries that were observed, put
+    together over them and over the heads of its group as the evictor's ``fold`` says; ``positions`` (kv_heads, n)
+    int32; ``counts`` of the n are there in each head. With each query that was observed, from position ``since`` on,
+    ``groups`` heads look at a token. ``tokens`` came so far, of which the first ``prompt`` are not generated: they are
+    of the last prompt, or came before it. Tokens are in the order of their positions.
     """
 
     mass: torch.Tensor
     positions: torch.Tensor
     counts: list[int]
+    groups: int
+    since: int
     tokens: int
+    prompt: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,11 @@ class Evictor(Method):
     roles: ClassVar[tuple[str, ...]] = ("tokens",)
     observes: ClassVar[str] = "nothing"  # "all" queries, or the "last" ones, `window` of them
     window: ClassVar[int] = 0
+    # How what queries give to a token is put together: its "sum", the "max" that one of them gives, or the "votes": how
+    # many give it at least what they would if they looked alike at all tokens that came.
+    fold: ClassVar[str] = "sum"
     anchors: ClassVar[int] = 0
+    selective: ClassVar[bool] = False  # whether it may keep fewer than `keep`: it judges whenever tokens are certain
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -80,7 +95,8 @@ class Evictor(Method):
         return 0, 0
 
     def scores(self, seen: Seen) -> torch.Tensor:
-        """(kv_heads, n) float32: those with the highest stay. It may write to ``seen.mass``."""
+        """(kv_heads, n) float32: those with the highest stay, and none with minus infinity. It may write to
+        ``seen.mass``."""
         raise NotImplementedError
 
 
@@ -146,6 +162,41 @@ class Demoter(Evictor, Tabled):
         """How a layer's lower store keeps keys and values; numbers of the cache's own type take ``as_they_are`` bits.
         If these have fewer features than the layer's, the store's matrices say which (they are zeros when it is
         made)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rest(Method):
+    """What is let go of still counts: a state of constant size takes it up, and queries look at that too.
+
+    What it gives is folded into attention by the logarithms of what both divide by, to base 2, so it is a part of the
+    softmax like any stretch of tokens."""
+
+    roles: ClassVar[tuple[str, ...]] = ("rest",)
+
+    def remembers(self, layout: LayerLayout) -> int:
+        """How many float32 numbers each sequence and head has as its state; they are 0 when a sequence begins."""
+        raise NotImplementedError
+
+    def take_up(self, layer: int, head: int, leaving: Leaving, memory_: torch.Tensor, ws: Workspace) -> None:
+        """Puts the tokens that a key-value head lets go of into its state (numbers,). Computes with operations alone:
+        in a dry run it takes its scratch and nothing else."""
+        raise NotImplementedError
+
+    def recall(
+        self,
+        layer: int,
+        memory: torch.Tensor,
+        slots: torch.Tensor,
+        q: torch.Tensor,
+        scoring: Scoring,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        ws: Workspace,
+    ) -> None:
+        """Attention of ``q`` (n, heads, key_dim) over the states (sequences, kv_heads, numbers) of their sequences
+        ``slots`` (n,) int32, into ``out`` (n, heads, value_dim) and ``lse`` (n, heads), -inf where there is nothing
+        yet. Computes with operations alone, each row by itself."""
         raise NotImplementedError
 
 
