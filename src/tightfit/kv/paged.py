@@ -119,6 +119,7 @@ class PagedCache(BaseCache):
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
         self.lower = self._of_owners(lambda layer: reserved.lower(layer, arena, dtype, self.tokens, self._file))
         self._nbytes = arena.used - before
+        self._keep_centroids(known)
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
         self._pruned = [False] * sequences
@@ -146,6 +147,17 @@ class PagedCache(BaseCache):
         layout = self.layouts[layer]
         memory = place(arena, (self.sequences, layout.kv_heads, rest.remembers(layout)), torch.float32)
         return Resting(rest, layer, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
+
+    def _keep_centroids(self, known: Known) -> None:
+        """Copies what was fitted into the tables of codecs."""
+        for method, of_keys in ((self.composition.key_codec, True), (self.composition.value_codec, False)):
+            if method is None or method.name not in known.tensors:
+                continue
+            for layer in self.own:
+                kept = self.layers[layer]
+                side, name = (kept.key_side, "keys") if of_keys else (kept.value_side, "values")
+                if side is not None:
+                    side[0] = known.of(method)[f"{name}.{layer}"].flatten(1)
 
     def close(self) -> None:
         if self._file >= 0:
