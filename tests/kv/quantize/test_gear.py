@@ -12,7 +12,7 @@ from tightfit.kv.base import LayerLayout
 from tightfit.kv.compose import compose
 from tightfit.kv.make import kv_nbytes
 
-DIM, COUNT, FAR = 64, 256, 100
+DIM, COUNT, FAR = 64, 256, 300
 LAYOUT = LayerLayout(2, DIM, DIM, 0, heads=2)
 
 
