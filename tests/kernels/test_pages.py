@@ -934,7 +934,7 @@ def test_attention_over_two_sets_of_tokens_joins_to_that_over_both(level: str) -
         hidden = scores.masked_fill(~seen, -torch.inf)
         outs.append((hidden.softmax(-1) @ values).contiguous())  # no numbers where nothing is seen
         sums.append(hidden.logsumexp(-1) / math.log(2))
-    ops.merge_(outs[0], sums[0], outs[1], sums[1])
+    pages.join(outs[0], sums[0], outs[1], sums[1])
     assert torch.allclose(outs[0], whole, atol=1e-5)
     assert torch.allclose(sums[0], whole_lse, atol=1e-5)
 

@@ -237,6 +237,16 @@ def attend(
     )
 
 
+def join(out_: torch.Tensor, lse_: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
+    """Makes of attention over two sets of tokens, ``out`` and ``other`` (n, heads, value_dim) with their ``lse`` (n,
+    heads), that over both."""
+    if not cpu.available():
+        _run(reference.join, out_, lse_, other, other_lse)
+        return
+    shape = out_.shape
+    _run(cpu.module.join, _block(out_, shape), _rows(lse_), _block(other, shape), _rows(other_lse), *shape)
+
+
 def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
     """``out`` (n, heads, m) = ``x`` (n, heads, dim) times that of ``matrices`` (kv_heads, dim, m) float32 of each
     head's group. A row's bits do not depend on the others."""

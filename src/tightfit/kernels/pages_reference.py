@@ -417,6 +417,16 @@ def attend(
         _fold(view, out[:, heads], None if lse is None else lse[:, heads])
 
 
+def join(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
+    top = torch.maximum(lse, other_lse)
+    own, others = (lse - top).exp2(), (other_lse - top).exp2()
+    total = own + others
+    found = other_lse > -torch.inf
+    both = out * (own / total)[..., None] + other * (others / total)[..., None]
+    out.copy_(torch.where(found[..., None], both, out))
+    lse.copy_(torch.where(found, top + total.log2(), lse))
+
+
 def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
     of_heads = matrices.repeat_interleave(x.shape[1] // len(matrices), 0)
     for row, sums in zip(x, out, strict=True):  # each alone, so that its bits are its own

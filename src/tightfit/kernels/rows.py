@@ -81,13 +81,3 @@ def softcap_(x_: torch.Tensor, cap: float, parts: Parts) -> None:
         reference.softcap_(x_, cap, parts)
         return
     cpu.module.softcap(x_.data_ptr(), x_.stride(0), *x_.shape, cap, cpu.threads())
-
-
-def merge_(out_: torch.Tensor, lse_: torch.Tensor, other_: torch.Tensor, other_lse_: torch.Tensor) -> None:
-    """See :func:`tightfit.kernels.reference.merge_`."""
-    if not cpu.available():
-        reference.merge_(out_, lse_, other_, other_lse_)
-        return
-    out, other = ((x.data_ptr(), x.stride(0), x.stride(1)) for x in (out_, other_))
-    lse, other_lse = ((x.data_ptr(), x.stride(0)) for x in (lse_, other_lse_))
-    cpu.module.join(out, lse, other, other_lse, *out_.shape)

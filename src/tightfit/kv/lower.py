@@ -7,6 +7,8 @@ find is joined by the logarithms of what each softmax divides by, so that nothin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from tightfit.budget.ledger import Arena, Workspace
@@ -14,12 +16,14 @@ from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout
+from tightfit.kv.beside import Beside
 from tightfit.kv.cache import numbers, place, table
-from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt, leaving
+from tightfit.kv.entries import InFile, parts
+from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
 from tightfit.kv.method import Demoter
 
 
-class LowerStore:
+class LowerStore(Beside):
     """Of one layer: room for ``most`` tokens of each sequence and head on average, and for ``longest`` of one head.
 
     With a ``file``, whole pages lie in it, from byte ``at`` on; ``end`` is where they end. ``tokens`` (sequences,)
@@ -93,23 +97,31 @@ class LowerStore:
         slot: int,
         upper: Pages,
         run: Run,
-        staying: tuple[torch.Tensor, list[int]],
+        staying: torch.Tensor,
+        counts: list[int],
         seen: torch.Tensor,
         ws: Workspace,
     ) -> None:
-        """Takes over the tokens, of those ``seen`` (kv_heads, n) bool by queries to come, that do not stay in
-        ``upper``: indices (kv_heads, m) int32 into its certain ones and the run behind them, and how many for each
-        head."""
-        going = [
-            leaving(upper, slot, head, run, staying[0][head, :count].long(), seen[head])
-            for head, count in enumerate(staying[1])
-        ]
-        for at in range(0, max(map(len, going)), READ_AT_ONCE):
-            self._take(slot, upper, run, [places[at : at + READ_AT_ONCE] for places in going], ws)
+        totals = [length + run.count for length in upper.lengths[slot].tolist()]
+        with ws.frame():
+            leaving = self._room_for_leaving(upper, run, ws)
+            left = [total - count for total, count in zip(totals, counts, strict=True)]
+            for head, (total, count) in enumerate(zip(totals, counts, strict=True)):
+                leaves = torch.ones(total, dtype=torch.bool)
+                leaves[staying[head, :count].long()] = False
+                leaving[head, : left[head]] = leaves.nonzero()[:, 0]
+            for at in range(0, max(left), READ_AT_ONCE):
+                stops = [min(count, at + READ_AT_ONCE) for count in left]
+                places = [leaving[head, at:stop].long() for head, stop in enumerate(stops)]
+                self._take(slot, upper, run, places, ws)
 
     def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:
-        """Takes the scratch of the most tokens that can come."""
-        self._take(slot, upper, run, [torch.arange(READ_AT_ONCE)] * len(run.keys), ws)
+        with ws.frame():
+            self._room_for_leaving(upper, run, ws)
+            self._take(slot, upper, run, [torch.arange(READ_AT_ONCE)] * len(run.keys), ws)
+
+    def _room_for_leaving(self, upper: Pages, run: Run, ws: Workspace) -> torch.Tensor:
+        return ws.empty(len(run.keys), upper.table.shape[2] * PAGE + run.count, dtype=torch.int32)
 
     def _take(self, slot: int, upper: Pages, run: Run, places: list[torch.Tensor], ws: Workspace) -> None:
         """Takes over the tokens at ``places`` (n,) int64 of each head, ascending, at most READ_AT_ONCE."""
@@ -149,8 +161,6 @@ class LowerStore:
     def join_rows(
         self, rows: Rows, q: torch.Tensor, out_: torch.Tensor, lse_: torch.Tensor, ws: Workspace, scoring: Scoring
     ) -> None:
-        """Makes of attention of rows that decode over the first store, ``out`` (n, heads, value_dim) and ``lse`` (n,
-        heads), that over both."""
         with ws.frame():
             looking, part, sums = self._look(q, ws)
             pages.attend_rows(self.pages, Rows(rows.places), looking, part, sums, ws, _alone(scoring))
@@ -166,13 +176,18 @@ class LowerStore:
         scoring: Scoring,
         bf16: bool,
     ) -> None:
-        """:meth:`join_rows` for tokens of a prompt."""
         kept = self.pages
         with ws.frame():
             looking, part, sums = self._look(q, ws)
             nothing = Run(kept.keys[slot], kept.values[slot], 0)
             pages.attend(kept, slot, nothing, 0, looking, part, sums, ws, _alone(scoring), bf16)
             self._join(out_, lse_, part, sums, ws)
+
+    def clear(self, slot: int) -> None:
+        self.pages.reset(slot)
+
+    def parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
+        return parts(self.pages, slot, 0, None, ())
 
     def _look(self, q: torch.Tensor, ws: Workspace) -> tuple[Looking, torch.Tensor, torch.Tensor]:
         """Queries as keys here are multiplied, and room for what they find."""
@@ -190,7 +205,7 @@ class LowerStore:
             whole = ws.empty(*out_.shape)
             pages.project(part, self.from_values, whole)
             part = whole
-        ops.merge_(out_, lse_, part, sums)
+        pages.join(out_, lse_, part, sums)
 
 
 def _alone(scoring: Scoring) -> Scoring:

@@ -154,18 +154,6 @@ class Coder(Tabled):
 
 
 @dataclass(frozen=True)
-class Demoter(Evictor, Tabled):
-    """An evictor whose tokens are not gone when they leave: they go on in a lower store (:mod:`tightfit.kv.lower`), and
-    queries see them there. Layers with a sliding window have none, and keep all that it shows as it is."""
-
-    def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
-        """How a layer's lower store keeps keys and values; numbers of the cache's own type take ``as_they_are`` bits.
-        If these have fewer features than the layer's, the store's matrices say which (they are zeros when it is
-        made)."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
 class Rest(Method):
     """What is let go of still counts: a state of constant size takes it up, and queries look at that too.
 
@@ -197,6 +185,18 @@ class Rest(Method):
         """Attention of ``q`` (n, heads, key_dim) over the states (sequences, kv_heads, numbers) of their sequences
         ``slots`` (n,) int32, into ``out`` (n, heads, value_dim) and ``lse`` (n, heads), -inf where there is nothing
         yet. Computes with operations alone, each row by itself."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Demoter(Evictor, Tabled):
+    """An evictor whose tokens are not gone when they leave: they go on in a lower store (:mod:`tightfit.kv.lower`), and
+    queries see them there. Layers with a sliding window have none, and keep all that it shows as it is."""
+
+    def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
+        """How a layer's lower store keeps keys and values; numbers of the cache's own type take ``as_they_are`` bits.
+        If these have fewer features than the layer's, the store's matrices say which (they are zeros when it is
+        made)."""
         raise NotImplementedError
 
 

@@ -26,13 +26,15 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kv.beside import Beside
 from tightfit.kv.cache import as_bytes, numbers, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
+from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Rest, Seen, Tabled
+from tightfit.kv.method import Merger, Seen, Tabled
 from tightfit.kv.observed import Observed
 from tightfit.kv.reserved import Reserved
 from tightfit.kv.rest import Resting
@@ -108,16 +110,12 @@ class PagedCache(BaseCache):
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
-        self.resting: list[Resting] = []
-        if composition.rest is not None:
-            rest = composition.rest
-            self.resting = self._of_owners(lambda layer: self._resting(rest, layer, arena))
         self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
         self.observed: Observed | None = None
         if evictor is not None and evictor.observes != "nothing":
             widths = [size.table_pages * PAGE for size in reserved.sizes]
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
-        self.lower = self._of_owners(lambda layer: reserved.lower(layer, arena, dtype, self.tokens, self._file))
+        self.beside = self._of_owners(lambda layer: self._beside(layer, arena))
         self._nbytes = arena.used - before
         self._keep_centroids(known)
         self._begun = [False] * sequences
@@ -131,8 +129,9 @@ class PagedCache(BaseCache):
         return [self.layers[layer] for layer in self.own]
 
     @property
-    def _lower_stores(self) -> list[Pages]:
-        return [lower.pages for lower in (self.lower[layer] for layer in self.own) if lower is not None]
+    def lower(self) -> list[LowerStore | None]:
+        """The lower store of each layer that has one."""
+        return [next((each for each in found if isinstance(each, LowerStore)), None) for found in self.beside]
 
     def _of_owners(self, make: Callable[[int], Made]) -> list[Made]:
         """Of each layer what is made for its owner."""
@@ -143,10 +142,15 @@ class PagedCache(BaseCache):
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
-    def _resting(self, rest: Rest, layer: int, arena: Arena) -> Resting:
-        layout = self.layouts[layer]
-        memory = place(arena, (self.sequences, layout.kv_heads, rest.remembers(layout)), torch.float32)
-        return Resting(rest, layer, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
+    def _beside(self, layer: int, arena: Arena) -> list[Beside]:
+        """What queries of a layer see beside its pages."""
+        found: list[Beside] = []
+        lower, rest = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file), self.composition.rest
+        if lower is not None:
+            found.append(lower)
+        if rest is not None:
+            found.append(Resting(rest, layer, self.layouts[layer], self.sequences, arena))
+        return found
 
     def _keep_centroids(self, known: Known) -> None:
         """Copies what was fitted into the tables of codecs."""
@@ -244,20 +248,17 @@ class PagedCache(BaseCache):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
         kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
-        observed, lower = self.observed, self.lower[layer]
-        wants_lse = observed is not None or lower is not None or bool(self.resting)
-        shared = self._shared.get(owner)
+        observed, beside = self.observed, self.beside[layer]
+        shared, sums = self._shared.get(owner), observed is not None or bool(beside)
         if rows:
             with ws.frame():
                 looking = self._looking(layer, Rows(step.places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = ws.empty(rows, heads) if wants_lse else None
+                lse = ws.empty(rows, heads) if sums else None
                 which = Rows(step.places, step.paths)
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
-                if lower is not None and lse is not None:
-                    lower.join_rows(which, q[:rows], out[:rows], lse, ws, scoring)
-                if self.resting and lse is not None:
-                    slots = step.places[:rows, 0]
-                    self.resting[layer].recall(slots, q[:rows], scoring, out[:rows], lse, ws)
+                if lse is not None:
+                    for each in beside:
+                        each.join_rows(which, q[:rows], out[:rows], lse, ws, scoring)
                 if observed is not None and lse is not None and step.tentative:
                     observed.drafts[layer].put(which, self.tokens, looking, lse, scoring)
                     for slot in set(step.places[:rows, 0].tolist()):
@@ -267,15 +268,12 @@ class PagedCache(BaseCache):
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             with ws.frame():
                 looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-                lse = ws.empty(b - a, heads) if wants_lse else None
+                lse = ws.empty(b - a, heads) if sums else None
                 bf16 = self.gemm_dtype == torch.bfloat16
                 pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
-                if lower is not None and lse is not None:
-                    lower.join(segment.slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
-                if self.resting and lse is not None:
-                    slots = ws.empty(b - a, dtype=torch.int32)
-                    ops.fill_(slots, segment.slot)
-                    self.resting[layer].recall(slots, looking.q, scoring, out[a:b], lse, ws)
+                if lse is not None:
+                    for each in beside:
+                        each.join(segment.slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
                 if self._whole is not None:
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
@@ -320,15 +318,15 @@ class PagedCache(BaseCache):
         """Forgets a sequence."""
         self._begun[slot] = self._pruned[slot] = False
         self.tokens[slot] = 0
-        for kept in (*self._stores, *self._lower_stores):
-            kept.reset(slot)
+        for layer in self.own:
+            self.layers[layer].reset(slot)
+            for each in self.beside[layer]:
+                each.clear(slot)
         self.prompts[slot] = 0
         if self.observed is not None:
             self.observed.clear(slot)
         for merging in self.merging:
             merging.memory[slot] = math.nan
-        for resting in self.resting:
-            resting.memory[slot] = 0.0
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = self.prompts[slot] = stop
@@ -366,10 +364,10 @@ class PagedCache(BaseCache):
             yield as_bytes(self.observed.since[slot])
         for layer in self.own:
             mass = None if self.observed is None else self.observed.mass[layer]
-            states = [of_layers[layer].memory for of_layers in (self.merging, self.resting) if of_layers]
+            states = [self.merging[layer].memory] if self.merging else []
             yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, states)
-        for below in self._lower_stores:
-            yield from parts(below, slot, 0, None, ())
+            for each in self.beside[layer]:
+                yield from each.parts(slot)
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
@@ -476,7 +474,7 @@ class PagedCache(BaseCache):
 
     def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
         """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
-        kept, lower = self.layers[layer], self.lower[layer]
+        kept = self.layers[layer]
         heads, tier = self.layouts[layer].kv_heads, self.composition.tier
         resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
 
@@ -489,10 +487,8 @@ class PagedCache(BaseCache):
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
-            if self.resting:
-                self.resting[layer].take_most(slot, run, ws)
-            if lower is not None:
-                lower.take_most(slot, kept, run, ws)
+            for each in self.beside[layer]:
+                each.take_most(slot, kept, run, ws)
             keep(run)
             return
         before = kept.lengths[slot].tolist()
@@ -518,11 +514,9 @@ class PagedCache(BaseCache):
             indices, left = self._judge(layer, mass, positions, counts, since, tokens, prompt, limit)
             listed = indices
             horizon = -1 if window is None else tokens - window  # what no query sees any more does not count any more
-            if self.resting:
-                self.resting[layer].take_up(slot, run, (indices, left), positions > horizon, ws)
-            if lower is not None:
-                with self._writing():
-                    lower.take(slot, kept, run, (indices, left), positions > horizon, ws)
+            with self._writing():
+                for each in self.beside[layer]:
+                    each.take(slot, kept, run, indices, left, positions > horizon, ws)
             if self.merging:
                 listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
@@ -531,8 +525,8 @@ class PagedCache(BaseCache):
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
-                each = gather[:, None].expand(-1, given.shape[1], -1)
-                given[..., : indices.shape[1]] = given.gather(2, each)
+                places = gather[:, None].expand(-1, given.shape[1], -1)
+                given[..., : indices.shape[1]] = given.gather(2, places)
         else:
             keep(run)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
