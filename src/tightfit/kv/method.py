@@ -158,6 +158,29 @@ class Merger(Evictor):
         raise NotImplementedError
 
 
+class Tabled(Method):
+    """A method whose codecs may have tables beside the pages, which the first tokens of each sequence decide."""
+
+    queries: ClassVar[int] = 0  # the last ones of a prompt, or of its first chunk, that it wants to see
+
+    def table(self, codec: Codec, numbers: torch.Tensor, q: torch.Tensor, of_keys: bool) -> torch.Tensor:
+        """(kv_heads, codec.side) float32 for keys or values ``numbers`` (kv_heads, n, dim) and queries (m, heads,
+        key_dim)."""
+        raise NotImplementedError
+
+
+class Coder(Tabled):
+    """Codes all tokens of the (first) store but the last ``recent``."""
+
+    bits: ClassVar[int]
+    recent: int
+
+    def codec(self, dim: int, of_keys: bool, as_they_are: int) -> Codec:
+        """How it stores keys or values of ``dim`` features; a number of the cache's own type takes ``as_they_are``
+        bits."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Selector(Method):
     """Everything that is kept stays, and a token that decodes reads about ``tokens`` of each key-value head; the first
@@ -230,7 +253,7 @@ class Rest(Method):
 
 
 @dataclass(frozen=True)
-class Demoter(Evictor):
+class Demoter(Evictor, Tabled):
     """An evictor whose tokens are not gone when they leave: they go on in a lower store (:mod:`tightfit.kv.lower`), and
     queries see them there. Layers with a sliding window have none, and keep all that it shows as it is."""
 
@@ -242,20 +265,21 @@ class Demoter(Evictor):
 
 
 @dataclass(frozen=True)
-class Quantizer(Method):
+class Quantizer(Coder):
     """Codes of few bits for all tokens but the last ``recent`` ones, which stay as they are. ``of`` says whether that
     is for keys, values or both."""
 
     recent: int = 128
     of: str = "both"
 
-    bits: ClassVar[int]
-
     def __post_init__(self) -> None:
         if self.of not in ("both", "keys", "values"):
             raise UsageError(f"{self.name} is not for {self.of!r}", "Use of=keys, of=values or of=both.")
         if self.recent < 0:
             raise UsageError(f"{self.name} cannot leave {self.recent} tokens as they are", "Give recent=0 or more.")
+
+    def codec(self, dim: int, of_keys: bool, as_they_are: int) -> Codec:
+        return Codec(self.bits, dim, per_channel=of_keys)
 
     @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -11,10 +11,9 @@ from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Looking, Pages, Rows, Run
 from tightfit.kv.base import BLOCK, LayerLayout
-from tightfit.kv.cache import place
+from tightfit.kv.cache import numbers, place
 from tightfit.kv.drafts import Drafts
 from tightfit.kv.method import Evictor
-from tightfit.kv.reserved import numbers
 
 
 class Observed:

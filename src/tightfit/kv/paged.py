@@ -27,17 +27,17 @@ from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
 from tightfit.kv.beside import Beside
-from tightfit.kv.cache import as_bytes, place
+from tightfit.kv.cache import as_bytes, numbers, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Rater, Seen
+from tightfit.kv.method import Merger, Rater, Seen, Tabled
 from tightfit.kv.observed import Observed
 from tightfit.kv.rated import Rated
-from tightfit.kv.reserved import Reserved, numbers
+from tightfit.kv.reserved import Reserved
 from tightfit.kv.rest import Resting
 from tightfit.kv.select.selecting import Selecting, Settled, Where
 
@@ -129,6 +129,7 @@ class PagedCache(BaseCache):
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
         self.beside = self._of_owners(lambda layer: self._beside(layer, arena))
         self._nbytes = arena.used - before
+        self._keep_centroids(known)
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
         self._pruned = [False] * sequences
@@ -173,6 +174,17 @@ class PagedCache(BaseCache):
     @property
     def _selections(self) -> list[Selecting]:
         return [found for layer in self.own if (found := self.selecting[layer]) is not None]
+
+    def _keep_centroids(self, known: Known) -> None:
+        """Copies what was fitted into the tables of codecs."""
+        for method, of_keys in ((self.composition.key_codec, True), (self.composition.value_codec, False)):
+            if method is None or method.name not in known.tensors:
+                continue
+            for layer in self.own:
+                kept = self.layers[layer]
+                side, name = (kept.key_side, "keys") if of_keys else (kept.value_side, "values")
+                if side is not None:
+                    side[0] = known.of(method)[f"{name}.{layer}"].flatten(1)
 
     def close(self) -> None:
         if self._file >= 0:
@@ -300,7 +312,7 @@ class PagedCache(BaseCache):
                 if watching is not None and lse is not None and given is not None:
                     watching.chunk(kept, segment.slot, run, at, looking, lse, given, ws, scoring)
                 if layer == owner:
-                    self._choose_channels(layer, segment.slot, run, looking.q)
+                    self._look_first(layer, segment.slot, run, looking.q)
                 if layer == self._last[owner]:
                     self._settle(owner, segment.slot, run, given, ws, segment.stop >= (segment.length or 0))
 
@@ -441,6 +453,7 @@ class PagedCache(BaseCache):
         wanted = 0 if self.observed is None else self.observed.window
         if self.composition.pruner is not None:
             wanted = max(wanted, self.composition.pruner.window)
+        wanted = max([wanted, *(method.queries for method in self.composition.methods if isinstance(method, Tabled))])
         last = min(wanted, count)
         with ws.frame():
             run = self._new_run(layer, count, ws)
@@ -452,7 +465,7 @@ class PagedCache(BaseCache):
                 yield
             finally:
                 self._whole = None
-            self._choose_channels(layer, segment.slot, run, whole.q)
+            self._look_first(layer, segment.slot, run, whole.q)
             self._settle(layer, segment.slot, run, given, ws)
 
     def _watch(
@@ -489,11 +502,17 @@ class PagedCache(BaseCache):
             last = Looking(whole.q, turned, looking.anchors)
             observed.chunk(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
 
-    def _choose_channels(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
-        """The first queries ``q`` (n, heads, key_dim) of a sequence decide which channels of keys stay."""
-        pruner, channels = self.composition.pruner, self.layers[layer].channels
-        if pruner is not None and channels is not None and not ops.is_dry() and not self._pruned[slot]:
-            channels[slot] = pruner.choose(q, run.keys[:, : run.count])
+    def _look_first(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
+        """The first queries ``q`` (n, heads, key_dim) of a sequence and its first tokens decide which channels of keys
+        stay, and what is in the tables of codecs."""
+        if ops.is_dry() or self._pruned[slot]:
+            return
+        composition, kept, lower = self.composition, self.layers[layer], self.lower[layer]
+        if composition.pruner is not None and kept.channels is not None:
+            kept.channels[slot] = composition.pruner.choose(q, run.keys[:, : run.count])
+        _look_up(kept, slot, composition.key_codec, composition.value_codec, run, q)
+        if lower is not None:
+            _look_up(lower.pages, slot, lower.demoter, lower.demoter, run, q)
 
     def _settle(
         self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace, whole: bool = True
@@ -633,3 +652,16 @@ class PagedCache(BaseCache):
 
 def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:
     return None if x is None else x[start:stop]
+
+
+def _look_up(
+    kept: Pages, slot: int, of_keys: Tabled | None, of_values: Tabled | None, run: Run, q: torch.Tensor
+) -> None:
+    """Fills the tables of codecs that a sequence has for itself."""
+    for codec, side, method, of_run in (
+        (kept.key_codec, kept.key_side, of_keys, run.keys),
+        (kept.value_codec, kept.value_side, of_values, run.values),
+    ):
+        if side is not None and method is not None and not codec.coupled:
+            last = q[len(q) - min(method.queries, len(q)) :]
+            side[slot] = method.table(codec, of_run[:, : run.count], last, of_run is run.keys)
