@@ -21,11 +21,11 @@ import torch
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import TightfitError, UsageError
-from tightfit.kernels import attention, ops, pages
+from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn, Turned
 from tightfit.kv.cache import place
 from tightfit.kv.compose import Composition
 from tightfit.kv.drafts import Drafts
@@ -181,18 +181,12 @@ class PagedCache(BaseCache):
         q_: torch.Tensor | None,
         k_: torch.Tensor | None,
         v: torch.Tensor | None,
-        turn: Turn | None,
+        turn: Turn | Turned | None,
         ws: Workspace,
     ) -> Held:
         kept, anchor_q = self.layers[layer], None
         if turn is not None and q_ is not None:
-            if turn.anchors is not None and self._anchors(layer):
-                anchor_q = ws.empty(*q_.shape)
-                ops.copy_(anchor_q, q_)
-                attention.rotate_(anchor_q, *turn.anchors, turn.interleaved, ws)
-            attention.rotate_(q_, *turn.tables, turn.interleaved, ws)
-            if k_ is not None:
-                attention.rotate_(k_, *turn.tables, turn.interleaved, ws)
+            anchor_q = turn.apply(q_, k_, self._anchors(layer) > 0, ws)
         shared = self._shared.get(self.owners[layer])
         if k_ is None:
             return Held([(each.run, 0) for each in shared or ()], anchor_q)
