@@ -10,55 +10,42 @@ from typing import Any, NamedTuple
 import torch
 
 from tightfit.budget.ledger import Arena, Workspace
-from tightfit.kernels import ops
+from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
-from tightfit.kernels.matmul import matmul
-from tightfit.kernels.weight import Weight
 from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn, Turned
 from tightfit.kv.cache import place
 
 
 @dataclass(frozen=True)
 class Maps:
-    """How one layer's keys and values are stored: linear maps, float32, of each of its key-value heads.
+    """How one layer's keys and values are stored: float32 matrices by which those of a token are multiplied.
 
-    Keys are stored as ``keys @ k`` with ``keys`` (kv_heads, key_rank, key_dim), and looked at by ``queries @ q`` of the
-    same shape; values as ``values @ v`` (kv_heads, value_rank, value_dim), and what attention gives of these becomes
-    ``outputs @ out + shift`` with ``outputs`` (kv_heads, value_dim, value_rank) and ``shift`` (kv_heads, value_dim).
-    Each ``merged`` neighbouring heads are stored as one, the sum of what they give. ``keys`` and ``queries`` may be the
-    same tensor.
+    Of each stored head there is one of ``keys`` (stored_heads, merged * key_dim, key_rank): keys of ``merged``
+    neighbouring heads, one behind the other, become one. They are looked at by queries times ``queries`` (kv_heads,
+    key_dim, key_rank), where None stands for the rows of ``keys``: then scores are those of keys that were projected.
+    In the same way ``values`` (stored_heads, merged * value_dim, value_rank), and what attention makes of them becomes
+    outputs again times ``outputs`` (kv_heads, value_rank, value_dim), plus ``shift`` (kv_heads, value_dim).
     """
 
     keys: torch.Tensor
-    queries: torch.Tensor
     values: torch.Tensor
     outputs: torch.Tensor
     shift: torch.Tensor
-    merged: int = 1
+    queries: torch.Tensor | None = None
 
     def stored(self, layout: LayerLayout) -> LayerLayout:
         """What is kept of a layer that has ``layout``."""
-        heads, key_rank, _ = self.keys.shape
-        return replace(layout, kv_heads=heads // self.merged, key_dim=key_rank, value_dim=self.values.shape[1])
+        heads, _, key_rank = self.keys.shape
+        return replace(layout, kv_heads=heads, key_dim=key_rank, value_dim=self.values.shape[2])
 
-
-class _Placed(NamedTuple):
-    """:class:`Maps` in an arena, as matrices to multiply with."""
-
-    keys: list[Weight]
-    queries: list[Weight]
-    values: list[Weight]
-    outputs: list[Weight]
-    shift: torch.Tensor  # (heads * value_dim,)
-    merged: int
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Which tokens of a step go through the vector kernel, and which through one product each."""
-
-    vector: int
-    gemm: list[tuple[int, int]]
+    def placed(self, layout: LayerLayout, arena: Arena) -> Maps:
+        """A copy in ``arena`` for a layer that has ``layout``, with a ``shift`` (heads, value_dim) of each query head,
+        and with ``queries``."""
+        shift = self.shift.repeat_interleave(layout.heads // layout.kv_heads, 0)
+        keys, values, outputs, shift = (_copy(x, arena) for x in (self.keys, self.values, self.outputs, shift))
+        per_head = layout.kv_heads, layout.key_dim, keys.shape[2]
+        queries = keys.view(per_head) if self.queries is None else _copy(self.queries, arena)
+        return Maps(keys, values, outputs, shift, queries)
 
 
 class _Held(NamedTuple):
@@ -81,7 +68,7 @@ class Features(BaseCache):
         self.gemm_dtype = inner.gemm_dtype
         self.anchors = inner.anchors
         self.whole_entries = inner.whole_entries
-        placed = {layer: _place(maps[layer], layouts[layer], arena) for layer in inner.own}
+        placed = {layer: maps[layer].placed(layouts[layer], arena) for layer in inner.own}
         self._maps = [placed[owner] for owner in inner.owners]
 
     @property
@@ -115,17 +102,16 @@ class Features(BaseCache):
         if q_ is None:
             raise ValueError("queries must be there when keys are added: they are projected with them")
         maps, count, turned = self._maps[layer], q_.shape[0], None
+        assert maps.queries is not None
         anchor_q = None if turn is None else turn.apply(q_, k_, True, ws)
         if anchor_q is not None:
-            turned = Turned(self._queries(maps, anchor_q, step, ws))
-        q = self._queries(maps, q_, step, ws)
+            turned = Turned(self._times(anchor_q, maps.queries, step, ws))
+        q = self._times(q_, maps.queries, step, ws)
         if k_ is None or v is None:
             return _Held(self.inner.update(layer, step, q, None, None, turned, ws), q)
-        heads = k_.shape[1] // maps.merged
-        k = ws.empty(count, heads, maps.keys[0].rows)
-        values = ws.empty(count, heads, maps.values[0].rows)
-        self._multiply(k_, maps.keys, k, step, ws, maps.merged)
-        self._multiply(v, maps.values, values, step, ws, maps.merged)
+        k, values = (
+            self._times(x.view(count, len(m), -1), m, step, ws) for x, m in ((k_, maps.keys), (v, maps.values))
+        )
         return _Held(self.inner.update(layer, step, q, k, values, turned, ws), q)
 
     def attend_step(
@@ -133,32 +119,15 @@ class Features(BaseCache):
     ) -> None:
         maps = self._maps[layer]
         with ws.frame():
-            attended = ws.empty(*out.shape[:2], maps.outputs[0].cols)
+            attended = ws.empty(*out.shape[:2], maps.outputs.shape[1])
             self.inner.attend_step(layer, step, held.inner, held.q, attended, ws, scoring)
-            self._multiply(attended, maps.outputs, out, step, ws)
-            ops.add_(out.view(out.shape[0], -1), maps.shift)
+            multiply(attended, maps.outputs, out, step, ws)
+            ops.add_(out.view(out.shape[0], -1), maps.shift.view(-1))
 
-    def _queries(self, maps: _Placed, q: torch.Tensor, step: Step, ws: Workspace) -> torch.Tensor:
-        projected = ws.empty(*q.shape[:2], maps.queries[0].rows)
-        self._multiply(q, maps.queries, projected, step, ws)
-        return projected
-
-    def _multiply(
-        self, x: torch.Tensor, matrices: list[Weight], out: torch.Tensor, step: Step, ws: Workspace, merged: int = 1
-    ) -> None:
-        """``x`` (n, heads, cols) times the matrices of their key-value heads, into ``out`` (n, heads / merged, rows):
-        the sum of each ``merged`` heads."""
-        tokens, heads, _ = x.shape
-        group = heads // len(matrices)
-        rows = _Rows(step.vector, [(a, b) for _, a, b in step.prefills])
-        if tokens == rows.vector == 1 and merged == 1:  # heads of one matrix are rows like those of other tokens
-            for index, matrix in enumerate(matrices):
-                part = slice(index * group, (index + 1) * group)
-                matmul(x[0, part], matrix, out[0, part], ws, None, self.gemm_dtype, "float32", 0.0)
-            return
-        for head in range(heads):
-            matrix, sum_up = matrices[head // group], 1.0 if head % merged else 0.0
-            matmul(x[:, head], matrix, out[:, head // merged], ws, rows, self.gemm_dtype, "float32", sum_up)
+    def _times(self, x: torch.Tensor, matrices: torch.Tensor, step: Step, ws: Workspace) -> torch.Tensor:
+        out = ws.empty(*x.shape[:2], matrices.shape[2])
+        multiply(x, matrices, out, step, ws)
+        return out
 
     # ---- the rest is the inner cache's ----
 
@@ -201,18 +170,25 @@ class Features(BaseCache):
             yield
 
 
-def _place(maps: Maps, layout: LayerLayout, arena: Arena) -> _Placed:
-    """Copies the maps of a layer that has ``layout`` into ``arena``."""
-    keys = _matrices(maps.keys, arena)
-    queries = keys if maps.queries is maps.keys else _matrices(maps.queries, arena)
-    values, outputs = _matrices(maps.values, arena), _matrices(maps.outputs, arena)
-    shift = place(arena, (layout.heads * layout.value_dim,), torch.float32)
-    shift.view(layout.kv_heads, -1, layout.value_dim).copy_(maps.shift[:, None])
-    return _Placed(keys, queries, values, outputs, shift, maps.merged)
+def multiply(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor, step: Step, ws: Workspace) -> None:
+    """``out`` (n, heads, m) = ``x`` (n, heads, dim) times that of ``matrices`` (kv_heads, dim, m) of each head's group.
+    The bits of rows that decode are their own, those of a prompt's chunk depend on the chunk alone."""
+    rows = step.vector
+    if rows:
+        pages.project(x[:rows], matrices, out[:rows])
+    for _, a, b in step.prefills:
+        with ws.frame():
+            _products(x[a:b], matrices, out[a:b], ws.empty(b - a, matrices.shape[2]))
 
 
-def _matrices(stack: torch.Tensor, arena: Arena) -> list[Weight]:
-    """Each matrix of ``stack`` (n, rows, cols) in ``arena``."""
-    copy = place(arena, tuple(stack.shape), torch.float32)
-    copy.copy_(stack)
-    return [Weight(each.view(-1).view(torch.uint8), "f32", 0, *each.shape) for each in copy]
+@ops.op
+def _products(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor, product: torch.Tensor) -> None:
+    heads = x.shape[1]
+    for head in range(heads):
+        torch.mm(x[:, head], matrices[head // (heads // len(matrices))], out=product)
+        out[:, head] = product
+
+
+def _copy(x: torch.Tensor, arena: Arena) -> torch.Tensor:
+    copy = place(arena, tuple(x.shape), torch.float32)
+    return copy.copy_(x)

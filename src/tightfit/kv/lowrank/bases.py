@@ -1,0 +1,40 @@
+"""Bases of keys and values in which a few features say most."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Moments:
+    """Sums over tokens of vectors of ``heads`` heads, and of their products."""
+
+    def __init__(self, heads: int, dim: int) -> None:
+        self.count = 0
+        self.sums = torch.zeros(heads, dim, dtype=torch.float64)
+        self.products = torch.zeros(heads, dim, dim, dtype=torch.float64)
+
+    def add(self, x: torch.Tensor) -> None:
+        """More vectors (n, heads, dim)."""
+        x = x.transpose(0, 1).double()
+        self.count += x.shape[1]
+        self.sums += x.sum(1)
+        self.products += x.mT @ x
+
+    def mean(self) -> torch.Tensor:
+        """(heads, dim)"""
+        return (self.sums / self.count).float()
+
+    def principal(self, centered: bool) -> torch.Tensor:
+        """Orthogonal matrices (heads, dim, dim): of each head the directions in which its vectors lie, the one that
+        says most of them first; of what is left without their mean where ``centered``."""
+        products = self.products
+        if centered:
+            products = products - self.sums[:, :, None] * self.sums[:, None] / self.count
+        return torch.linalg.eigh(products).eigenvectors.flip(2).float()
+
+
+def rotation(x: torch.Tensor) -> torch.Tensor:
+    """Cayley's orthogonal matrices (..., n, n) of any square ones: the identity for zeros."""
+    skew = x - x.mT
+    one = torch.eye(x.shape[-1])
+    return torch.linalg.solve(one + skew, one - skew)
