@@ -30,11 +30,18 @@ class Moments:
         products = self.products
         if centered:
             products = products - self.sums[:, :, None] * self.sums[:, None] / self.count
-        return torch.linalg.eigh(products).eigenvectors.flip(2).float()
+        vectors: torch.Tensor = torch.linalg.eigh(products).eigenvectors
+        return vectors.flip(2).float()
+
+    def share(self, basis: torch.Tensor) -> float:
+        """How much of the vectors' squares lies in the columns of ``basis`` (heads, dim, n)."""
+        inside = torch.einsum("hdn,hde,hen->", basis.double(), self.products, basis.double())
+        return float(inside / self.products.diagonal(dim1=1, dim2=2).sum())
 
 
 def rotation(x: torch.Tensor) -> torch.Tensor:
     """Cayley's orthogonal matrices (..., n, n) of any square ones: the identity for zeros."""
     skew = x - x.mT
     one = torch.eye(x.shape[-1])
-    return torch.linalg.solve(one + skew, one - skew)
+    turned: torch.Tensor = torch.linalg.solve(one + skew, one - skew)
+    return turned
