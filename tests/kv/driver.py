@@ -19,7 +19,7 @@ from tightfit.engine.fit import Observing
 from tightfit.kernels import pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Pages
-from tightfit.kv.base import BaseCache, LayerLayout
+from tightfit.kv.base import LayerLayout
 from tightfit.kv.cache import Cache
 from tightfit.kv.compose import Composition, compose
 from tightfit.kv.fitted import NOTHING, Known

@@ -58,7 +58,7 @@ class Nested:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     def attend(self, network: Network, matrices: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Attend:
         """Attention of a network with keys and values as far as they lie in the columns of ``matrices``."""

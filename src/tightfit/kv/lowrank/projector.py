@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,9 +19,9 @@ class Projector(Fitted):
 
     roles: ClassVar[tuple[str, ...]] = ("features",)
 
-    @abstractmethod
     def maps(self, layouts: Sequence[LayerLayout], tensors: Mapping[str, torch.Tensor]) -> list[Maps]:
         """The maps of each layer, of what was found."""
+        raise NotImplementedError
 
     def refusal(self, layout: LayerLayout) -> str | None:
         return "what latent attention keeps has few features already" if layout.shared else None
