@@ -33,7 +33,7 @@ from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Rest, Seen
+from tightfit.kv.method import Demoter, Merger, Rest, Seen
 from tightfit.kv.reserved import Reserved, numbers
 from tightfit.kv.rest import Resting
 
@@ -123,6 +123,11 @@ class PagedCache(BaseCache):
             self.mass = self._of_owners(lambda layer: place(arena, shapes[layer], torch.float32))
             self.drafts = [Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
         self.lower = self._of_owners(lambda layer: reserved.lower(layer, arena, dtype, self.tokens, self._file))
+        if isinstance(evictor, Demoter):
+            for layer in self.own:
+                store = self.lower[layer]
+                if store is not None:
+                    evictor.prepare(layer, store, known)
         self._nbytes = arena.used - before
         self._begun = [False] * sequences
         self._drafting = [False] * sequences

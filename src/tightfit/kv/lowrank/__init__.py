@@ -1,5 +1,5 @@
 """Methods that store fewer channels, features or heads."""
 
-from tightfit.kv.lowrank import gqa, matryoshka, think
+from tightfit.kv.lowrank import cskv, gqa, matryoshka, think
 
-__all__ = ["gqa", "matryoshka", "think"]
+__all__ = ["cskv", "gqa", "matryoshka", "think"]

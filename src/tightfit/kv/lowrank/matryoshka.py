@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 PARTS = 8  # a head's features come and go in so many steps
 LENGTH, SAMPLES = 256, 64  # tokens of a text, and texts that are learned from
-AT_ONCE = 4  # texts of a step of training, and those that ranks are searched with
+LOOKED_AT = 16  # texts whose principal components are the start
+AT_ONCE = 2  # texts of a step of training, and those that ranks are searched with
 
 
 def step_of(dim: int) -> int:
@@ -99,7 +100,7 @@ class Matryoshka(Projector):
         samples = torch.tensor(model.samples(LENGTH, SAMPLES))
         network = model.network()
         self._take_room(model, network.logits(network.hidden(samples[:1, :1])).shape[-1])
-        nested = Nested(model.layouts, *_principal(model, samples[:AT_ONCE].tolist()))
+        nested = Nested(model.layouts, *_principal(model, samples[:LOOKED_AT].tolist()))
         goings = sum(
             -(-dim // step_of(dim)) - 1 for layout in model.layouts for dim in (layout.key_dim, layout.value_dim)
         )
