@@ -7,6 +7,8 @@ find is joined by the logarithms of what each softmax divides by, so that nothin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from tightfit.budget.ledger import Arena, Workspace
@@ -14,12 +16,14 @@ from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout
+from tightfit.kv.beside import Beside
 from tightfit.kv.cache import place
+from tightfit.kv.entries import InFile, parts
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
 from tightfit.kv.method import Demoter
 
 
-class LowerStore:
+class LowerStore(Beside):
     """Of one layer: room for ``most`` tokens of each sequence and head on average, and for ``longest`` of one head.
 
     With a ``file``, whole pages lie in it, from byte ``at`` on; ``end`` is where they end. ``tokens`` (sequences,)
@@ -90,9 +94,16 @@ class LowerStore:
 
     # ---- tokens that come ----
 
-    def take(self, slot: int, upper: Pages, run: Run, staying: torch.Tensor, counts: list[int], ws: Workspace) -> None:
-        """Takes over all tokens of a sequence but those that stay: indices (kv_heads, n) int32 into the certain ones of
-        ``upper`` and the run behind them, of each head ``counts``. Heads that are merged let go of the same ones."""
+    def take(
+        self,
+        slot: int,
+        upper: Pages,
+        run: Run,
+        staying: torch.Tensor,
+        counts: list[int],
+        seen: torch.Tensor,
+        ws: Workspace,
+    ) -> None:
         totals = [length + run.count for length in upper.lengths[slot].tolist()]
         with ws.frame():
             leaving = self._room_for_leaving(upper, run, ws)
@@ -107,7 +118,6 @@ class LowerStore:
                 self._take(slot, upper, run, places, ws)
 
     def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:
-        """Takes the scratch of the most tokens that can come."""
         with ws.frame():
             self._room_for_leaving(upper, run, ws)
             self._take(slot, upper, run, [torch.arange(READ_AT_ONCE)] * len(run.keys), ws)
@@ -164,8 +174,6 @@ class LowerStore:
     def join_rows(
         self, rows: Rows, q: torch.Tensor, out_: torch.Tensor, lse_: torch.Tensor, ws: Workspace, scoring: Scoring
     ) -> None:
-        """Makes of attention of rows that decode over the first store, ``out`` (n, heads, value_dim) and ``lse`` (n,
-        heads), that over both."""
         with ws.frame():
             looking, part, sums = self._look(q, ws)
             pages.attend_rows(self.pages, Rows(rows.places), looking, part, sums, ws, _alone(scoring))
@@ -181,13 +189,18 @@ class LowerStore:
         scoring: Scoring,
         bf16: bool,
     ) -> None:
-        """:meth:`join_rows` for tokens of a prompt."""
         kept = self.pages
         with ws.frame():
             looking, part, sums = self._look(q, ws)
             nothing = Run(kept.keys[slot], kept.values[slot], 0)
             pages.attend(kept, slot, nothing, 0, looking, part, sums, ws, _alone(scoring), bf16)
             self._join(out_, lse_, part, sums, ws)
+
+    def clear(self, slot: int) -> None:
+        self.pages.reset(slot)
+
+    def parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
+        return parts(self.pages, slot, 0, None, ())
 
     def _look(self, q: torch.Tensor, ws: Workspace) -> tuple[Looking, torch.Tensor, torch.Tensor]:
         """Queries as keys here are multiplied, and room for what they find."""
