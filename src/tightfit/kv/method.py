@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tightfit.kv.base import LayerLayout
     from tightfit.kv.fitted import Known
     from tightfit.kv.lower import LowerStore
+    from tightfit.kv.select.selecting import Selecting, Where
 
 
 class Method:
@@ -129,6 +130,42 @@ class Merger(Evictor):
         """Changes tokens that stay, and what is remembered (``remembers``,) float32; gives (n,) bool which of them were
         changed, in scratch memory of the enclosing frame. Computes with operations alone: in a dry run it takes its
         scratch and nothing else."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Selector(Method):
+    """Everything that is kept stays, and a token that decodes reads about ``tokens`` of each key-value head; the first
+    ``full`` layers see everything, and prompts do."""
+
+    tokens: int = 512
+    full: int = 2
+
+    roles: ClassVar[tuple[str, ...]] = ("selector",)
+    bounds: ClassVar[bool] = False  # whether pages have bounds of their keys
+
+    def __post_init__(self) -> None:
+        if self.tokens < 32 or self.full < 0:
+            raise UsageError(
+                f"{self.name} cannot read {self.tokens} tokens, and all of them in {self.full} layers",
+                "Give tokens=32 or more, and full=0 or more.",
+            )
+
+    def selects(self, layer: int, layout: LayerLayout) -> bool:
+        """Whether tokens that decode see only some of a layer."""
+        return layer >= self.full and layout.window is None
+
+    def reads(self, tokens: int) -> float:
+        """How many of ``tokens`` that can be chosen among one that decodes reads, on average."""
+        return min(self.tokens, tokens)
+
+    def excludes(self, other: Method) -> str | None:
+        from tightfit.kv.evict.window import Window
+
+        return "chooses among tokens that a window hides" if isinstance(other, Window) else None
+
+    def select(self, where: Where) -> Selecting:
+        """What selects in one layer."""
         raise NotImplementedError
 
 

@@ -38,6 +38,7 @@ from tightfit.kv.method import Merger, Seen
 from tightfit.kv.observed import Observed
 from tightfit.kv.reserved import Reserved, numbers
 from tightfit.kv.rest import Resting
+from tightfit.kv.select.selecting import Selecting, Settled, Where
 
 Made = TypeVar("Made")
 
@@ -110,6 +111,7 @@ class PagedCache(BaseCache):
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
+        self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena))
         self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
         self.observed: Observed | None = None
         if evictor is not None and evictor.observes != "nothing":
@@ -152,16 +154,27 @@ class PagedCache(BaseCache):
             found.append(Resting(rest, layer, self.layouts[layer], self.sequences, arena))
         return found
 
+    def _selecting(self, layer: int, arena: Arena) -> Selecting | None:
+        selector = self.composition.selector
+        if selector is None or not self.reserved.selects(layer):
+            return None
+        most = self.reserved.sizes[layer].table_pages * PAGE
+        return selector.select(Where(self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena))
+
+    @property
+    def _selections(self) -> list[Selecting]:
+        return [found for layer in self.own if (found := self.selecting[layer]) is not None]
+
     def close(self) -> None:
         if self._file >= 0:
             self._closing()
 
-    def pages_read(self, layer: int, bounded: int) -> int:
-        """Of ``bounded`` pages of a head that can be chosen among, how many a token that decodes reads."""
-        selector = self.composition.selector
-        if selector is None or not self.reserved.selects(layer):
-            return bounded
-        return min(selector.tokens // PAGE, bounded)
+    def chosen(self, layer: int, slot: int = 0) -> list[tuple[int, float]]:
+        """Of each head, among how many tokens the next one chooses, and how many of them it reads on average."""
+        selector, selecting = self.composition.selector, self.selecting[layer]
+        if selector is None or selecting is None:
+            return [(0, 0.0)] * self.layouts[layer].kv_heads
+        return [(among, selector.reads(among)) for among in selecting.among(slot)]
 
     # ---- a step ----
 
@@ -235,9 +248,9 @@ class PagedCache(BaseCache):
         shared, sums = self._shared.get(owner), observed is not None or bool(beside)
         if rows:
             with ws.frame():
-                looking = self._looking(layer, Rows(step.places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = ws.empty(rows, heads) if sums else None
                 which = Rows(step.places, step.paths)
+                looking = self._looking(layer, which, q[:rows], _part(held.anchor_q, 0, rows), ws, scoring)
+                lse = ws.empty(rows, heads) if sums else None
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
                 if lse is not None:
                     for each in beside:
@@ -267,16 +280,19 @@ class PagedCache(BaseCache):
                 if layer == owner:
                     self._choose_channels(layer, segment.slot, run, looking.q)
                 if layer == self._last[owner]:
-                    self._settle(owner, segment.slot, run, given, ws)
+                    self._settle(owner, segment.slot, run, given, ws, segment.stop >= (segment.length or 0))
 
     def _looking(
-        self, layer: int, rows: Rows, q: torch.Tensor, anchor_q: torch.Tensor | None, ws: Workspace
+        self,
+        layer: int,
+        rows: Rows,
+        q: torch.Tensor,
+        anchor_q: torch.Tensor | None,
+        ws: Workspace,
+        scoring: Scoring,
     ) -> Looking:
-        selector, chosen = self.composition.selector, None
-        if selector is not None and self.reserved.selects(self.owners[layer]):
-            chosen = ws.empty(q.shape[0], self.layouts[layer].kv_heads, selector.tokens // PAGE, dtype=torch.int32)
-            pages.select(self.layers[layer], rows, q, chosen, ws)
-        return Looking(q, anchor_q, self._anchors(layer), chosen)
+        looking, selecting = Looking(q, anchor_q, self._anchors(layer)), self.selecting[layer]
+        return looking if selecting is None else selecting.look(rows, looking, ws, scoring)
 
     def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor | None:
         return None if self.observed is None else self.observed.room(layer, count, ws)
@@ -310,6 +326,8 @@ class PagedCache(BaseCache):
             self.observed.clear(slot)
         for merging in self.merging:
             merging.memory[slot] = math.nan
+        for selecting in self._selections:
+            selecting.reset(slot)
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = self.prompts[slot] = stop
@@ -351,6 +369,9 @@ class PagedCache(BaseCache):
             yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, states)
             for each in self.beside[layer]:
                 yield from each.parts(slot)
+            selecting = self.selecting[layer]
+            if selecting is not None:
+                yield from selecting.parts(slot)
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
@@ -375,6 +396,8 @@ class PagedCache(BaseCache):
                 self.observed.commit_drafts(slot, order, start, self.layers, self._looking, ws)
         torch._foreach_add_([kept.lengths[slot] for kept in self._stores], len(path))
         self.tokens[slot] += len(path)
+        for selecting in self._selections:
+            selecting.commit(slot, path)
         if int(self.tokens[slot]) % BLOCK == 0 and path:
             for layer in self.own:
                 with ws.frame():
@@ -448,9 +471,12 @@ class PagedCache(BaseCache):
         if pruner is not None and channels is not None and not ops.is_dry() and not self._pruned[slot]:
             channels[slot] = pruner.choose(q, run.keys[:, : run.count])
 
-    def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
-        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
-        kept = self.layers[layer]
+    def _settle(
+        self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace, whole: bool = True
+    ) -> None:
+        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written. ``whole`` says
+        whether the prompt is."""
+        kept, selecting = self.layers[layer], self.selecting[layer]
         heads, tier = self.layouts[layer].kv_heads, self.composition.tier
         resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
 
@@ -466,7 +492,10 @@ class PagedCache(BaseCache):
             for each in self.beside[layer]:
                 each.take_most(slot, kept, run, ws)
             keep(run)
+            if selecting is not None:
+                selecting.settled(slot, Settled(run.count, whole), ws)
             return
+        now = Settled(run.count, whole)
         before = kept.lengths[slot].tolist()
         counts = [length + run.count for length in before]
         tokens = int(self.tokens[slot]) + run.count
@@ -498,6 +527,7 @@ class PagedCache(BaseCache):
                 run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left
             keep(run, listed, torch.tensor(counts, dtype=torch.int32))
+            now = Settled(now.count, whole, indices, left)
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
@@ -505,6 +535,8 @@ class PagedCache(BaseCache):
                 given[..., : indices.shape[1]] = given.gather(2, places)
         else:
             keep(run)
+        if selecting is not None:
+            selecting.settled(slot, now, ws)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
