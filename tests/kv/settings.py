@@ -30,9 +30,17 @@ SETTINGS = {
     "quest": "quest(tokens=32,full=1)",
     "recycled": "recycled(tokens=32,full=1,stride=6)",
     "host": "host(resident=32)",
+    "matryoshka": "matryoshka(share=0.75,steps=3)",
+    "gqa": "gqa",
+    "cskv": "cskv(keep=60,keys=0.6,values=0.6)",
 }
 # Methods that do not go with these, and say why. All others do.
-REFUSED: dict[str, set[str]] = {"cq": {"int4", "int8"}, "gear": {"int4", "int8"}, "zipcache": {"int4", "int8"}}
+REFUSED: dict[str, set[str]] = {
+    "cq": {"int4", "int8"},
+    "gear": {"int4", "int8"},
+    "zipcache": {"int4", "int8"},
+    "cskv": {"int4", "int8"},
+}
 METHODS = [SETTINGS.get(entry.name, entry.name) for entry in all_techniques() if entry.seam == "kv"]
 DEFINED = [spec for spec in METHODS if spec.partition("(")[0] in KNOWN]  # those that the slow reference defines
 OTHERS = [spec for spec in METHODS if spec not in DEFINED]

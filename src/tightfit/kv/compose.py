@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tightfit.catalog import all_techniques, parse, spec_string
 from tightfit.errors import UsageError
 from tightfit.kv.fitted import Fitted, Known, known_for
+from tightfit.kv.lowrank.projector import Projector
 from tightfit.kv.lowrank.think import ThinK
 from tightfit.kv.method import Coder, Evictor, Method, Rest, Selector
 from tightfit.kv.offload.host import Host
@@ -53,6 +54,10 @@ class Composition:
         return self._only(Host)
 
     @property
+    def projector(self) -> Projector | None:
+        return self._only(Projector)
+
+    @property
     def rest(self) -> Rest | None:
         return self._only(Rest)
 
@@ -68,8 +73,8 @@ class Composition:
 
     @property
     def exact(self) -> bool:
-        """Whether all that a layer has is kept as it is."""
-        return all(isinstance(method, KVSharer) for method in self.methods)
+        """Whether all that a layer has, or what it is projected to, is kept as it is."""
+        return all(isinstance(method, KVSharer | Projector) for method in self.methods)
 
     @property
     def recent(self) -> int:

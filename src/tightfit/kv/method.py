@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tightfit.budget.ledger import Arena, Workspace
     from tightfit.kernels.attention import Scoring
     from tightfit.kv.base import LayerLayout, Step
+    from tightfit.kv.fitted import Known
+    from tightfit.kv.lower import LowerStore
     from tightfit.kv.select.selecting import Selecting, Where
 
 
@@ -259,9 +261,16 @@ class Demoter(Evictor, Tabled):
 
     def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
         """How a layer's lower store keeps keys and values; numbers of the cache's own type take ``as_they_are`` bits.
-        If these have fewer features than the layer's, the store's matrices say which (they are zeros when it is
-        made)."""
+        If these have fewer features than the layer's, :meth:`prepare` says which."""
         raise NotImplementedError
+
+    def merges(self, layout: LayerLayout) -> int:
+        """How many neighbouring heads of a layer are one in its lower store: the sum of what they are projected to.
+        They let go of the same tokens."""
+        return 1
+
+    def prepare(self, layer: int, store: LowerStore, known: Known) -> None:
+        """Writes the matrices of a layer's lower store, which has some if it keeps fewer features."""
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ import torch
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import TightfitError, UsageError
-from tightfit.kernels import attention, ops, pages
+from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn, Turned
 from tightfit.kv.beside import Beside
 from tightfit.kv.cache import as_bytes, numbers, place
 from tightfit.kv.compose import Composition
@@ -127,7 +127,7 @@ class PagedCache(BaseCache):
             self.observed = self.rated = Rated(evictor, prepared, *common, gemm_dtype, arena)
         elif evictor is not None and evictor.observes != "nothing":
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
-        self.beside = self._of_owners(lambda layer: self._beside(layer, arena))
+        self.beside = self._of_owners(lambda layer: self._beside(layer, arena, known))
         self._nbytes = arena.used - before
         self._keep_centroids(known)
         self._begun = [False] * sequences
@@ -154,10 +154,11 @@ class PagedCache(BaseCache):
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
-    def _beside(self, layer: int, arena: Arena) -> list[Beside]:
+    def _beside(self, layer: int, arena: Arena, known: Known) -> list[Beside]:
         """What queries of a layer see beside its pages."""
         found: list[Beside] = []
-        lower, rest = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file), self.composition.rest
+        lower = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file, known)
+        rest = self.composition.rest
         if lower is not None:
             found.append(lower)
         if rest is not None:
@@ -231,20 +232,14 @@ class PagedCache(BaseCache):
         q_: torch.Tensor | None,
         k_: torch.Tensor | None,
         v: torch.Tensor | None,
-        turn: Turn | None,
+        turn: Turn | Turned | None,
         ws: Workspace,
     ) -> Held:
         kept, anchor_q, worth = self.layers[layer], None, None
         if self.rated is not None and q_ is not None and k_ is not None and v is not None:
             worth = self.rated.rate(layer, step, q_, k_, v, ws)
         if turn is not None and q_ is not None:
-            if turn.anchors is not None and self._anchors(layer):
-                anchor_q = ws.empty(*q_.shape)
-                ops.copy_(anchor_q, q_)
-                attention.rotate_(anchor_q, *turn.anchors, turn.interleaved, ws)
-            attention.rotate_(q_, *turn.tables, turn.interleaved, ws)
-            if k_ is not None:
-                attention.rotate_(k_, *turn.tables, turn.interleaved, ws)
+            anchor_q = turn.apply(q_, k_, self._anchors(layer) > 0, ws)
         shared = self._shared.get(self.owners[layer])
         if k_ is None:
             return Held([(each.run, 0) for each in shared or ()], anchor_q)

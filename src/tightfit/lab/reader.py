@@ -50,7 +50,7 @@ class Reader:
 
     def read_bytes(self) -> int:
         """Bytes of keys and values, and of bounds of pages, that one more token would read, from memory or a file."""
-        cache, total = self.model.borrow_engine().cache, 0.0
+        cache, total = self.model.borrow_engine().cache.stored, 0.0
         for layer in cache.own:
             readers = cache.owners.count(layer)
             if isinstance(cache, PagedCache):
