@@ -37,13 +37,19 @@ class Seen:
 
     ``mass`` (kv_heads, n) float32 is the attention that each token received from the queries that were observed, summed
     over the heads of its group; ``positions`` (kv_heads, n) int32; ``counts`` of the n are there in each head, and
-    ``tokens`` came so far. Tokens are in the order of their positions.
+    ``tokens`` came so far, ``prompt`` of them when the last prompt ended. Tokens are in the order of their positions.
+    ``keep`` of each head stay, on average; no query sees positions up to ``horizon`` any more. ``alike`` (kv_heads, n)
+    float32 is the cosine of each key and the one before it, 0 for the first, where the evictor ``compares``.
     """
 
     mass: torch.Tensor
     positions: torch.Tensor
     counts: list[int]
     tokens: int
+    prompt: int = 0
+    keep: int = 0
+    horizon: int = -1
+    alike: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,17 +102,35 @@ class Leaving(Protocol):
     @property
     def count(self) -> int: ...
 
+    @property
+    def places(self) -> torch.Tensor:
+        """(n,) int64, ascending: which of the head's tokens they are."""
+
     def blocks(self) -> Iterator[Tokens]:
         """All of them, in order, some at a time, in scratch memory until the next ones are asked for."""
 
 
+class Judged(NamedTuple):
+    """The tokens of one head as :class:`Seen` had them, (n,) each, after they were judged."""
+
+    stays: torch.Tensor  # (m,) int64, ascending: the places among them of those that stay
+    positions: torch.Tensor
+    mass: torch.Tensor
+    alike: torch.Tensor | None
+    decoding: bool  # they were judged between two tokens that decode, not as part of a prompt
+
+
 @dataclass(frozen=True)
 class Merger(Evictor):
-    """An evictor that puts something of the tokens that are let go of into those that stay."""
+    """An evictor that puts something of the tokens that are let go of into those that stay. It may leave in the arrays
+    of :class:`Seen` what it wants to know again when it merges."""
 
     remembers: ClassVar[int] = 0  # numbers of each layer, sequence and head; they are NaN when a sequence begins
+    compares: ClassVar[bool] = False  # neighbouring keys, when it judges
 
-    def merge(self, staying_: Tokens, leaving: Leaving, memory_: torch.Tensor, ws: Workspace) -> torch.Tensor:
+    def merge(
+        self, staying_: Tokens, leaving: Leaving, judged: Judged, memory_: torch.Tensor, ws: Workspace
+    ) -> torch.Tensor:
         """Changes tokens that stay, and what is remembered (``remembers``,) float32; gives (n,) bool which of them were
         changed, in scratch memory of the enclosing frame. Computes with operations alone: in a dry run it takes its
         scratch and nothing else."""

@@ -120,6 +120,7 @@ class PagedCache(BaseCache):
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
         self._pruned = [False] * sequences
+        self._prompt = [0] * sequences  # tokens when the last prompt ended
         self._whole: Whole | None = None
         self._shared: dict[int, list[Shared]] = {}  # of each owner that others read, for each prefill of a step
 
@@ -305,7 +306,7 @@ class PagedCache(BaseCache):
     def _clear(self, slot: int) -> None:
         """Forgets a sequence."""
         self._begun[slot] = self._pruned[slot] = False
-        self.tokens[slot] = 0
+        self.tokens[slot] = self._prompt[slot] = 0
         for kept in self._stores:
             kept.reset(slot)
         for mass in self.mass:
@@ -314,7 +315,7 @@ class PagedCache(BaseCache):
             merging.memory[slot] = math.nan
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
-        self.tokens[slot] = stop
+        self.tokens[slot] = self._prompt[slot] = stop
         self._pruned[slot] = True
 
     def room(self, slot: int) -> int:
@@ -356,7 +357,7 @@ class PagedCache(BaseCache):
                 os.pwritev(self._file, [page], part.at)
             else:
                 get(part)
-        self.tokens[slot] = stop
+        self.tokens[slot] = self._prompt[slot] = stop
         self._begun[slot] = self._pruned[slot] = True
 
     def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
@@ -474,11 +475,13 @@ class PagedCache(BaseCache):
         oldest = min((int(positions[head, 0]) for head in range(heads) if counts[head]), default=tokens)
         too_old = window is not None and oldest <= tokens - window
         if too_old or (sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit):
-            indices, left = self._judge(layer, given, positions, counts, tokens, limit)
+            alike = self.merging[layer].compare(slot, run, counts, ws) if self.merging else None
+            prompt = tokens if run.count else self._prompt[slot]
+            seen = self._seen(layer, given, positions, counts, (tokens, prompt, limit), alike)
+            indices, left = self._judge(layer, seen)
             listed = indices
             if self.merging:
-                horizon = -1 if window is None else tokens - window  # what no query sees any more is not merged
-                listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
+                listed = self.merging[layer].merge(slot, run, (indices, left), seen, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left
             keep(run, listed, torch.tensor(counts, dtype=torch.int32))
@@ -507,7 +510,9 @@ class PagedCache(BaseCache):
             given = torch.zeros(layout.kv_heads, width)
             positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
             limit = self.reserved.limit(layer, width)
-            self._judge(layer, given, positions, [width] * layout.kv_heads, width, limit)
+            alike = torch.zeros(positions.shape) if self.merging else None
+            counts = [width] * layout.kv_heads
+            self._judge(layer, self._seen(layer, given, positions, counts, (width, width, limit), alike))
 
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
@@ -523,33 +528,37 @@ class PagedCache(BaseCache):
         observed."""
         return self.observes == "all" or (self.evictor is not None and 0 <= count < self.evictor.window)
 
-    def _judge(
+    def _seen(
         self,
         layer: int,
         given: torch.Tensor | None,
         positions: torch.Tensor,
         counts: list[int],
-        tokens: int,
-        limit: int,
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
-        evictor, window = self.evictor, self.layouts[layer].window
-        width = max(counts)
+        numbers: tuple[int, int, int],
+        alike: torch.Tensor | None,
+    ) -> Seen:
+        """What a layer's tokens are judged by; ``numbers`` of them came, came with prompts, and stay."""
+        (tokens, prompt, limit), width, window = numbers, max(counts), self.layouts[layer].window
         positions = positions[:, :width]
+        mass = torch.zeros(positions.shape) if given is None else given[:, :width].clone()
+        horizon = -1 if window is None else tokens - window
+        return Seen(mass, positions, counts, tokens, prompt, limit, horizon, alike)
+
+    def _judge(self, layer: int, seen: Seen) -> tuple[torch.Tensor, list[int]]:
+        """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
+        evictor, window, limit = self.evictor, self.layouts[layer].window, seen.keep
         if evictor is None:
-            scores = positions.float()
+            scores = seen.positions.float()
         else:
-            mass = torch.zeros(positions.shape) if given is None else given[:, :width].clone()
-            scores = evictor.scores(Seen(mass, positions, counts, tokens))
+            scores = evictor.scores(seen).clone()  # what it was given is left to mergers
             first, last = evictor.protected(limit)
             if window is not None:  # which hides the first tokens sooner or later
                 first, last = 0, first + last
-            for head, count in enumerate(counts):
+            for head, count in enumerate(seen.counts):
                 scores[head, : min(first, count)] = torch.inf
                 scores[head, max(count - last, 0) : count] = torch.inf
-        if window is not None:
-            scores = scores.masked_fill(positions <= tokens - window, -torch.inf)
-        indices, kept = budgets.choose(scores, counts, limit, "uniform" if evictor is None else evictor.budget)
+        scores = scores.masked_fill(seen.positions <= seen.horizon, -torch.inf)
+        indices, kept = budgets.choose(scores, seen.counts, limit, "uniform" if evictor is None else evictor.budget)
         return indices, kept.tolist()
 
     def _commit_drafts(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
