@@ -100,9 +100,7 @@ class Merging:
         return staying, changed
 
 
-def blend(
-    staying_: Tokens, leaving: Leaving, into: torch.Tensor, weights: torch.Tensor, own: torch.Tensor
-) -> None:
+def blend(staying_: Tokens, leaving: Leaving, into: torch.Tensor, weights: torch.Tensor, own: torch.Tensor) -> None:
     """Each token that stays becomes its share ``own`` (m,) of itself, and the tokens that are let go of and come
     ``into`` it (n,) int64 with their ``weights`` (n,)."""
     for kept in staying_:

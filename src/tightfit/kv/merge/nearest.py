@@ -30,7 +30,9 @@ def find_closest(
 
 
 @ops.op
-def compare_neighbours(keys_: torch.Tensor, before_: torch.Tensor, lengths: torch.Tensor, cosines: torch.Tensor) -> None:
+def compare_neighbours(
+    keys_: torch.Tensor, before_: torch.Tensor, lengths: torch.Tensor, cosines: torch.Tensor
+) -> None:
     """The ``cosines`` (n,) of each of ``keys`` (n, dim) and the one before it. ``before`` (dim,) is the one before the
     first, of length 1, or zeros; it becomes the last. Keys are scaled to length 1; ``lengths`` (n,) is scratch."""
     torch.linalg.vector_norm(keys_, dim=1, out=lengths).clamp_(min=SHORTEST)
