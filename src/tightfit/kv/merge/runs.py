@@ -62,3 +62,22 @@ def borders(alike: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
     at_border = torch.where(alike == least[after], places, 0)
     border = torch.zeros(len(stays) + 1, dtype=torch.int64).scatter_reduce(0, after, at_border, "amax")
     return (after - 1 + (places >= border[after]).long()).clamp_(0, len(stays) - 1)
+
+
+@ops.op
+def weigh_alike(into: torch.Tensor, weights: torch.Tensor, own: torch.Tensor, changed: torch.Tensor) -> None:
+    """The ``weights`` (n,) of tokens in those they come ``into`` (n,) int64, and the share ``own`` (m,) that these
+    keep, if all of them count alike; ``changed`` (m,) bool says which take something up."""
+    weights.fill_(1.0)
+    own.zero_().index_add_(0, into, weights)
+    torch.gt(own, 0.0, out=changed)
+    own.add_(1.0).reciprocal_()
+    torch.index_select(own, 0, into, out=weights)
+
+
+def nearest(positions: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Of each of ``positions`` (n,) which of ``anchors`` (m,), ascending, is nearest, (n,) int64: of two that are, the
+    earlier one."""
+    after = torch.searchsorted(anchors, positions).clamp(max=len(anchors) - 1)
+    before = (after - 1).clamp(min=0)
+    return torch.where(positions - anchors[before] <= (anchors[after] - positions).abs(), before, after)
