@@ -106,6 +106,9 @@ class Leaving(Protocol):
     def places(self) -> torch.Tensor:
         """(n,) int64, ascending: which of the head's tokens they are."""
 
+    def only(self, which: torch.Tensor) -> Leaving:
+        """Those of them that ``which`` (m,) int64 names, ascending."""
+
     def blocks(self) -> Iterator[Tokens]:
         """All of them, in order, some at a time, in scratch memory until the next ones are asked for."""
 

@@ -75,5 +75,5 @@ class D2O(Merger):
             find_closest(keys, staying_.keys, lengths, products, similarity[here], closest[here])
             at = here.stop
         weigh_similar(similarity, closest, memory_, self.ema, own, changed)
-        blend(staying_, leaving, closest, similarity, own)
+        blend(staying_, leaving, closest, (similarity, similarity), own)
         return changed

@@ -80,5 +80,5 @@ class Elastic(Merger):
         into = nearest(judged.positions[leaving.places], anchors) + self.sinks
         own, weights = ws.empty(n), ws.empty(leaving.count)
         weigh_alike(into, weights, own, changed)
-        blend(staying_, leaving, into, weights, own)
+        blend(staying_, leaving, into, (weights, weights), own)
         return changed

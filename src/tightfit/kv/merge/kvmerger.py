@@ -106,5 +106,5 @@ class KVMerger(Merger):
             square_distances(keys, to, weights[here])
             at = here.stop
         weigh_gaussian(weights, pivots, own, widths, changed)
-        blend(staying_, leaving, pivots, weights, own)
+        blend(staying_, leaving, pivots, (weights, weights), own)
         return changed

@@ -100,16 +100,22 @@ class Merging:
         return staying, changed
 
 
-def blend(staying_: Tokens, leaving: Leaving, into: torch.Tensor, weights: torch.Tensor, own: torch.Tensor) -> None:
+def blend(
+    staying_: Tokens,
+    leaving: Leaving,
+    into: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    own: torch.Tensor,
+) -> None:
     """Each token that stays becomes its share ``own`` (m,) of itself, and the tokens that are let go of and come
-    ``into`` it (n,) int64 with their ``weights`` (n,)."""
+    ``into`` it (n,) int64, their keys and their values with ``weights`` (n,) each."""
     for kept in staying_:
         if kept is not None:
             scale_rows_(kept, own)
     at = 0
     for block in leaving.blocks():
         here = slice(at, at + len(block.keys))
-        for kept, added in zip(staying_, block, strict=True):
+        for kept, added, weight in zip(staying_, block, weights, strict=True):
             if kept is not None and added is not None:
-                ops.add_rows_(kept, into[here], added, weights[here])
+                ops.add_rows_(kept, into[here], added, weight[here])
         at = here.stop
