@@ -10,7 +10,7 @@ from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops
 from tightfit.kernels.pages import Pages, Run
 from tightfit.kv.merge.nearest import compare_neighbours, scale_rows_
-from tightfit.kv.merge.tokens import TokensAt
+from tightfit.kv.merge.tokens import TokensAt, leaving
 from tightfit.kv.method import Judged, Leaving, Merger, Seen, Tokens
 
 
@@ -56,15 +56,14 @@ class Merging:
         indices = staying[0].clone()
         for head, (total, count) in enumerate(zip(seen.counts, staying[1], strict=True)):
             stays = indices[head, :count].long()
-            leaves = seen.positions[head, :total] > seen.horizon  # what no query sees any more is not merged
-            leaves[stays] = False
-            if not leaves.any():
+            going = leaving(self.pages, slot, head, run, stays, seen.positions[head] > seen.horizon)
+            if not len(going):
                 continue
             alike = None if seen.alike is None else seen.alike[head, :total]
             numbers = seen.positions[head, :total], seen.mass[head, :total], alike
             judged = Judged(stays, *numbers, decoding=seen.tokens > seen.prompt)
             with ws.frame():
-                tokens, changed = self._head(slot, head, run, leaves.nonzero()[:, 0], judged, ws)
+                tokens, changed = self._head(slot, head, run, going, judged, ws)
                 which = changed.nonzero()[:, 0]
                 behind = slice(run.count, run.count + len(which))
                 for of_run, merged in zip((run.keys, run.values), tokens, strict=True):
@@ -83,10 +82,10 @@ class Merging:
             self._head(slot, 0, run, torch.arange(most + run.count), judged, ws)
 
     def _head(
-        self, slot: int, head: int, run: Run, leaving: torch.Tensor, judged: Judged, ws: Workspace
+        self, slot: int, head: int, run: Run, going: torch.Tensor, judged: Judged, ws: Workspace
     ) -> tuple[Tokens, torch.Tensor]:
-        """The tokens of a head that stay, after those at ``leaving`` (n,) int64 were merged into them, and which of
-        them were changed."""
+        """The tokens of a head that stay, after those at ``going`` (n,) int64 were merged into them, and which of them
+        were changed."""
         kept, places = self.pages, judged.stays
         values = None if kept.shared else ws.empty(len(places), kept.values.shape[3])
         staying, at = Tokens(ws.empty(len(places), kept.keys.shape[3]), values), 0
@@ -95,7 +94,7 @@ class Merging:
                 if whole is not None and part is not None:
                     ops.copy_(whole[at : at + len(part)], part)
             at += len(block.keys)
-        from_there = TokensAt(kept, slot, head, run, leaving, ws)
+        from_there = TokensAt(kept, slot, head, run, going, ws)
         changed = self.merger.merge(staying, from_there, judged, self.memory[slot, head], ws)
         return staying, changed
 
