@@ -13,6 +13,8 @@ SETTINGS = {
     "h2o": "h2o(keep=72,recent=0.25)",
     "snapkv": "snapkv(keep=70,window=12)",
     "d2o": "d2o(keep=70,recent=0.25)",
+    "kvmerger": "kvmerger(keep=70)",
+    "elastic": "elastic(keep=70,offset=12)",
     "int8": "int8(recent=16)",
     "int4": "int4(recent=16)",
     "int2": "int2(recent=16)",
