@@ -41,21 +41,29 @@ class Method:
 class Seen:
     """What an evictor may judge tokens by, of one layer and sequence.
 
-    ``mass`` (kv_heads, n) float32 is the attention that each token received from the queries that were observed, summed
-    over the heads of its group; ``positions`` (kv_heads, n) int32; ``counts`` of the n are there in each head, and
-    ``tokens`` came so far, ``prompt`` of them when the last prompt ended. Tokens are in the order of their positions.
-    ``keep`` of each head stay, on average; no query sees positions up to ``horizon`` any more. ``alike`` (kv_heads, n)
-    float32 is the cosine of each key and the one before it, 0 for the first, where the evictor ``compares``.
+    ``mass`` (kv_heads, n) float32 is the attention that each token received from the queries that were observed, put
+    together over them and over the heads of its group as the evictor's ``fold`` says; ``positions`` (kv_heads, n)
+    int32; ``counts`` of the n are there in each head. With each query that was observed, from position ``since`` on,
+    ``groups`` heads look at a token. ``tokens`` came so far, of which the first ``prompt`` are not generated: they are
+    of the last prompt, or came before it. Tokens are in the order of their positions.
+
+    ``keep`` of each head stay, on average; no query sees positions up to ``horizon`` any more. Where both kinds of
+    queries are observed, ``mass`` is from all of them, and ``lately`` (kv_heads, n) from the last ones, those from
+    ``since`` on. ``alike`` (kv_heads, n) float32 is the cosine of each key and the one before it, 0 for the first,
+    where a merger ``compares``.
     """
 
     mass: torch.Tensor
     positions: torch.Tensor
     counts: list[int]
+    groups: int
+    since: int
     tokens: int
-    prompt: int = 0
-    keep: int = 0
-    horizon: int = -1
-    alike: torch.Tensor | None = None
+    prompt: int
+    keep: int
+    horizon: int
+    lately: torch.Tensor | None
+    alike: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,13 @@ class Evictor(Method):
     budget: str = "uniform"
 
     roles: ClassVar[tuple[str, ...]] = ("tokens",)
-    observes: ClassVar[str] = "nothing"  # "all" queries, or the "last" ones, `window` of them
+    observes: ClassVar[str] = "nothing"  # "all" queries, the "last" ones, `window` of them, or "both"
     window: ClassVar[int] = 0
+    # How what queries give to a token is put together: its "sum", the "max" that one of them gives, or the "votes": how
+    # many give it at least what they would if they looked alike at all tokens that came.
+    fold: ClassVar[str] = "sum"
     anchors: ClassVar[int] = 0
+    selective: ClassVar[bool] = False  # whether it may keep fewer than `keep`: it judges whenever tokens are certain
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -91,7 +103,8 @@ class Evictor(Method):
         return 0, 0
 
     def scores(self, seen: Seen) -> torch.Tensor:
-        """(kv_heads, n) float32: those with the highest stay. It may write to ``seen.mass``."""
+        """(kv_heads, n) float32: those with the highest stay, and none with minus infinity. It may write to
+        ``seen.mass``."""
         raise NotImplementedError
 
 

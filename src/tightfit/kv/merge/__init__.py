@@ -1,5 +1,5 @@
 """Methods that merge tokens."""
 
-from tightfit.kv.merge import d2o, elastic, kvmerger
+from tightfit.kv.merge import d2o, elastic, ems, kvmerger
 
-__all__ = ["d2o", "elastic", "kvmerger"]
+__all__ = ["d2o", "elastic", "ems", "kvmerger"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     name="ems",
     paper="https://arxiv.org/abs/2412.08521",
     exact=False,
-    summary="tokens that all or the last queries look at; what resembles one of them is merged into it, the rest dropped",
+    summary="tokens that all or the last queries look at; what resembles one is merged into it, the rest dropped",
 )
 @dataclass(frozen=True)
 class EMS(Merger):
@@ -57,9 +57,9 @@ class EMS(Merger):
     def scores(self, seen: Seen) -> torch.Tensor:
         import torch
 
-        assert seen.recent is not None
+        assert seen.lately is not None
         for head, count in enumerate(seen.counts):
-            everywhere, lately = seen.mass[head, :count], seen.recent[head, :count]
+            everywhere, lately = seen.mass[head, :count], seen.lately[head, :count]
             torch.maximum(everywhere / everywhere.mean(), lately / lately.mean(), out=everywhere)
         return seen.mass
 
