@@ -88,6 +88,7 @@ class PagedCache(BaseCache):
         known: Known = NOTHING,
     ) -> None:
         composition.check(layouts)
+        composition = composition.with_found(known, lambda found: _placed(found, arena))
         self.layouts = layouts
         self.owners = list(range(len(layouts)) if known.owners is None else known.owners)
         self._last = {owner: layer for layer, owner in enumerate(self.owners)}  # the last one that reads an owner's
@@ -572,3 +573,9 @@ class PagedCache(BaseCache):
 
 def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:
     return None if x is None else x[start:stop]
+
+
+def _placed(x: torch.Tensor, arena: Arena) -> torch.Tensor:
+    placed = place(arena, tuple(x.shape), x.dtype)
+    placed.copy_(x)
+    return placed
