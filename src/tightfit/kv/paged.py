@@ -26,16 +26,19 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kv.beside import Beside
 from tightfit.kv.cache import as_bytes, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
+from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Rest, Seen
+from tightfit.kv.method import Merger, Seen
 from tightfit.kv.observed import Observed
 from tightfit.kv.reserved import Reserved, numbers
 from tightfit.kv.rest import Resting
+from tightfit.kv.select.selecting import Selecting, Settled, Where
 
 Made = TypeVar("Made")
 
@@ -109,15 +112,13 @@ class PagedCache(BaseCache):
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
-        self.resting: list[Resting] = []
-        if composition.rest is not None:
-            rest = composition.rest
-            self.resting = self._of_owners(lambda layer: self._resting(rest, layer, arena))
+        self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena))
         self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
         self.observed: Observed | None = None
         if evictor is not None and evictor.observes != "nothing":
             widths = [size.table_pages * PAGE for size in reserved.sizes]
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
+        self.beside = self._of_owners(lambda layer: self._beside(layer, arena))
         self._nbytes = arena.used - before
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
@@ -129,6 +130,11 @@ class PagedCache(BaseCache):
     def _stores(self) -> list[Pages]:
         return [self.layers[layer] for layer in self.own]
 
+    @property
+    def lower(self) -> list[LowerStore | None]:
+        """The lower store of each layer that has one."""
+        return [next((each for each in found if isinstance(each, LowerStore)), None) for found in self.beside]
+
     def _of_owners(self, make: Callable[[int], Made]) -> list[Made]:
         """Of each layer what is made for its owner."""
         made = {layer: make(layer) for layer in self.own}
@@ -138,21 +144,37 @@ class PagedCache(BaseCache):
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
-    def _resting(self, rest: Rest, layer: int, arena: Arena) -> Resting:
-        layout = self.layouts[layer]
-        memory = place(arena, (self.sequences, layout.kv_heads, rest.remembers(layout)), torch.float32)
-        return Resting(rest, layer, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
+    def _beside(self, layer: int, arena: Arena) -> list[Beside]:
+        """What queries of a layer see beside its pages."""
+        found: list[Beside] = []
+        lower, rest = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file), self.composition.rest
+        if lower is not None:
+            found.append(lower)
+        if rest is not None:
+            found.append(Resting(rest, layer, self.layouts[layer], self.sequences, arena))
+        return found
+
+    def _selecting(self, layer: int, arena: Arena) -> Selecting | None:
+        selector = self.composition.selector
+        if selector is None or not self.reserved.selects(layer):
+            return None
+        most = self.reserved.sizes[layer].table_pages * PAGE
+        return selector.select(Where(self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena))
+
+    @property
+    def _selections(self) -> list[Selecting]:
+        return [found for layer in self.own if (found := self.selecting[layer]) is not None]
 
     def close(self) -> None:
         if self._file >= 0:
             self._closing()
 
-    def pages_read(self, layer: int, bounded: int) -> int:
-        """Of ``bounded`` pages of a head that can be chosen among, how many a token that decodes reads."""
-        selector = self.composition.selector
-        if selector is None or not self.reserved.selects(layer):
-            return bounded
-        return min(selector.tokens // PAGE, bounded)
+    def chosen(self, layer: int, slot: int = 0) -> list[tuple[int, float]]:
+        """Of each head, among how many tokens the next one chooses, and how many of them it reads on average."""
+        selector, selecting = self.composition.selector, self.selecting[layer]
+        if selector is None or selecting is None:
+            return [(0, 0.0)] * self.layouts[layer].kv_heads
+        return [(among, selector.reads(among)) for among in selecting.among(slot)]
 
     # ---- a step ----
 
@@ -228,17 +250,17 @@ class PagedCache(BaseCache):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
         kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
-        observed = self.observed
-        shared = self._shared.get(owner)
+        observed, beside = self.observed, self.beside[layer]
+        shared, sums = self._shared.get(owner), observed is not None or bool(beside)
         if rows:
             with ws.frame():
-                looking = self._looking(layer, Rows(step.places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = ws.empty(rows, heads) if observed is not None or self.resting else None
                 which = Rows(step.places, step.paths)
+                looking = self._looking(layer, which, q[:rows], _part(held.anchor_q, 0, rows), ws, scoring)
+                lse = ws.empty(rows, heads) if sums else None
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
-                if self.resting and lse is not None:
-                    slots = step.places[:rows, 0]
-                    self.resting[layer].recall(slots, q[:rows], scoring, out[:rows], lse, ws)
+                if lse is not None:
+                    for each in beside:
+                        each.join_rows(which, q[:rows], out[:rows], lse, ws, scoring)
                 if observed is not None and lse is not None and step.tentative:
                     observed.drafts[layer].put(which, self.tokens, looking, lse, scoring)
                     for slot in set(step.places[:rows, 0].tolist()):
@@ -248,13 +270,12 @@ class PagedCache(BaseCache):
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             with ws.frame():
                 looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-                lse = ws.empty(b - a, heads) if observed is not None or self.resting else None
+                lse = ws.empty(b - a, heads) if sums else None
                 bf16 = self.gemm_dtype == torch.bfloat16
                 pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
-                if self.resting and lse is not None:
-                    slots = ws.empty(b - a, dtype=torch.int32)
-                    ops.fill_(slots, segment.slot)
-                    self.resting[layer].recall(slots, looking.q, scoring, out[a:b], lse, ws)
+                if lse is not None:
+                    for each in beside:
+                        each.join(segment.slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
                 if self._whole is not None:
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
@@ -265,16 +286,19 @@ class PagedCache(BaseCache):
                 if layer == owner:
                     self._choose_channels(layer, segment.slot, run, looking.q)
                 if layer == self._last[owner]:
-                    self._settle(owner, segment.slot, run, given, ws)
+                    self._settle(owner, segment.slot, run, given, ws, segment.stop >= (segment.length or 0))
 
     def _looking(
-        self, layer: int, rows: Rows, q: torch.Tensor, anchor_q: torch.Tensor | None, ws: Workspace
+        self,
+        layer: int,
+        rows: Rows,
+        q: torch.Tensor,
+        anchor_q: torch.Tensor | None,
+        ws: Workspace,
+        scoring: Scoring,
     ) -> Looking:
-        selector, chosen = self.composition.selector, None
-        if selector is not None and self.reserved.selects(self.owners[layer]):
-            chosen = ws.empty(q.shape[0], self.layouts[layer].kv_heads, selector.tokens // PAGE, dtype=torch.int32)
-            pages.select(self.layers[layer], rows, q, chosen, ws)
-        return Looking(q, anchor_q, self._anchors(layer), chosen)
+        looking, selecting = Looking(q, anchor_q, self._anchors(layer)), self.selecting[layer]
+        return looking if selecting is None else selecting.look(rows, looking, ws, scoring)
 
     def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor | None:
         return None if self.observed is None else self.observed.room(layer, count, ws)
@@ -298,15 +322,18 @@ class PagedCache(BaseCache):
     def _clear(self, slot: int) -> None:
         """Forgets a sequence."""
         self._begun[slot] = self._pruned[slot] = False
-        self.tokens[slot] = self.prompts[slot] = 0
-        for kept in self._stores:
-            kept.reset(slot)
+        self.tokens[slot] = 0
+        for layer in self.own:
+            self.layers[layer].reset(slot)
+            for each in self.beside[layer]:
+                each.clear(slot)
+        self.prompts[slot] = 0
         if self.observed is not None:
             self.observed.clear(slot)
         for merging in self.merging:
             merging.memory[slot] = math.nan
-        for resting in self.resting:
-            resting.memory[slot] = 0.0
+        for selecting in self._selections:
+            selecting.reset(slot)
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = self.prompts[slot] = stop
@@ -344,8 +371,13 @@ class PagedCache(BaseCache):
             yield as_bytes(self.observed.since[slot])
         for layer in self.own:
             mass = None if self.observed is None else self.observed.mass[layer]
-            states = [of_layers[layer].memory for of_layers in (self.merging, self.resting) if of_layers]
+            states = [self.merging[layer].memory] if self.merging else []
             yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, states)
+            for each in self.beside[layer]:
+                yield from each.parts(slot)
+            selecting = self.selecting[layer]
+            if selecting is not None:
+                yield from selecting.parts(slot)
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
@@ -370,6 +402,8 @@ class PagedCache(BaseCache):
                 self.observed.commit_drafts(slot, order, start, self.layers, self._looking, ws)
         torch._foreach_add_([kept.lengths[slot] for kept in self._stores], len(path))
         self.tokens[slot] += len(path)
+        for selecting in self._selections:
+            selecting.commit(slot, path)
         if int(self.tokens[slot]) % BLOCK == 0 and path:
             for layer in self.own:
                 with ws.frame():
@@ -443,30 +477,31 @@ class PagedCache(BaseCache):
         if pruner is not None and channels is not None and not ops.is_dry() and not self._pruned[slot]:
             channels[slot] = pruner.choose(q, run.keys[:, : run.count])
 
-    def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
-        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
-        kept = self.layers[layer]
+    def _settle(
+        self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace, whole: bool = True
+    ) -> None:
+        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written. ``whole`` says
+        whether the prompt is."""
+        kept, selecting = self.layers[layer], self.selecting[layer]
         heads, tier = self.layouts[layer].kv_heads, self.composition.tier
         resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
 
         def keep(run: Run, indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
-            try:
+            with self._writing():
                 pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self.reserved.ahead)
-            except RuntimeError as error:
-                if tier is None:
-                    raise
-                hint = "Make room on it, or name a folder on another: host(folder=...)."
-                raise TightfitError(str(error), hint) from error
 
         if kept.positions is None or ops.is_dry():
             if kept.positions is not None:
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
-            if self.resting:
-                self.resting[layer].take_most(slot, run, ws)
+            for each in self.beside[layer] if ops.is_dry() else ():
+                each.take_most(slot, kept, run, ws)
             keep(run)
+            if selecting is not None:
+                selecting.settled(slot, Settled(run.count, whole), ws)
             return
+        now = Settled(run.count, whole)
         before = kept.lengths[slot].tolist()
         counts = [length + run.count for length in before]
         tokens = int(self.tokens[slot]) + run.count
@@ -491,27 +526,41 @@ class PagedCache(BaseCache):
             seen = self._seen(layer, positions, counts, (since, tokens, prompt, limit), (mass, lately, alike))
             indices, left = self._judge(layer, seen)
             listed = indices
-            if self.resting:
-                seen_yet = seen.positions > seen.horizon  # what no query sees any more does not count any more
-                self.resting[layer].take_up(slot, run, (indices, left), seen_yet, ws)
+            with self._writing():
+                for each in self.beside[layer]:  # what no query sees any more does not count any more
+                    each.take(slot, kept, run, indices, left, positions > seen.horizon, ws)
             if self.merging:
                 listed = self.merging[layer].merge(slot, run, (indices, left), seen, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left
             keep(run, listed, torch.tensor(counts, dtype=torch.int32))
+            now = Settled(now.count, whole, indices, left)
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
-                each = gather[:, None].expand(-1, given.shape[1], -1)
-                given[..., : indices.shape[1]] = given.gather(2, each)
+                places = gather[:, None].expand(-1, given.shape[1], -1)
+                given[..., : indices.shape[1]] = given.gather(2, places)
         else:
             keep(run)
+        if selecting is not None:
+            selecting.settled(slot, now, ws)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
             kept.positions[slot, head, length : length + len(ahead)] = ahead  # where the next tokens will be
         if self.observed is not None and given is not None:
             self.observed.keep(layer, slot, given, counts)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says what to do where a disk is full."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.composition.tier is None:
+                raise
+            hint = "Make room on it, or name a folder on another: host(folder=...)."
+            raise TightfitError(str(error), hint) from error
 
     def rehearse(self, count: int) -> None:
         for layer, layout in enumerate(self.layouts):
