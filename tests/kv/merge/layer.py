@@ -10,6 +10,7 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Run
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.compose import compose
+from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Batch, Segment
 
@@ -22,9 +23,17 @@ Kept = dict[int, tuple[torch.Tensor, torch.Tensor]]  # by position: key and valu
 class Driver:
     """One layer, and sequence 0."""
 
-    def __init__(self, kv: str, layout: LayerLayout = LAYOUT, ws: Workspace | None = None, tail: int = 1) -> None:
+    def __init__(
+        self,
+        kv: str,
+        layout: LayerLayout = LAYOUT,
+        ws: Workspace | None = None,
+        tail: int = 1,
+        known: Known = NOTHING,
+        context: int = 512,
+    ) -> None:
         arena = Arena(ROOM)
-        self.cache = PagedCache([layout], compose(kv), 512, 1, torch.float32, arena, tail=tail)
+        self.cache = PagedCache([layout], compose(kv), context, 1, torch.float32, arena, tail=tail, known=known)
         self.ws, self.layout, self.bytes = ws or Workspace(Arena(ROOM)), layout, arena.used
 
     def add(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decode: bool = False) -> torch.Tensor:
