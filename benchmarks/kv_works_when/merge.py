@@ -4,7 +4,7 @@
 
 Each method sees the same held-out code and the same look-ups, of `--tokens` tokens: the KL divergence of the next 64
 tokens from the exact cache's, the perplexity of these, and questions on hidden numbers and dictionaries that are
-answered right.
+answered right. `drop:elastic(keep=256)` keeps the same tokens and drops the others instead of merging them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,20 @@ from benchmarks.kv import FOLLOWED, Question, divergence, follow, interval, ques
 
 import tightfit
 from tightfit import zoo
+from tightfit.kv.compose import compose
+from tightfit.kv.method import Merger
 from tightfit.lab.reader import Reader
 from tightfit.zoo.presets import BOS
 from tightfit.zoo.tasks import Material
+
+
+def dropping(kv: str) -> str:
+    """The methods of ``kv``; if it begins with ``drop:``, their mergers merge nothing from now on."""
+    plain = kv.removeprefix("drop:")
+    for method in compose(plain).methods if plain != kv else ():
+        if isinstance(method, Merger):
+            type(method).merge = lambda self, staying_, *rest: torch.zeros(len(staying_.keys), dtype=torch.bool)
+    return plain
 
 
 def main() -> None:
@@ -49,7 +60,9 @@ def main() -> None:
     exact, lines = [], []
     for kv in ("none", *options.methods):
         prefill = "layered" if options.layered else "chunked"
-        reader = Reader(tightfit.load("nano", "2GiB", context=4096, kv=kv, prefill=prefill, threads=options.threads))
+        reader = Reader(
+            tightfit.load("nano", "2GiB", context=4096, kv=dropping(kv), prefill=prefill, threads=options.threads)
+        )
         logits = [follow(reader, row) for row in rows]
         exact = exact or logits
         losses = [divergence(a, b) for a, b in zip(exact, logits, strict=True)]

@@ -19,8 +19,6 @@ from tightfit.errors import CheckpointError
 from tightfit.kv.method import Method
 
 if TYPE_CHECKING:
-    from typing import Self
-
     import torch
 
     from tightfit.kernels.attention import Scoring
@@ -53,7 +51,7 @@ class Fitted(Method):
 
     computes: ClassVar[bool] = False  # with the tensors, which a cache then keeps: they are of its account
 
-    def with_found(self, tensors: Mapping[str, torch.Tensor]) -> Self:
+    def with_found(self, tensors: Mapping[str, torch.Tensor]) -> Fitted:
         """The same method with what was found for it in ``found``."""
         method = replace(self)  # type: ignore[type-var]
         object.__setattr__(method, "found", tensors)

@@ -83,7 +83,8 @@ class Less(Rest, Fitted):
         model.take_room(
             4 * 10 * len(samples) * max(layout.heads for layout in model.layouts) * length**2, "training a layer"
         )
-        kept, tensors, lines, errors = max(int(self.keep * length), 2), {}, [], []
+        tensors: dict[str, torch.Tensor] = {}
+        kept, lines, errors = max(int(self.keep * length), 2), [], []
         for layer, seen in enumerate(model.layers(samples)):
             project, scale = model.weights(layer)["o_proj"], model.scorings[layer].scale
             parts = [Texts(*_stacked(part), scale, project, kept) for part in (seen[:-1], seen[-1:])]

@@ -24,8 +24,8 @@ def absorb(
     value_dim): psi(k) = |gelu(gelu(k A) B) C| for ``weights`` A (key_dim, hidden), B (hidden, rank), C (rank, rank).
     ``scratch`` is (n, hidden) and twice (n, rank)."""
     inner, outer, psi = scratch
-    torch._C._nn.gelu(torch.mm(keys, weights[0], out=inner), out=inner)
-    torch._C._nn.gelu(torch.mm(inner, weights[1], out=outer), out=outer)
+    torch.ops.aten.gelu_(torch.mm(keys, weights[0], out=inner))
+    torch.ops.aten.gelu_(torch.mm(inner, weights[1], out=outer))
     torch.mm(outer, weights[2], out=psi).abs_()
     state_[:, 0] += psi.sum(0)
     state_[:, 1:].addmm_(psi.T, values)
@@ -49,8 +49,8 @@ def look(
     inner, phi, found = scratch
     kv_heads, groups, width = found.shape
     for row, slot in enumerate(slots.tolist()):
-        torch._C._nn.gelu(torch.bmm(q[row, :, None], weights[0], out=inner), out=inner)
-        torch._C._nn.gelu(torch.bmm(inner, weights[1], out=phi), out=phi).abs_()
+        torch.ops.aten.gelu_(torch.bmm(q[row, :, None], weights[0], out=inner))
+        torch.ops.aten.gelu_(torch.bmm(inner, weights[1], out=phi)).abs_()
         state = memory[slot].view(kv_heads, -1, width)
         torch.bmm(phi.view(kv_heads, groups, -1), state, out=found)
         sums = found.view(-1, width)
@@ -86,7 +86,7 @@ class Kernels(torch.nn.Module):
         return phi @ psi.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3)
 
     def found(self) -> dict[str, Tensor]:
-        tensors = {"q_first": self.q_first, "q_second": self.q_second, "k_first": self.k_first}
+        tensors: dict[str, Tensor] = {"q_first": self.q_first, "q_second": self.q_second, "k_first": self.k_first}
         tensors |= {"k_second": self.k_second, "k_last": self.last()}
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
