@@ -14,31 +14,33 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import TightfitError, UsageError
-from tightfit.kernels import attention, ops, pages
+from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn, Turned
 from tightfit.kv.beside import Beside
-from tightfit.kv.cache import as_bytes, place
+from tightfit.kv.cache import as_bytes, numbers, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Seen
+from tightfit.kv.method import Merger, Rater, Seen, Tabled
 from tightfit.kv.observed import Observed, Observer
 from tightfit.kv.pooled import Pooled
-from tightfit.kv.reserved import Reserved, numbers
+from tightfit.kv.rated import Rated
+from tightfit.kv.reserved import Reserved
 from tightfit.kv.rest import Resting
+from tightfit.kv.select.selecting import Selecting, Settled, Where
 from tightfit.kv.streaming import Streaming
 
 Made = TypeVar("Made")
@@ -47,10 +49,11 @@ Made = TypeVar("Made")
 @dataclass
 class Held:
     """A step's tokens of one layer on their way through attention: the run of each prefill segment and the place of its
-    first token there, and the queries that look at anchors."""
+    first token there, the queries that look at anchors, and what the tokens are worth (n, kv_heads)."""
 
     runs: list[tuple[Run, int]]
     anchor_q: torch.Tensor | None
+    worth: torch.Tensor | None = None
 
 
 @dataclass
@@ -92,6 +95,7 @@ class PagedCache(BaseCache):
         known: Known = NOTHING,
     ) -> None:
         composition.check(layouts)
+        composition = composition.with_found(known, lambda found: _placed(found, arena))
         self.layouts = layouts
         self.owners = list(range(len(layouts)) if known.owners is None else known.owners)
         self._last = {owner: layer for layer, owner in enumerate(self.owners)}  # the last one that reads an owner's
@@ -108,22 +112,30 @@ class PagedCache(BaseCache):
         self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners, streams)
         self._file = -1 if composition.tier is None else composition.tier.open()
         self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
-        before = arena.used
+        prepared = []
+        if isinstance(evictor, Rater):
+            tensors = known.of(evictor)
+            prepared = self._of_owners(lambda layer: evictor.prepare(layer, tensors, arena))
+        before = arena.used  # from here on it is of sequences
         self.tokens = numbers(arena, sequences)
         self.layers = self._of_owners(lambda layer: reserved.pages(layer, arena, dtype, self.tokens, self._file))
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
+        self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena))
         self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
-        self.observed: Observed | None = None
-        self.watching: Observer | None = None  # of prompts
         widths = [size.table_pages * PAGE for size in reserved.sizes]
-        if evictor is not None and evictor.observes != "nothing":
+        self.observed: Observed | None = None  # by what tokens are judged
+        self.rated: Rated | None = None  # the same, where they bring it with them
+        if isinstance(evictor, Rater):
+            common = layouts, widths, self._of_owners, sequences
+            self.observed = self.rated = Rated(evictor, prepared, *common, gemm_dtype, arena)
+        elif evictor is not None and evictor.observes != "nothing":
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
-            self.watching = self.observed
-        elif streamer is not None and streamer.window:
+        self.watching: Observer | None = self.observed  # what looks at prompts
+        if streamer is not None and streamer.window:
             self.watching = Observer(streamer, layouts, widths, -(-streamer.window // BLOCK))
-        self.beside = self._of_owners(lambda layer: self._beside(layer, arena))
+        self.beside = self._of_owners(lambda layer: self._beside(layer, arena, known))
         self.pooled: dict[int, Pooled] = {}  # of each layer that shares what it keeps with others
         for layer in self.own:
             if reserved.pooled(layer) and layer not in self.pooled:
@@ -134,6 +146,7 @@ class PagedCache(BaseCache):
             self.streaming = Streaming(streamer, self.layers, self.beside, self._keep, streams)
             self.streaming.find(reserved, sequences, arena)
         self._nbytes = arena.used - before
+        self._keep_centroids(known)
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
         self._pruned = [False] * sequences
@@ -162,26 +175,49 @@ class PagedCache(BaseCache):
         first = layers[0]
         return Pooled(layers, self.sequences, self.layouts[first].kv_heads, self.reserved.sizes[first].most, arena)
 
-    def _beside(self, layer: int, arena: Arena) -> list[Beside]:
+    def _beside(self, layer: int, arena: Arena, known: Known) -> list[Beside]:
         """What queries of a layer see beside its pages."""
         found: list[Beside] = []
-        lower, rest = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file), self.composition.rest
+        lower = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file, known)
+        rest = self.composition.rest
         if lower is not None:
             found.append(lower)
         if rest is not None:
             found.append(Resting(rest, layer, self.layouts[layer], self.sequences, arena))
         return found
 
+    def _selecting(self, layer: int, arena: Arena) -> Selecting | None:
+        selector = self.composition.selector
+        if selector is None or not self.reserved.selects(layer):
+            return None
+        most = self.reserved.sizes[layer].table_pages * PAGE
+        return selector.select(Where(self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena))
+
+    @property
+    def _selections(self) -> list[Selecting]:
+        return [found for layer in self.own if (found := self.selecting[layer]) is not None]
+
+    def _keep_centroids(self, known: Known) -> None:
+        """Copies what was fitted into the tables of codecs."""
+        for method, of_keys in ((self.composition.key_codec, True), (self.composition.value_codec, False)):
+            if method is None or method.name not in known.tensors:
+                continue
+            for layer in self.own:
+                kept = self.layers[layer]
+                side, name = (kept.key_side, "keys") if of_keys else (kept.value_side, "values")
+                if side is not None:
+                    side[0] = known.of(method)[f"{name}.{layer}"].flatten(1)
+
     def close(self) -> None:
         if self._file >= 0:
             self._closing()
 
-    def pages_read(self, layer: int, bounded: int) -> int:
-        """Of ``bounded`` pages of a head that can be chosen among, how many a token that decodes reads."""
-        selector = self.composition.selector
-        if selector is None or not self.reserved.selects(layer):
-            return bounded
-        return min(selector.tokens // PAGE, bounded)
+    def chosen(self, layer: int, slot: int = 0) -> list[tuple[int, float]]:
+        """Of each head, among how many tokens the next one chooses, and how many of them it reads on average."""
+        selector, selecting = self.composition.selector, self.selecting[layer]
+        if selector is None or selecting is None:
+            return [(0, 0.0)] * self.layouts[layer].kv_heads
+        return [(among, selector.reads(among)) for among in selecting.among(slot)]
 
     # ---- a step ----
 
@@ -217,24 +253,22 @@ class PagedCache(BaseCache):
         q_: torch.Tensor | None,
         k_: torch.Tensor | None,
         v: torch.Tensor | None,
-        turn: Turn | None,
+        turn: Turn | Turned | None,
         ws: Workspace,
     ) -> Held:
-        kept, anchor_q = self.layers[layer], None
+        kept, anchor_q, worth = self.layers[layer], None, None
+        if self.rated is not None and q_ is not None and k_ is not None and v is not None:
+            worth = self.rated.rate(layer, step, q_, k_, v, ws)
         if turn is not None and q_ is not None:
-            if turn.anchors is not None and self._anchors(layer):
-                anchor_q = ws.empty(*q_.shape)
-                ops.copy_(anchor_q, q_)
-                attention.rotate_(anchor_q, *turn.anchors, turn.interleaved, ws)
-            attention.rotate_(q_, *turn.tables, turn.interleaved, ws)
-            if k_ is not None:
-                attention.rotate_(k_, *turn.tables, turn.interleaved, ws)
+            anchor_q = turn.apply(q_, k_, self._anchors(layer) > 0, ws)
         shared = self._shared.get(self.owners[layer])
         if k_ is None:
             return Held([(each.run, 0) for each in shared or ()], anchor_q)
         rows = step.vector
         if rows:
             pages.append(kept, Rows(step.places), k_[:rows], None if v is None else v[:rows])
+            if self.rated is not None and worth is not None:
+                self.rated.put(layer, kept, Rows(step.places), worth[:rows])
         runs = []
         for index, (segment, a, b) in enumerate(step.prefills):
             if shared is not None:
@@ -248,7 +282,7 @@ class PagedCache(BaseCache):
             if v is not None:
                 ops.copy_(run.values[:, at : at + b - a], v[a:b].transpose(0, 1))
             runs.append((run, at))
-        return Held(runs, anchor_q)
+        return Held(runs, anchor_q, worth)
 
     def attend_step(
         self, layer: int, step: Step, held: Held, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
@@ -257,13 +291,13 @@ class PagedCache(BaseCache):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
         kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
-        observed, beside = self.observed, self.beside[layer]
-        shared, watching = self._shared.get(owner), self.watching
+        observed, watching = (None, None) if self.rated is not None else (self.observed, self.watching)
+        shared, beside = self._shared.get(owner), self.beside[layer]
         if rows:
             with ws.frame():
-                looking = self._looking(layer, Rows(step.places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = ws.empty(rows, heads) if observed is not None or beside else None
                 which = Rows(step.places, step.paths)
+                looking = self._looking(layer, which, q[:rows], _part(held.anchor_q, 0, rows), ws, scoring)
+                lse = ws.empty(rows, heads) if observed is not None or beside else None
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
                 if lse is not None:
                     for each in beside:
@@ -283,26 +317,31 @@ class PagedCache(BaseCache):
                 if lse is not None:
                     for each in beside:
                         each.join(segment.slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
+                held_by: Whole | Shared | None = self._whole or (None if shared is None else shared[index])
+                given = self._received(layer, run.count, ws) if held_by is None else held_by.given
+                if self.rated is not None and held.worth is not None and given is not None:
+                    self.rated.put_chunk(kept, segment.slot, at, held.worth[a:b], given)
                 if self._whole is not None:
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
-                given = None if shared is None else shared[index].given
-                if watching is not None and lse is not None:
-                    given = watching.room(layer, run.count, ws) if given is None else given
+                if watching is not None and lse is not None and given is not None:
                     watching.chunk(kept, segment.slot, run, at, looking, lse, given, ws, scoring)
                 if layer == owner:
-                    self._choose_channels(layer, segment.slot, run, looking.q)
+                    self._look_first(layer, segment.slot, run, looking.q)
                 if layer == self._last[owner]:
-                    self._settle(owner, segment.slot, run, given, ws)
+                    self._settle(owner, segment.slot, run, given, ws, segment.stop >= (segment.length or 0))
 
     def _looking(
-        self, layer: int, rows: Rows, q: torch.Tensor, anchor_q: torch.Tensor | None, ws: Workspace
+        self,
+        layer: int,
+        rows: Rows,
+        q: torch.Tensor,
+        anchor_q: torch.Tensor | None,
+        ws: Workspace,
+        scoring: Scoring,
     ) -> Looking:
-        selector, chosen = self.composition.selector, None
-        if selector is not None and self.reserved.selects(self.owners[layer]):
-            chosen = ws.empty(q.shape[0], self.layouts[layer].kv_heads, selector.tokens // PAGE, dtype=torch.int32)
-            pages.select(self.layers[layer], rows, q, chosen, ws)
-        return Looking(q, anchor_q, self._anchors(layer), chosen)
+        looking, selecting = Looking(q, anchor_q, self._anchors(layer)), self.selecting[layer]
+        return looking if selecting is None else selecting.look(rows, looking, ws, scoring)
 
     def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor | None:
         return None if self.watching is None else self.watching.room(layer, count, ws)
@@ -340,6 +379,8 @@ class PagedCache(BaseCache):
             self.streaming.clear(slot)
         for merging in self.merging:
             merging.memory[slot] = math.nan
+        for selecting in self._selections:
+            selecting.reset(slot)
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = self.prompts[slot] = stop
@@ -388,6 +429,9 @@ class PagedCache(BaseCache):
             yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, states)
             for each in self.beside[layer]:
                 yield from each.parts(slot)
+            selecting = self.selecting[layer]
+            if selecting is not None:
+                yield from selecting.parts(slot)
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
@@ -398,20 +442,24 @@ class PagedCache(BaseCache):
                 os.pwritev(self._file, [page], part.at)
             else:
                 get(part)
-        self.tokens[slot] = stop
+        self.tokens[slot] = self.prompts[slot] = stop
         self._begun[slot] = self._pruned[slot] = True
 
     def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
         drafted, self._drafting[slot] = self._drafting[slot], False
         if drafted or list(path) != list(range(len(path))):
             order = torch.tensor(path, dtype=torch.int32)
-            for kept in self._stores:
-                pages.straighten(kept, slot, order)
+            for layer in self.own:
+                pages.straighten(self.layers[layer], slot, order)
+                if self.rated is not None:
+                    self.rated.straighten(layer, self.layers[layer], slot, order)
             if drafted and path and self.observed is not None:
                 start = int(self.tokens[slot])
                 self.observed.commit_drafts(slot, order, start, self.layers, self._looking, ws)
         torch._foreach_add_([kept.lengths[slot] for kept in self._stores], len(path))
         self.tokens[slot] += len(path)
+        for selecting in self._selections:
+            selecting.commit(slot, path)
         if int(self.tokens[slot]) % BLOCK == 0 and path:
             for layer in self.own:
                 with ws.frame():
@@ -431,6 +479,7 @@ class PagedCache(BaseCache):
         wanted = 0 if self.watching is None else self.watching.window
         if self.composition.pruner is not None:
             wanted = max(wanted, self.composition.pruner.window)
+        wanted = max([wanted, *(method.queries for method in self.composition.methods if isinstance(method, Tabled))])
         last = min(wanted, count)
         with ws.frame():
             run = self._new_run(layer, count, ws)
@@ -442,7 +491,7 @@ class PagedCache(BaseCache):
                 yield
             finally:
                 self._whole = None
-            self._choose_channels(layer, segment.slot, run, whole.q)
+            self._look_first(layer, segment.slot, run, whole.q)
             self._settle(layer, segment.slot, run, given, ws)
 
     def _watch(
@@ -470,24 +519,33 @@ class PagedCache(BaseCache):
             if lse is not None:
                 ops.copy_(whole.lse[rows], lse[first:])
         watching, kept = self.watching, self.layers[layer]
-        if watching is None or whole.given is None or lse is None:
+        if watching is None or self.rated is not None or whole.given is None or lse is None:
             return
         if watching.all:
-            watching.chunk(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
-        elif at + count == total:
+            watching.everything(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
+        if watching.last and at + count == total:
             turned = None if looking.anchor_q is None else whole.anchor_q
             last = Looking(whole.q, turned, looking.anchors)
-            watching.chunk(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
+            watching.lately(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
 
-    def _choose_channels(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
-        """The first queries ``q`` (n, heads, key_dim) of a sequence decide which channels of keys stay."""
-        pruner, channels = self.composition.pruner, self.layers[layer].channels
-        if pruner is not None and channels is not None and not ops.is_dry() and not self._pruned[slot]:
-            channels[slot] = pruner.choose(q, run.keys[:, : run.count])
+    def _look_first(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
+        """The first queries ``q`` (n, heads, key_dim) of a sequence and its first tokens decide which channels of keys
+        stay, and what is in the tables of codecs."""
+        if ops.is_dry() or self._pruned[slot]:
+            return
+        composition, kept, lower = self.composition, self.layers[layer], self.lower[layer]
+        if composition.pruner is not None and kept.channels is not None:
+            kept.channels[slot] = composition.pruner.choose(q, run.keys[:, : run.count])
+        _look_up(kept, slot, composition.key_codec, composition.value_codec, run, q)
+        if lower is not None:
+            _look_up(lower.pages, slot, lower.demoter, lower.demoter, run, q)
 
-    def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
-        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
-        kept, heads = self.layers[layer], self.layouts[layer].kv_heads
+    def _settle(
+        self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace, whole: bool = True
+    ) -> None:
+        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written. ``whole`` says
+        whether the prompt is."""
+        kept, selecting, heads = self.layers[layer], self.selecting[layer], self.layouts[layer].kv_heads
         if self.streaming is not None and self.reserved.streaming(layer):
             self.streaming.settle(layer, slot, run, given, int(self.tokens[slot]) + run.count, ws)
             return
@@ -496,21 +554,48 @@ class PagedCache(BaseCache):
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
             if layer in self.pooled:
                 self._let_go(layer, slot, torch.empty(heads, 0, dtype=torch.int32), ws)
-            self._take_most(layer, slot, run, ws)
+            if self.merging:
+                self.merging[layer].take_most(slot, run, ws)
+            for each in self.beside[layer] if ops.is_dry() else ():
+                each.take_most(slot, kept, run, ws)
+            self._keep(layer, slot, run, ws)
+            if selecting is not None:
+                selecting.settled(slot, Settled(run.count, whole), ws)
             return
+        now = Settled(run.count, whole)
         before = kept.lengths[slot].tolist()
         counts = [length + run.count for length in before]
         tokens = int(self.tokens[slot]) + run.count
+        limit = self.reserved.limit(layer, tokens)
         positions = ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
         for head, length in enumerate(before):
             positions[head, :length] = kept.positions[slot, head, :length]
             positions[head, length : length + run.count] = torch.arange(tokens - run.count, tokens)
         if self.observed is not None and given is not None:
             self.observed.recall(layer, slot, given, before, tokens, run.count)
-        staying = self._judge(layer, slot, given, positions, counts, run.count, ws)
-        if staying is not None:
-            indices, counts = staying
-            self._write(layer, slot, run, staying, positions, ws)
+        window = self.layouts[layer].window
+        # The next query stands at `tokens`, and sees itself too.
+        oldest = min((int(positions[head, 0]) for head in range(heads) if counts[head]), default=tokens)
+        too_old = window is not None and oldest <= tokens - window
+        too_many = sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit
+        if too_old or too_many or layer in self.pooled or (self.evictor is not None and self.evictor.selective):
+            alike = self.merging[layer].compare(slot, run, counts, ws) if self.merging else None
+            mass, lately, since = torch.zeros(positions.shape), None, 0
+            if self.observed is not None and given is not None:
+                mass, lately, since = self.observed.judged(slot, given, tokens, run.count)
+            prompt = tokens if run.count else int(self.prompts[slot])
+            seen = self._seen(layer, positions, counts, (since, tokens, prompt, limit), (mass, lately, alike))
+            indices, left = self._judge(layer, seen) if layer not in self.pooled else self._share(layer, slot, seen, ws)
+            listed = indices
+            with self._writing():
+                for each in self.beside[layer]:  # what no query sees any more does not count any more
+                    each.take(slot, kept, run, indices, left, positions > seen.horizon, ws)
+            if self.merging:
+                listed = self.merging[layer].merge(slot, run, (indices, left), seen, ws)
+                run = Run(run.keys, run.values, run.keys.shape[1])
+            counts = left
+            self._keep(layer, slot, run, ws, listed, torch.tensor(counts, dtype=torch.int32))
+            now = Settled(now.count, whole, indices, left)
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
@@ -518,6 +603,8 @@ class PagedCache(BaseCache):
                 given[..., : indices.shape[1]] = given.gather(2, places)
         else:
             self._keep(layer, slot, run, ws)
+        if selecting is not None:
+            selecting.settled(slot, now, ws)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
@@ -534,48 +621,22 @@ class PagedCache(BaseCache):
             positions = ws.empty(heads, kept.positions.shape[2], dtype=torch.int32)
             run = self._new_run(layer, 0, ws)
             if ops.is_dry():
-                self._take_most(layer, slot, run, ws)
+                for each in self.beside[layer]:
+                    each.take_most(slot, kept, run, ws)
+                self._keep(layer, slot, run, ws)
                 return
-            length = int(kept.lengths[slot, 0])
+            length, counts = int(kept.lengths[slot, 0]), [count] * heads
             behind = self.reserved.ahead - (length - self.pooled[layer].of(layer, slot).shape[1])
             positions.copy_(kept.positions[slot])
-            self._write(layer, slot, run, (indices, [count] * heads), positions, ws, behind)
+            with self._writing():
+                for each in self.beside[layer]:
+                    each.take(slot, kept, run, indices, counts, positions >= 0, ws)
+            self._keep(layer, slot, run, ws, indices, torch.tensor(counts, dtype=torch.int32), behind)
             places = indices.long()
             kept.positions[slot, :, :count] = positions.gather(1, places)
             kept.positions[slot, :, count : count + behind] = positions[:, length : length + behind]
             if self.observed is not None:
                 self.observed.let_go(layer, slot, places)
-
-    def _write(
-        self,
-        layer: int,
-        slot: int,
-        run: Run,
-        staying: tuple[torch.Tensor, list[int]],
-        positions: torch.Tensor,
-        ws: Workspace,
-        ahead: int | None = None,
-    ) -> None:
-        """Keeps of a layer's tokens and those of the run, at ``positions`` (kv_heads, n), what stays: indices
-        (kv_heads, m) int32 and how many for each head."""
-        listed, counts = staying
-        window, tokens = self.layouts[layer].window, int(self.tokens[slot]) + run.count
-        horizon = -1 if window is None else tokens - window  # what no query sees any more does not count any more
-        with self._writing():
-            for each in self.beside[layer]:
-                each.take(slot, self.layers[layer], run, listed, counts, positions > horizon, ws)
-        if self.merging:
-            listed = self.merging[layer].merge(slot, run, staying, positions > horizon, ws)
-            run = Run(run.keys, run.values, run.keys.shape[1])
-        self._keep(layer, slot, run, ws, listed, torch.tensor(counts, dtype=torch.int32), ahead)
-
-    def _take_most(self, layer: int, slot: int, run: Run, ws: Workspace) -> None:
-        """Takes the scratch of :meth:`_write` at most."""
-        if self.merging:
-            self.merging[layer].take_most(slot, run, ws)
-        for each in self.beside[layer]:
-            each.take_most(slot, self.layers[layer], run, ws)
-        self._keep(layer, slot, run, ws)
 
     def _keep(
         self,
@@ -611,14 +672,15 @@ class PagedCache(BaseCache):
             if kept is None:
                 continue
             width = kept.shape[2] + count
-            counts = [width] * layout.kv_heads
             mass = torch.zeros(layout.kv_heads, width)
             positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
             limit = self.reserved.limit(layer, width)
-            scores = self._scores(layer, mass, positions, counts, 0, width, width, limit)
+            counts = [width] * layout.kv_heads
+            arrays = mass, mass.clone(), torch.zeros(positions.shape)
+            seen = self._seen(layer, positions, counts, (0, width, width, limit), arrays)
             if layer in self.pooled:
-                self.pooled[layer].rehearse(layer, scores, limit, self.reserved.sizes[layer].most)
-            budgets.choose(scores, counts, limit, self.reserved.budget)
+                self.pooled[layer].rehearse(layer, self._scores(layer, seen), limit, self.reserved.sizes[layer].most)
+            self._judge(layer, seen)
 
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
@@ -629,43 +691,34 @@ class PagedCache(BaseCache):
             return Run(keys, keys[..., : layout.value_dim], count)
         return Run(keys, ws.empty(layout.kv_heads, slots, layout.value_dim, dtype=self.dtype), count)
 
-    def _judge(
+    def _seen(
         self,
         layer: int,
-        slot: int,
-        given: torch.Tensor | None,
         positions: torch.Tensor,
         counts: list[int],
-        fresh: int,
-        ws: Workspace,
-    ) -> tuple[torch.Tensor, list[int]] | None:
-        """Which of a layer's tokens stay, the last ``fresh`` of which came as a chunk: indices (kv_heads, n) int32,
-        ascending, and how many for each head; None if all do. Where layers share what they keep, others let go of
-        theirs."""
-        tokens, heads, window = int(self.tokens[slot]) + fresh, len(counts), self.layouts[layer].window
-        limit, pooled = self.reserved.limit(layer, tokens), layer in self.pooled
-        # The next query stands at `tokens`, and sees itself too.
-        oldest = min((int(positions[head, 0]) for head in range(heads) if counts[head]), default=tokens)
-        too_old = window is not None and oldest <= tokens - window
-        too_many = sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit
-        if not (too_old or too_many or pooled or (self.evictor is not None and self.evictor.selective)):
-            return None
-        mass, since = torch.zeros(positions.shape), 0
-        if self.observed is not None and given is not None:
-            mass, since = self.observed.judged(slot, given, tokens, fresh)
-        prompt = tokens if fresh else int(self.prompts[slot])
-        scores = self._scores(layer, mass, positions, counts, since, tokens, prompt, limit)
-        if pooled:
-            indices = self._share(layer, slot, scores, limit, ws)
-            return indices, [indices.shape[1]] * heads
-        indices, kept = budgets.choose(scores, counts, limit, self.reserved.budget)
+        numbers: tuple[int, int, int, int],
+        arrays: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    ) -> Seen:
+        """What a layer's tokens are judged by; ``numbers``: where the queries that judge begin, and how many tokens
+        came, came with prompts, and stay; ``arrays``: ``mass``, ``lately`` and ``alike``."""
+        (since, tokens, prompt, limit), layout, width = numbers, self.layouts[layer], max(counts)
+        positions = positions[:, :width]
+        groups = layout.heads // layout.kv_heads * self.owners.count(layer)
+        horizon = -1 if layout.window is None else tokens - layout.window
+        mass, lately, alike = (None if array is None else array[:, :width] for array in arrays)
+        assert mass is not None
+        return Seen(mass, positions, counts, groups, since, tokens, prompt, limit, horizon, lately, alike)
+
+    def _judge(self, layer: int, seen: Seen) -> tuple[torch.Tensor, list[int]]:
+        """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
+        indices, kept = budgets.choose(self._scores(layer, seen), seen.counts, seen.keep, self.reserved.budget)
         return indices, kept.tolist()
 
-    def _share(self, layer: int, slot: int, scores: torch.Tensor, limit: int, ws: Workspace) -> torch.Tensor:
-        """What a layer keeps (kv_heads, n) int32 of tokens with these ``scores`` (kv_heads, n), now that the others let
-        go of what scores less."""
-        pooled, heads = self.pooled[layer], len(scores)
-        share = pooled.share(layer, slot, scores, limit, self.reserved.sizes[layer].most)
+    def _share(self, layer: int, slot: int, seen: Seen, ws: Workspace) -> tuple[torch.Tensor, list[int]]:
+        """:meth:`_judge` where layers share what they keep: the others let go of what scores less."""
+        pooled, heads = self.pooled[layer], len(seen.counts)
+        scores = self._scores(layer, seen)
+        share = pooled.share(layer, slot, scores, seen.keep, self.reserved.sizes[layer].most)
         for other, keep in share.items():
             of_other = pooled.of(other, slot)
             if other == layer or keep == of_other.shape[1]:
@@ -676,43 +729,47 @@ class PagedCache(BaseCache):
             behind = torch.arange(waiting, dtype=torch.int32) + of_other.shape[1]
             self._let_go(other, slot, torch.cat([places, behind.expand(heads, -1)], 1).contiguous(), ws)
             pooled.note(other, slot, of_other.gather(1, places.long()))
-        indices, _ = budgets.choose(scores, [scores.shape[1]] * heads, share[layer], "uniform")
+        indices, kept = budgets.choose(scores, seen.counts, share[layer], "uniform")
         pooled.note(layer, slot, scores.gather(1, indices.long()))
-        return indices
+        return indices, kept.tolist()
 
-    def _scores(
-        self,
-        layer: int,
-        mass: torch.Tensor,
-        positions: torch.Tensor,
-        counts: list[int],
-        since: int,
-        tokens: int,
-        prompt: int,
-        limit: int,
-    ) -> torch.Tensor:
+    def _scores(self, layer: int, seen: Seen) -> torch.Tensor:
         """How much tokens (kv_heads, n) are worth keeping: infinite where they stay in any case, minus infinite where
         they go. Where layers share what they keep, scores are shares of what the layer's tokens received."""
         evictor, window = self.evictor, self.layouts[layer].window
-        width = max(counts)
-        mass, positions = mass[:, :width], positions[:, :width]
         if evictor is None:
-            scores = positions.float()
+            scores = seen.positions.float()
         else:
             if layer in self.pooled:
-                mass = mass / mass.sum().clamp(min=torch.finfo().tiny)
-            groups = self.layouts[layer].heads // self.layouts[layer].kv_heads * self.owners.count(layer)
-            scores = evictor.scores(Seen(mass, positions, counts, groups, since, tokens, prompt))
-            first, last = evictor.protected(limit)
+                seen = replace(seen, mass=seen.mass / seen.mass.sum().clamp(min=torch.finfo().tiny))
+            scores = evictor.scores(seen).clone()  # what it was given is left to mergers
+            first, last = evictor.protected(seen.keep)
             if window is not None:  # which hides the first tokens sooner or later
                 first, last = 0, first + last
-            for head, count in enumerate(counts):
+            for head, count in enumerate(seen.counts):
                 scores[head, : min(first, count)] = torch.inf
                 scores[head, max(count - last, 0) : count] = torch.inf
-        if window is not None:
-            scores = scores.masked_fill(positions <= tokens - window, -torch.inf)
-        return scores
+        return scores.masked_fill(seen.positions <= seen.horizon, -torch.inf)
 
 
 def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:
     return None if x is None else x[start:stop]
+
+
+def _look_up(
+    kept: Pages, slot: int, of_keys: Tabled | None, of_values: Tabled | None, run: Run, q: torch.Tensor
+) -> None:
+    """Fills the tables of codecs that a sequence has for itself."""
+    for codec, side, method, of_run in (
+        (kept.key_codec, kept.key_side, of_keys, run.keys),
+        (kept.value_codec, kept.value_side, of_values, run.values),
+    ):
+        if side is not None and method is not None and not codec.coupled:
+            last = q[len(q) - min(method.queries, len(q)) :]
+            side[slot] = method.table(codec, of_run[:, : run.count], last, of_run is run.keys)
+
+
+def _placed(x: torch.Tensor, arena: Arena) -> torch.Tensor:
+    placed = place(arena, tuple(x.shape), x.dtype)
+    placed.copy_(x)
+    return placed

@@ -331,7 +331,7 @@ class Cost:
             if method is not None:
                 seen = min(seen, method.kept(tokens) + BLOCK // 2)
         if composition.selector is not None:
-            seen = min(seen, composition.selector.tokens + BLOCK // 2)
+            seen = min(seen, int(composition.selector.reads(seen)) + BLOCK // 2)
         return seen
 
     def _composition(self, kv: str) -> Composition:

@@ -1,12 +1,26 @@
 """Methods that let go of tokens."""
 
-from tightfit.kv.evict import corm, duo, h2o, lighttransfer, morphkv, razor, scissorhands, scope, snapkv, tova, window
+from tightfit.kv.evict import (
+    corm,
+    duo,
+    h2o,
+    lighttransfer,
+    locret,
+    morphkv,
+    razor,
+    scissorhands,
+    scope,
+    snapkv,
+    tova,
+    window,
+)
 
 __all__ = [
     "corm",
     "duo",
     "h2o",
     "lighttransfer",
+    "locret",
     "morphkv",
     "razor",
     "scissorhands",
