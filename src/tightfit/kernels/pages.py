@@ -57,6 +57,7 @@ class Pages:
     key_shape: tuple[int, int] = field(init=False)  # of one token
     value_shape: tuple[int, int] = field(init=False)
     handle: Any = field(init=False, default=None)
+    staging: Staging | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         sequences, dense_pages, _, key_dim = self.keys.shape
@@ -96,6 +97,8 @@ class Pages:
 
     def reset(self, sequence: int) -> None:
         """Lets go of everything of a sequence."""
+        if self.staging is not None:
+            self.handle.forget(sequence)
         for counts in (self.lengths, self.coded, self.cold, self.bounded):
             counts[sequence] = 0
         self.table[sequence] = -1
@@ -103,6 +106,54 @@ class Pages:
             pages = free.shape[1] - 1
             free[sequence, 0] = pages
             free[sequence, 1:] = torch.arange(pages - 1, -1, -1)
+
+
+class Counts(NamedTuple):
+    """What was wanted of the file, heads or pages, how many of them had been asked for before they were wanted, the bytes
+    that were read, and the nanoseconds for which attention waited for them."""
+
+    wanted: int
+    ahead: int
+    bytes: int
+    waited: int
+
+
+class Staging:
+    """Brings what lies in the file into ``memory``, ahead of its use, by a thread of its own. Without the compiled
+    library there is none: pages are read when they are wanted."""
+
+    def __init__(self, memory: torch.Tensor, handle: Any) -> None:
+        self.memory, self.handle = memory, handle
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(*self.handle.counts())
+
+    def rest(self) -> None:
+        """Returns when nothing is being read."""
+        self.handle.rest()
+
+
+def stage_heads(layers: list[Pages], heads: int, memory: torch.Tensor) -> Staging | None:
+    """Has the pages that ``layers`` have in files brought into memory head by head, in this order and then from the first
+    layer on: of each head that is looked at all of them, and of the ``heads`` - 1 that come next.
+
+    ``memory`` has ``heads`` times :func:`head_bytes` of the largest layer.
+    """
+    if cpu.module is None:
+        return None
+    sizes = max(head_bytes(pages) for pages in layers), heads, max(pages.table.shape[2] for pages in layers)
+    staging = Staging(memory, cpu.module.HeadStaging(memory.data_ptr(), *sizes))
+    for pages, following in zip(layers, [*layers[1:], layers[0]], strict=True):
+        pages.handle.stage(staging.handle, following.handle)
+        pages.staging = staging
+    return staging
+
+
+def head_bytes(pages: Pages) -> int:
+    """Bytes that one head has in the file, at most."""
+    _, per_page = zip(*pages.file_places(0, 0, 0), strict=True)
+    return pages.table.shape[2] * sum(per_page)
 
 
 @dataclass(frozen=True)
@@ -288,24 +339,25 @@ def keep(
     recent: int = 0,
     resident: int = EVERYTHING,
     tail: int = 1,
+    step: int = 1,
 ) -> None:
     """What happens when tokens become certain: those of ``run`` are added; all but the first ``counts`` (kv_heads,)
     int32 of ``indices`` (kv_heads, n) int32 are let go, if given (those that are in pages ascend, and none stands
     further back than it was; those of the run may stand anywhere); where pages have codes all but the last
-    ``recent`` tokens are coded, page by page; all but ``resident`` pages of each head go to the file. There is room for
-    ``tail`` more tokens afterwards.
+    ``recent`` tokens are coded, page by page; all but ``resident`` pages of each head go to the file, ``step`` at a time.
+    There is room for ``tail`` more tokens afterwards.
 
     Pages are written anew from the first on that changes: keys are then rounded again, with those that are new beside
     them.
     """
     if not cpu.available():
-        _run(reference.keep, pages, sequence, run, indices, counts, recent, resident, tail)
+        _run(reference.keep, pages, sequence, run, indices, counts, recent, resident, tail, step)
         return
     with ws.frame():
         scratch = ws.empty(pages.handle.keep_scratch(), dtype=torch.uint8)
         stride = 0 if indices is None else indices.stride(0)
         lists = _address(indices), stride, _address(counts)
-        _run(pages.handle.keep, sequence, run.arguments(), *lists, recent, resident, tail, scratch.data_ptr())
+        _run(pages.handle.keep, sequence, run.arguments(), *lists, recent, resident, step, tail, scratch.data_ptr())
 
 
 def read(

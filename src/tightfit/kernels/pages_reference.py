@@ -368,17 +368,26 @@ def keep(
     recent: int,
     resident: int,
     tail: int,
+    step: int,
 ) -> None:
     before = pages.lengths[sequence].tolist()
     after = [length + run.count for length in before] if counts is None else counts.tolist()
     # Heads that shrink come first: their pages may be wanted by those that grow.
     for head in sorted(range(len(before)), key=lambda head: after[head] - before[head]):
         kept = torch.arange(after[head]) if indices is None else indices[head, : after[head]].long()
-        _keep_head(pages, sequence, head, run, kept, recent, resident, tail)
+        _keep_head(pages, sequence, head, run, kept, recent, resident, tail, step)
 
 
 def _keep_head(
-    pages: Pages, sequence: int, head: int, run: Run, kept: torch.Tensor, recent: int, resident: int, tail: int
+    pages: Pages,
+    sequence: int,
+    head: int,
+    run: Run,
+    kept: torch.Tensor,
+    recent: int,
+    resident: int,
+    tail: int,
+    step: int,
 ) -> None:
     at = sequence, head
     before, after = int(pages.lengths[at]), len(kept)
@@ -388,7 +397,7 @@ def _keep_head(
     coded = max(after - recent, 0) // PAGE if has_codes else 0
     coded = max(coded, min(int(pages.coded[at]), first))
     whole, used = coded if has_codes else after // PAGE, -(-after // PAGE)
-    cold = min(max(used - resident, 0), whole) if has_file else 0
+    cold = min(max(used - resident, 0), whole) // step * step if has_file else 0
     cold = max(cold, min(int(pages.cold[at]), first))
 
     def place(j: int) -> int:

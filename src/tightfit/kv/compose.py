@@ -10,8 +10,7 @@ from tightfit.catalog import parse, spec_string
 from tightfit.errors import UsageError
 from tightfit.kv.evict.window import Window
 from tightfit.kv.lowrank.think import ThinK
-from tightfit.kv.method import Evictor, Method, Quantizer
-from tightfit.kv.offload.host import Host
+from tightfit.kv.method import Evictor, Method, Quantizer, Tier
 from tightfit.kv.select.quest import Quest
 from tightfit.kv.share.kvsharer import KVSharer
 
@@ -49,8 +48,8 @@ class Composition:
         return self._only(Quest)
 
     @property
-    def tier(self) -> Host | None:
-        return self._only(Host)
+    def tier(self) -> Tier | None:
+        return self._only(Tier)
 
     @property
     def sharer(self) -> KVSharer | None:

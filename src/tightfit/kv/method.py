@@ -6,17 +6,21 @@ Nothing here imports torch when it is imported: spec strings are read before any
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
+from tightfit.budget.mounts import in_memory
 from tightfit.errors import UsageError
 from tightfit.kv.budgets import BUDGETS
 
 if TYPE_CHECKING:
     import torch
 
-    from tightfit.budget.ledger import Workspace
+    from tightfit.budget.ledger import Arena, Workspace
+    from tightfit.kernels.pages import Pages, Staging
     from tightfit.kv.base import LayerLayout
 
 
@@ -134,3 +138,41 @@ class Quantizer(Method):
         return {"both": ("codec of keys", "codec of values"), "keys": ("codec of keys",)}.get(
             self.of, ("codec of values",)
         )
+
+
+@dataclass(frozen=True)
+class Tier(Method):
+    """Each head's last ``resident`` tokens are in memory, in whole pages, and the others in a file without a name in
+    ``folder`` (default: the system's for temporary files)."""
+
+    resident: int = 256
+    folder: str = ""
+
+    roles: ClassVar[tuple[str, ...]] = ("tier",)
+    step: ClassVar[int] = 1  # pages that go to the file at once
+
+    def __post_init__(self) -> None:
+        if self.resident < 0:
+            raise UsageError(f"{self.name} cannot keep {self.resident} tokens in memory", "Give resident=0 or more.")
+
+    def open(self) -> int:
+        """A new file's descriptor. Raises UsageError if the folder is in memory or cannot be written."""
+        folder = self.folder or tempfile.gettempdir()
+        if in_memory(folder):
+            raise UsageError(
+                f"{folder} lies in memory (tmpfs): pages there would count twice",
+                f"Name a folder on a disk: {self.name}(folder=...), or set TMPDIR.",
+            )
+        try:
+            file, path = tempfile.mkstemp(prefix="tightfit-kv-", dir=folder)
+        except OSError as error:
+            raise UsageError(
+                f"{folder} cannot hold a cache: {error.strerror}", f"Name another: {self.name}(folder=...)."
+            ) from None
+        os.unlink(path)
+        return file
+
+    def stage(self, layers: Sequence[Pages], arena: Arena) -> Staging | None:
+        """Memory in ``arena`` into which pages of the file are brought before they are wanted, if there is any:
+        ``layers`` are looked at in this order."""
+        return None

@@ -100,10 +100,11 @@ class PagedCache(BaseCache):
         self.anchors = 0 if evictor is None else evictor.anchors
         self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners)
         self._file = -1 if composition.tier is None else composition.tier.open()
-        self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
         before = arena.used
         self.tokens = numbers(arena, sequences)
         self.layers = self._of_owners(lambda layer: reserved.pages(layer, arena, dtype, self.tokens, self._file))
+        self.staging = None if composition.tier is None else composition.tier.stage(self._stores, arena)
+        self._closing = weakref.finalize(self, _close, self._file, self.staging)
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
@@ -137,8 +138,7 @@ class PagedCache(BaseCache):
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
     def close(self) -> None:
-        if self._file >= 0:
-            self._closing()
+        self._closing()
 
     def pages_read(self, layer: int, bounded: int) -> int:
         """Of ``bounded`` pages of a head that can be chosen among, how many a token that decodes reads."""
@@ -441,15 +441,16 @@ class PagedCache(BaseCache):
         """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
         kept = self.layers[layer]
         heads, tier = self.layouts[layer].kv_heads, self.composition.tier
-        resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
+        resident, step = (pages.EVERYTHING, 1) if tier is None else (tier.resident // PAGE, tier.step)
 
         def keep(run: Run, indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
             try:
-                pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self.reserved.ahead)
+                recent, ahead = self.composition.recent, self.reserved.ahead
+                pages.keep(kept, slot, run, ws, indices, held, recent, resident, ahead, step)
             except RuntimeError as error:
                 if tier is None:
                     raise
-                hint = "Make room on it, or name a folder on another: host(folder=...)."
+                hint = f"Make room on it, or name a folder on another: {tier.name}(folder=...)."
                 raise TightfitError(str(error), hint) from error
 
         if kept.positions is None or ops.is_dry():
@@ -572,6 +573,13 @@ class PagedCache(BaseCache):
                     looking = self._looking(layer, rows, drafts.q[slot, which], drafts.turned(slot, which), ws)
                     lse, scoring = drafts.lse[slot, which], drafts.scoring
                     pages.weigh_rows(kept, rows, looking, lse, self.mass[layer], ws, scoring)
+
+
+def _close(file: int, staging: pages.Staging | None) -> None:
+    if staging is not None:
+        staging.rest()
+    if file >= 0:
+        os.close(file)
 
 
 def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:

@@ -5,19 +5,15 @@
 // https://arxiv.org/abs/1805.02867). Powers are of two: queries come multiplied by log2(e).
 #pragma once
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <type_traits>
 
 #include "attention_tasks.h"
 #include "math.h"
+#include "reader.h"
 
 namespace tightfit {
 namespace {
@@ -455,18 +451,6 @@ void encode_page(const Codec& codec, Kind kind, const float* numbers, uint8_t* p
     }
 }
 
-inline void read_at(int file, uint8_t* out, size_t count, size_t at) {
-    while (count > 0) {
-        const ssize_t got = pread(file, out, count, static_cast<off_t>(at));
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) {  // the file is ours, and has no name: nobody else can have cut it
-            std::perror("tightfit: the cache cannot be read from the disk");
-            std::abort();
-        }
-        out += got, at += static_cast<size_t>(got), count -= static_cast<size_t>(got);
-    }
-}
-
 // Where the pages of a block lie in memory; values in those of the keys where these are shared.
 struct BlockPages {
     const uint8_t *keys[KEY_BLOCK / PAGE], *values[KEY_BLOCK / PAGE];
@@ -486,8 +470,8 @@ inline BlockPages find_pages(const HeadCache& head, size_t block, size_t from, s
         count = 1;  // neighbours in one request
         while (j + count < pages && head.listed(first + j + count) == page + count) count++;
         uint8_t *keys = raw + j * key_page, *values = raw + KEY_BLOCK / PAGE * key_page + j * value_page;
-        read_at(head.file, keys, count * key_page, head.keys_at + page * key_page);
-        if (!head.shared()) read_at(head.file, values, count * value_page, head.values_at + page * value_page);
+        read_now({head.file, keys, count * key_page, head.keys_at + page * key_page});
+        if (!head.shared()) read_now({head.file, values, count * value_page, head.values_at + page * value_page});
         for (size_t i = 0; i < count; i++) {
             found.keys[j + i] = keys + i * key_page;
             found.values[j + i] = head.shared() ? keys + i * key_page : values + i * value_page;

@@ -9,6 +9,7 @@
 
 #include "bind.h"
 #include "pages.h"
+#include "staging.h"
 
 namespace nb = nanobind;
 using namespace tightfit;
@@ -68,6 +69,15 @@ void check_sequence(const Pages& pages, size_t sequence) {
 void tightfit::bind_pages(nb::module_& m) {
     m.attr("PAGE") = PAGE;
     m.def("page_bytes", [](size_t bits, size_t dim, bool per_channel) { return Codec{bits, dim, per_channel}.page_bytes(); });
+    nb::class_<Staging>(m, "Staging")
+        .def("counts", [](const Staging& s) {
+            return std::make_tuple(s.counts().wanted, s.counts().ahead, s.counts().bytes, s.counts().waited);
+        })
+        .def("rest", &Staging::rest, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<HeadStaging, Staging>(m, "HeadStaging")
+        .def("__init__", [](HeadStaging* self, uintptr_t memory, size_t buffer_bytes, size_t heads, size_t table_pages) {
+            new (self) HeadStaging(at<uint8_t>(memory), buffer_bytes, heads, table_pages);
+        });
     nb::class_<Pages>(m, "Pages")
         .def(nb::new_([](const std::string& kind, const std::tuple<size_t, size_t, size_t, size_t>& sizes,
                          const std::tuple<size_t, size_t, size_t>& pages, const std::tuple<size_t, size_t, size_t>& codes,
@@ -90,8 +100,14 @@ void tightfit::bind_pages(nb::module_& m) {
             p.tokens = at<const int32_t>(tokens), p.positions = at<const int32_t>(positions);
             p.channels = at<const int32_t>(channels), p.bounds = at<uint8_t>(bounds);
             std::tie(p.file, p.keys_at, p.values_at) = file;
+            p.all_heads = p.kv_heads;
             return p;
         }))
+        .def("stage", [](Pages& p, Staging& staging, const Pages& next) { p.staging = &staging, p.next = &next; })
+        .def("forget", [](const Pages& p, size_t sequence) {
+            nb::gil_scoped_release release;
+            if (p.staging) p.staging->forget(p, sequence);
+        })
         .def("append", [](const Pages& p, const Ragged& places, size_t count, const Strided& k, const Strided& v,
                           size_t threads) {
             const Place* where = places_of(p, places, count);
@@ -143,10 +159,10 @@ void tightfit::bind_pages(nb::module_& m) {
         })
         .def("keep_scratch", &keep_scratch)
         .def("keep", [](const Pages& p, size_t sequence, const RunOf& run, uintptr_t indices, size_t stride,
-                        uintptr_t counts, size_t recent, size_t resident, size_t tail, uintptr_t scratch) {
+                        uintptr_t counts, size_t recent, size_t resident, size_t step, size_t tail, uintptr_t scratch) {
             check_sequence(p, sequence);
             nb::gil_scoped_release release;
-            keep(p, sequence, run_of(run), {at<const int32_t>(indices), stride, at<const int32_t>(counts), recent, resident, tail},
+            keep(p, sequence, run_of(run), {at<const int32_t>(indices), stride, at<const int32_t>(counts), recent, resident, step, tail},
                  at<uint8_t>(scratch));
         })
         .def("read", [](const Pages& p, size_t sequence, size_t head, const RunOf& run, size_t from, size_t to, uintptr_t k,

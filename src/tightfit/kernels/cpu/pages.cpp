@@ -10,6 +10,7 @@
 
 #include "attention_tasks.h"
 #include "pool.h"
+#include "staging.h"
 
 namespace tightfit {
 namespace {
@@ -71,6 +72,15 @@ struct Head {
         return cache;
     }
 
+    HeadCache staged_pages() const {
+        HeadCache cache = made_pages(true);
+        cache.file = -1, cache.table = p.staged, cache.keys = p.staged_keys;
+        cache.values = p.shared() ? cache.keys : p.staged_values;
+        if (p.channels || !p.key_codec.dense() || !p.value_codec.dense()) return cache;
+        cache.coded = false, cache.value_stride = p.shared() ? p.key_dim : p.value_dim;  // as they are multiplied
+        return cache;
+    }
+
     // Adds tokens [from, to), of the list or of `chosen` pages of it, which are stored in up to three ways.
     void add(size_t from, size_t to, const HeadCache& like, const Queries& queries, Block<const float> q,
              const int32_t* chosen, size_t count, Stretches& out) const {
@@ -84,7 +94,7 @@ struct Head {
             const bool pruned = cache.coded && p.channels;
             out.add({cache, queries, std::max(from, a), std::min(to, b), q, pruned ? channels() : nullptr});
         };
-        if (cold_end > from) part(made_pages(true), 0, cold_end);
+        if (cold_end > from) part(p.staged ? staged_pages() : made_pages(true), 0, cold_end);
         if (coded_end > cold_end) part(made_pages(false), cold_end, coded_end);
         part(dense_pages(), coded_end, to);
     }
@@ -110,7 +120,7 @@ struct PageRows final : Source {
         return static_cast<size_t>(places[row].position - p.tokens[places[row].sequence]) + 1;
     }
     const int32_t* chosen(size_t row, size_t head) const {
-        return looking.chosen ? looking.chosen + (row * p.kv_heads + head) * looking.chosen_pages : nullptr;
+        return looking.chosen ? looking.chosen + (row * p.all_heads + p.first_head + head) * looking.chosen_pages : nullptr;
     }
     size_t count(const int32_t* chosen) const {
         size_t n = 0;
@@ -408,7 +418,7 @@ struct Outcome {
         coded = p.has_codes() && length > k.recent ? (length - k.recent) / PAGE : 0;
         coded = std::max(coded, std::min(head.coded(), first));
         const size_t pages = (length + PAGE - 1) / PAGE, whole = p.has_codes() ? coded : length / PAGE;
-        cold = p.file >= 0 && pages > k.resident ? std::min(pages - k.resident, whole) : 0;
+        cold = p.file >= 0 && pages > k.resident ? std::min(pages - k.resident, whole) / k.step * k.step : 0;
         cold = std::max(cold, std::min(head.cold(), first));
     }
     Where place(const Pages& p, size_t j) const {
@@ -480,6 +490,8 @@ void keep_head(const Head& head, const Run& run, const Keeping& keeping, uint8_t
     p.bounded[head.index] = static_cast<int32_t>(whole);
 }
 
+bool by_heads(const Pages& p) { return p.staging && p.staging->heads_at_once(p) < p.kv_heads; }
+
 }  // namespace
 
 void append(const Pages& p, const Place* places, size_t count, Block<const float> k, Block<const float> v, size_t) {
@@ -499,21 +511,28 @@ void append(const Pages& p, const Place* places, size_t count, Block<const float
 }
 
 size_t attend_rows_scratch(const Pages& pages, size_t rows, size_t heads, size_t threads) {
+    if (by_heads(pages)) return attend_rows_scratch(pages.of_head(0), rows, heads / pages.kv_heads, threads);
     return attend_rows_scratch(PageRows(pages, nullptr, {}, {}, heads, 0), rows, heads, threads);
 }
 
 void attend_rows(const Pages& pages, const Place* places, const Paths& paths, size_t rows, const Looking& looking,
                  Block<float> out, Rows<float> lse, const Attention& attention, uint8_t* scratch, size_t threads) {
+    if (pages.staging)
+        return pages.staging->attend_rows(pages, places, paths, rows, looking, out, lse, attention, scratch, threads);
     const PageRows source(pages, places, paths, looking, attention.heads, attention.window);
     attend_rows(source, rows, out, lse, attention, scratch, threads);
 }
 
 size_t attend_scratch(const Pages& pages, size_t count, size_t heads, bool bf16, size_t threads) {
+    if (by_heads(pages)) return attend_scratch(pages.of_head(0), count, heads / pages.kv_heads, bf16, threads);
     return attend_scratch(PagePrefill(pages, 0, {}, 0, {}, heads, 0), count, heads, bf16, threads);
 }
 
 void attend(const Pages& pages, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
             Block<float> out, Rows<float> lse, const Attention& attention, bool bf16, uint8_t* scratch, size_t threads) {
+    if (pages.staging)
+        return pages.staging->attend(pages, sequence, run, start, count, looking, out, lse, attention, bf16, scratch,
+                                     threads);
     const PagePrefill source(pages, sequence, run, start, looking, attention.heads, attention.window);
     attend(source, count, out, lse, attention, bf16, scratch, threads);
 }
@@ -580,6 +599,7 @@ void weigh(const Pages& p, size_t sequence, const Run& run, size_t start, size_t
 size_t keep_scratch(const Pages& p) { return 2 * PageBuffer::bytes(p); }
 
 void keep(const Pages& p, size_t sequence, const Run& run, const Keeping& keeping, uint8_t* scratch) {
+    if (p.staging) p.staging->forget(p, sequence);
     // Heads that shrink come first: their pages may be wanted by those that grow.
     std::vector<std::pair<int64_t, size_t>> order;
     for (size_t h = 0; h < p.kv_heads; h++) {

@@ -65,6 +65,8 @@ struct HeadCache {
     bool shared() const { return values == keys; }
 };
 
+class Staging;
+
 // Pages of one layer. Of each sequence and head, `lengths` tokens are certain; page j of them is table[j] of the coded
 // pages for j below `coded`, of the dense ones from there on, or if j is below `cold`, in the file. What a decoding step
 // adds lies behind them until it is certain too. `tokens` of each sequence were certain so far, those that are no longer
@@ -84,11 +86,24 @@ struct Pages {
     uint8_t* bounds;                     // (sequences, kv_heads, table_pages, 2, key_dim) like dense pages, or null
     int file = -1;
     size_t keys_at = 0, values_at = 0;   // in it
+    size_t first_head = 0, all_heads = 0;  // these heads are some of a layer's
+    // Pages of the file that are in memory, as they are in the file: page j in place staged[j] of both lists. Null: they are
+    // read as they are multiplied.
+    const int32_t* staged = nullptr;
+    const uint8_t *staged_keys = nullptr, *staged_values = nullptr;
+    Staging* staging = nullptr;   // brings them there, if it is not null
+    const Pages* next = nullptr;  // the layer that is looked at after this one
 
     bool shared() const { return values == keys; }
     bool has_codes() const { return coded_keys != nullptr; }
-    size_t at(size_t sequence, size_t head) const { return sequence * kv_heads + head; }
+    size_t at(size_t sequence, size_t head) const { return sequence * all_heads + first_head + head; }
     size_t capacity() const { return table_pages * PAGE; }
+    // One head alone, without staging.
+    Pages of_head(size_t head) const {
+        Pages one = *this;
+        one.kv_heads = 1, one.first_head = first_head + head, one.staging = nullptr;
+        return one;
+    }
 };
 
 // Keys and values (kv_heads, slots, dim) of one sequence behind its certain tokens, `count` of them, in the type of dense
@@ -132,12 +147,12 @@ void weigh(const Pages& pages, size_t sequence, const Run& run, size_t start, si
 
 // What happens to a sequence when tokens become certain: those of `run` are added, all but counts[head] `indices` (kv_heads,
 // stride) are let go, if that is not null, all but the last `recent` are coded page by page where pages have codes, and all
-// but `resident` pages go to the file. Pages for `tail` more tokens are there afterwards.
+// but `resident` pages go to the file, `step` at a time. Pages for `tail` more tokens are there afterwards.
 struct Keeping {
     const int32_t* indices = nullptr;
     size_t stride = 0;
     const int32_t* counts = nullptr;
-    size_t recent = 0, resident = ~size_t(0), tail = 1;
+    size_t recent = 0, resident = ~size_t(0), step = 1, tail = 1;
 };
 size_t keep_scratch(const Pages& pages);
 void keep(const Pages& pages, size_t sequence, const Run& run, const Keeping& keeping, uint8_t* scratch);
