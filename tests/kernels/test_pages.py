@@ -787,3 +787,57 @@ def test_what_compiled_kernels_would_read_or_write_elsewhere_is_refused(level: s
         pages.read(store.pages, 0, case.kv_heads, store.run(0), 0, 5, ws)
     with pytest.raises(IndexError):
         pages.read(store.pages, 0, 0, store.run(0), 0, 11, ws)
+
+
+# ---- two sets of tokens ----
+
+
+@levels
+def test_attention_over_two_sets_of_tokens_joins_to_that_over_both(level: str) -> None:
+    """Scores of 20 tokens; of the third row all are in one set, and of the fourth all in the other."""
+    cpu.use(level)
+    torch.manual_seed(0)
+    scores, values = torch.randn(5, 3, 20) * 4, torch.randn(20, 9)
+    first = torch.rand(5, 3, 20) < 0.5
+    first[2], first[3] = True, torch.arange(20) < 1
+    whole, whole_lse = scores.softmax(-1) @ values, scores.logsumexp(-1) / math.log(2)
+    outs, sums = [], []
+    for seen in (first, ~first):
+        hidden = scores.masked_fill(~seen, -torch.inf)
+        outs.append((hidden.softmax(-1) @ values).contiguous())  # no numbers where nothing is seen
+        sums.append(hidden.logsumexp(-1) / math.log(2))
+    pages.join(outs[0], sums[0], outs[1], sums[1])
+    assert torch.allclose(outs[0], whole, atol=1e-5)
+    assert torch.allclose(sums[0], whole_lse, atol=1e-5)
+
+
+@levels
+def test_rows_that_see_only_what_is_certain_see_nothing_of_a_run_or_of_themselves(level: str) -> None:
+    cpu.use(level)
+    case = Case(pool=True, key_bits=4, value_bits=4, seed=3)
+    store, ws, scoring = Store(case), scratch(), case.scoring()
+    run = store.run(50)
+    store.keep(0, run)
+    looking = case.looking(3)._replace(certain=True)
+    with ws.frame():
+        k, v = pages.read(store.pages, 0, 0, store.run(1), 0, 50, ws)
+        weights = (looking.q[:, : case.groups] @ k.T * scoring.scale).softmax(-1)
+        expected = weights @ v
+    places = torch.tensor([(0, 50), (0, 51), (1, 0)], dtype=torch.int32)
+    out, lse = case.results(3)
+    pages.attend_rows(store.pages, Rows(places), looking, out, lse, ws, scoring)
+    assert torch.allclose(out[:2, : case.groups], expected[:2], atol=1e-4)
+    assert (lse[2] == -torch.inf).all()  # this sequence has no token
+    pages.attend(store.pages, 0, store.run(0), 0, looking, out, lse, ws, scoring)
+    assert torch.allclose(out[:, : case.groups], expected, atol=1e-4)
+
+
+@levels
+def test_projections_are_those_of_each_head(level: str) -> None:
+    cpu.use(level)
+    x, matrices, out = torch.randn(3, 4, 7), torch.randn(2, 7, 5), torch.empty(3, 4, 5)
+    pages.project(x, matrices, out)
+    assert torch.allclose(out, torch.einsum("ngd,gdm->ngm", x, matrices.repeat_interleave(2, 0)), atol=1e-5)
+    alone = torch.empty(1, 4, 5)
+    pages.project(x[1:2], matrices, alone)
+    assert torch.equal(alone[0], out[1])

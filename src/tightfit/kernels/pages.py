@@ -187,12 +187,14 @@ class Rows(NamedTuple):
 class Looking(NamedTuple):
     """How queries ``q`` (n, heads, key_dim) look at pages. The first ``anchors`` tokens are always seen, by
     ``anchor_q`` if given: queries that are turned otherwise. ``chosen`` (n, kv_heads, pages) int32, in order and then
-    -1, are those that each row sees of the pages that have bounds."""
+    -1, are those that each row sees of the pages that have bounds. With ``certain`` nothing else is seen: neither what
+    decodes, a row's own token included, nor a run."""
 
     q: torch.Tensor
     anchor_q: torch.Tensor | None = None
     anchors: int = 0
     chosen: torch.Tensor | None = None
+    certain: bool = False
 
 
 def append(pages: Pages, rows: Rows, k: torch.Tensor, v: torch.Tensor | None) -> None:
@@ -216,7 +218,7 @@ def attend_rows(
     scoring: Scoring,
 ) -> None:
     """Attention of rows that decode, each alone, into ``out`` (n, heads, value_dim); and of each row and head into
-    ``lse`` (n, heads) the logarithm to base 2 of what its softmax divides by."""
+    ``lse`` (n, heads) the logarithm to base 2 of what its softmax divides by: minus infinity where it sees nothing."""
     count, heads, _ = looking.q.shape
     if not cpu.available():
         _run(reference.attend_rows, pages, rows, looking, out, lse, scoring)
@@ -268,6 +270,26 @@ def attend(
         (heads, *scoring.arguments()),
         bf16,
     )
+
+
+def join(out_: torch.Tensor, lse_: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
+    """Makes of attention over two sets of tokens, ``out`` and ``other`` (n, heads, value_dim) with their ``lse`` (n,
+    heads), that over both."""
+    if not cpu.available():
+        _run(reference.join, out_, lse_, other, other_lse)
+        return
+    shape = out_.shape
+    _run(cpu.module.join, _block(out_, shape), _rows(lse_), _block(other, shape), _rows(other_lse), *shape)
+
+
+def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
+    """``out`` (n, heads, m) = ``x`` (n, heads, dim) times that of ``matrices`` (kv_heads, dim, m) float32 of each
+    head's group. A row's bits do not depend on the others."""
+    if not cpu.available():
+        _run(reference.project, x, matrices, out)
+        return
+    shape = tuple(matrices.shape)
+    _run(cpu.module.project, _block(x, x.shape), *x.shape[:2], matrices.data_ptr(), shape, _block(out, out.shape))
 
 
 def weigh_rows(
@@ -430,4 +452,4 @@ def _views(pages: Pages, looking: Looking) -> tuple[Any, ...]:
     turned = (0, 0, 0) if looking.anchor_q is None else _block(looking.anchor_q, shape)
     chosen = looking.chosen
     listed = (0, 0) if chosen is None else (chosen.data_ptr(), chosen.shape[2])
-    return _block(looking.q, shape), turned, looking.anchors, *listed
+    return _block(looking.q, shape), turned, looking.anchors, *listed, looking.certain

@@ -246,7 +246,8 @@ def _views_of_rows(pages: Pages, rows: Rows, looking: Looking, scoring: Scoring)
             path = rows.paths[row][rows.paths[row] >= 0].long()
             first = len(path) - 1
         for head in range(kv_heads):
-            stop, anchors, seen_by = int(pages.lengths[sequence, head]) + first + 1, looking.anchors, scoring
+            behind = 0 if looking.certain else first + 1
+            stop, anchors, seen_by = int(pages.lengths[sequence, head]) + behind, looking.anchors, scoring
             listed = torch.arange(stop)
             if looking.chosen is not None:
                 chosen = looking.chosen[row, head][looking.chosen[row, head] >= 0]
@@ -261,7 +262,7 @@ def _view_of_run(
     pages: Pages, sequence: int, head: int, run: Run, start: int, looking: Looking, scoring: Scoring
 ) -> _View:
     q, anchor_q = _by_head(looking, pages.table.shape[1])
-    listed = torch.arange(int(pages.lengths[sequence, head]) + start + len(q))
+    listed = torch.arange(int(pages.lengths[sequence, head]) + (0 if looking.certain else start + len(q)))
     both = q[:, head], anchor_q[:, head]
     return _View(pages, sequence, head, *both, looking.anchors, start, listed, scoring, run)
 
@@ -330,6 +331,22 @@ def attend(
         heads = slice(head * groups, (head + 1) * groups)
         view = _view_of_run(pages, sequence, head, run, start, looking, scoring)
         _fold(view, out[:, heads], None if lse is None else lse[:, heads])
+
+
+def join(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
+    top = torch.maximum(lse, other_lse)
+    own, others = (lse - top).exp2(), (other_lse - top).exp2()
+    total = own + others
+    found = other_lse > -torch.inf
+    both = out * (own / total)[..., None] + other * (others / total)[..., None]
+    out.copy_(torch.where(found[..., None], both, out))
+    lse.copy_(torch.where(found, top + total.log2(), lse))
+
+
+def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
+    of_heads = matrices.repeat_interleave(x.shape[1] // len(matrices), 0)
+    for row, sums in zip(x, out, strict=True):  # each alone, so that its bits are its own
+        sums.copy_((row[:, None] @ of_heads)[:, 0])
 
 
 def weigh_rows(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from tightfit.budget.mounts import in_memory
 from tightfit.errors import UsageError
+from tightfit.kernels.codec import Codec
 from tightfit.kv.budgets import BUDGETS
 
 if TYPE_CHECKING:
@@ -114,6 +115,18 @@ class Merger(Evictor):
         """Changes tokens that stay, and what is remembered (``remembers``,) float32; gives (n,) bool which of them were
         changed, in scratch memory of the enclosing frame. Computes with operations alone: in a dry run it takes its
         scratch and nothing else."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Demoter(Evictor):
+    """An evictor whose tokens are not gone when they leave: they go on in a lower store (:mod:`tightfit.kv.lower`), and
+    queries see them there. Layers with a sliding window have none, and keep all that it shows as it is."""
+
+    def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
+        """How a layer's lower store keeps keys and values; numbers of the cache's own type take ``as_they_are`` bits.
+        If these have fewer features than the layer's, the store's matrices say which (they are zeros when it is
+        made)."""
         raise NotImplementedError
 
 

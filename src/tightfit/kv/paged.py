@@ -117,6 +117,7 @@ class PagedCache(BaseCache):
             ]
             self.mass = self._of_owners(lambda layer: place(arena, shapes[layer], torch.float32))
             self.drafts = [Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
+        self.lower = self._of_owners(lambda layer: reserved.lower(layer, arena, dtype, self.tokens, self._file))
         self._nbytes = arena.used - before
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
@@ -127,6 +128,10 @@ class PagedCache(BaseCache):
     @property
     def _stores(self) -> list[Pages]:
         return [self.layers[layer] for layer in self.own]
+
+    @property
+    def _lower_stores(self) -> list[Pages]:
+        return [lower.pages for lower in (self.lower[layer] for layer in self.own) if lower is not None]
 
     def _of_owners(self, make: Callable[[int], Made]) -> list[Made]:
         """Of each layer what is made for its owner."""
@@ -221,30 +226,35 @@ class PagedCache(BaseCache):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
         kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
-        shared = self._shared.get(owner)
+        shared, lower = self._shared.get(owner), self.lower[layer]
         if rows:
             with ws.frame():
                 looking = self._looking(layer, Rows(step.places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = ws.empty(rows, heads) if self.mass else None
+                lse = ws.empty(rows, heads) if self.mass or lower is not None else None
                 which = Rows(step.places, step.paths)
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
-                if lse is not None and step.tentative:
-                    self.drafts[layer].put(which, self.tokens, looking, lse, scoring)
+                if lower is not None and lse is not None:
+                    lower.join_rows(which, q[:rows], out[:rows], lse, ws, scoring)
+                watched = lse if self.mass else None
+                if watched is not None and step.tentative:
+                    self.drafts[layer].put(which, self.tokens, looking, watched, scoring)
                     for slot in set(step.places[:rows, 0].tolist()):
                         self._drafting[slot] = True
-                elif lse is not None:
-                    pages.weigh_rows(kept, which, looking, lse, self.mass[layer], ws, scoring)
+                elif watched is not None:
+                    pages.weigh_rows(kept, which, looking, watched, self.mass[layer], ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             with ws.frame():
                 looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-                lse = ws.empty(b - a, heads) if self.mass else None
+                lse = ws.empty(b - a, heads) if self.mass or lower is not None else None
                 bf16 = self.gemm_dtype == torch.bfloat16
                 pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
+                if lower is not None and lse is not None:
+                    lower.join(segment.slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
                 if self._whole is not None:
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
                 given = None if shared is None else shared[index].given
-                if lse is not None:
+                if lse is not None and self.mass:
                     given = self._received(layer, run.count, ws) if given is None else given
                     self._weigh(layer, segment.slot, run, at, looking, lse, given, ws, scoring)
                 if layer == owner:
@@ -306,7 +316,7 @@ class PagedCache(BaseCache):
         """Forgets a sequence."""
         self._begun[slot] = self._pruned[slot] = False
         self.tokens[slot] = 0
-        for kept in self._stores:
+        for kept in (*self._stores, *self._lower_stores):
             kept.reset(slot)
         for mass in self.mass:
             mass[slot] = 0.0
@@ -346,6 +356,8 @@ class PagedCache(BaseCache):
             mass = self.mass[layer] if self.mass else None
             memory = self.merging[layer].memory if self.merging else None
             yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, memory)
+        for pages_below in self._lower_stores:
+            yield from parts(pages_below, slot, 0, None, None)
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
@@ -439,25 +451,22 @@ class PagedCache(BaseCache):
 
     def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
         """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
-        kept = self.layers[layer]
+        kept, lower = self.layers[layer], self.lower[layer]
         heads, tier = self.layouts[layer].kv_heads, self.composition.tier
         resident, step = (pages.EVERYTHING, 1) if tier is None else (tier.resident // PAGE, tier.step)
 
         def keep(run: Run, indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
-            try:
+            with self._writing():
                 recent, ahead = self.composition.recent, self.reserved.ahead
                 pages.keep(kept, slot, run, ws, indices, held, recent, resident, ahead, step)
-            except RuntimeError as error:
-                if tier is None:
-                    raise
-                hint = f"Make room on it, or name a folder on another: {tier.name}(folder=...)."
-                raise TightfitError(str(error), hint) from error
 
         if kept.positions is None or ops.is_dry():
             if kept.positions is not None:
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
+            if lower is not None:
+                lower.take_most(slot, kept, run, ws)
             keep(run)
             return
         before = kept.lengths[slot].tolist()
@@ -481,6 +490,9 @@ class PagedCache(BaseCache):
                 horizon = -1 if window is None else tokens - window  # what no query sees any more is not merged
                 listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
+            if lower is not None:
+                with self._writing():
+                    lower.take(slot, kept, run, indices, left, ws)
             counts = left
             keep(run, listed, torch.tensor(counts, dtype=torch.int32))
             gather = indices.long().clamp(max=positions.shape[1] - 1)
@@ -498,6 +510,18 @@ class PagedCache(BaseCache):
                 mass[:] = 0.0
                 if self.observes == "all" or run.count:  # else the last queries were judged, and others come
                     mass[:length] = given[head, :length]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says what to do where a disk is full."""
+        try:
+            yield
+        except RuntimeError as error:
+            tier = self.composition.tier
+            if tier is None:
+                raise
+            hint = f"Make room on it, or name a folder on another: {tier.name}(folder=...)."
+            raise TightfitError(str(error), hint) from error
 
     def rehearse(self, count: int) -> None:
         for layer, layout in enumerate(self.layouts):

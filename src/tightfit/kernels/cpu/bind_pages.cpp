@@ -25,7 +25,7 @@ using Strided = std::tuple<uintptr_t, size_t, size_t>;          // address, stri
 using Ragged = std::tuple<uintptr_t, uintptr_t, size_t>;        // places, paths, their stride
 using RunOf = std::tuple<uintptr_t, uintptr_t, size_t, size_t>; // keys, values, slots, tokens
 using Scores = std::tuple<size_t, float, size_t, float, uintptr_t>;  // heads, scale, window, softcap, sinks
-using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t>;  // q, anchor_q, anchors, chosen, chosen pages
+using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t, bool>;  // q, anchor_q, anchors, chosen, its pages, certain
 
 template <class T>
 Block<T> block(const Strided& of) {
@@ -39,15 +39,16 @@ Run run_of(const RunOf& of) {
 }
 Looking looking_of(const Views& of) {
     return {block<const float>(std::get<0>(of)), block<const float>(std::get<1>(of)), std::get<2>(of),
-            at<const int32_t>(std::get<3>(of)), std::get<4>(of)};
+            at<const int32_t>(std::get<3>(of)), std::get<4>(of), std::get<5>(of)};
 }
 Paths paths_of(const Ragged& of) { return {at<const int32_t>(std::get<1>(of)), std::get<2>(of), nullptr}; }
 
-const Place* places_of(const Pages& pages, const Ragged& of, size_t count) {
+const Place* places_of(const Pages& pages, const Ragged& of, size_t count, bool certain = false) {
     const Place* places = at<const Place>(std::get<0>(of));
     for (size_t i = 0; i < count; i++) {
         if (places[i].sequence < 0 || static_cast<size_t>(places[i].sequence) >= pages.sequences)
             throw nb::index_error("a sequence outside of the cache");
+        if (certain) continue;
         const int32_t order = places[i].position - pages.tokens[places[i].sequence];
         if (order < 0) throw nb::index_error("a token that is in the cache already");
         for (size_t h = 0; h < pages.kv_heads; h++) {
@@ -68,6 +69,18 @@ void check_sequence(const Pages& pages, size_t sequence) {
 
 void tightfit::bind_pages(nb::module_& m) {
     m.attr("PAGE") = PAGE;
+    m.def("join", [](const Strided& out, const std::tuple<uintptr_t, size_t>& lse, const Strided& other,
+                     const std::tuple<uintptr_t, size_t>& other_lse, size_t rows, size_t heads, size_t dim) {
+        nb::gil_scoped_release release;
+        join(block<float>(out), {at<float>(std::get<0>(lse)), std::get<1>(lse)}, block<const float>(other),
+             {at<const float>(std::get<0>(other_lse)), std::get<1>(other_lse)}, rows, heads, dim);
+    });
+    m.def("project", [](const Strided& x, size_t rows, size_t heads, uintptr_t matrices,
+                        const std::tuple<size_t, size_t, size_t>& shape, const Strided& out) {
+        nb::gil_scoped_release release;
+        const auto& [kv_heads, from, to] = shape;
+        project(block<const float>(x), rows, heads, at<const float>(matrices), kv_heads, from, to, block<float>(out));
+    });
     m.def("page_bytes", [](size_t bits, size_t dim, bool per_channel) { return Codec{bits, dim, per_channel}.page_bytes(); });
     nb::class_<Staging>(m, "Staging")
         .def("counts", [](const Staging& s) {
@@ -120,7 +133,7 @@ void tightfit::bind_pages(nb::module_& m) {
         .def("attend_rows", [](const Pages& p, const Ragged& places, size_t rows, const Views& views, const Strided& out,
                                const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, uintptr_t scratch,
                                size_t threads) {
-            const Place* where = places_of(p, places, rows);
+            const Place* where = places_of(p, places, rows, std::get<5>(views));
             nb::gil_scoped_release release;
             attend_rows(p, where, paths_of(places), rows, looking_of(views), block<float>(out),
                         {at<float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), at<uint8_t>(scratch), threads);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstdlib>
 #include <numeric>
 #include <stdexcept>
@@ -116,6 +117,7 @@ struct PageRows final : Source {
     Head head_of(size_t row, size_t head) const { return {p, static_cast<size_t>(places[row].sequence), head}; }
     // How many tokens that are not certain a row sees, its own included.
     size_t tail(size_t row) const {
+        if (looking.certain) return 0;
         if (paths.list) return paths.length(row);
         return static_cast<size_t>(places[row].position - p.tokens[places[row].sequence]) + 1;
     }
@@ -207,6 +209,7 @@ struct PagePrefill final : PrefillSource {
         head.add(std::max(anchors, static_cast<size_t>(lows[0])), length, {}, all, q, nullptr, 0, out);
 
         const size_t each = run.slots * itemsize(p.kind), stride = p.shared() ? p.key_dim : p.value_dim;
+        if (looking.certain) return;
         const HeadCache own{p.kind, run.keys + h * each * p.key_dim, run.values + h * each * stride, run.slots, p.key_dim,
                             p.value_dim, stride};
         Queries causal = queries;
@@ -535,6 +538,35 @@ void attend(const Pages& pages, size_t sequence, const Run& run, size_t start, s
                                      threads);
     const PagePrefill source(pages, sequence, run, start, looking, attention.heads, attention.window);
     attend(source, count, out, lse, attention, bf16, scratch, threads);
+}
+
+void join(Block<float> out, Rows<float> lse, Block<const float> other, Rows<const float> other_lse, size_t rows,
+          size_t heads, size_t dim) {
+    for (size_t r = 0; r < rows; r++)
+        for (size_t h = 0; h < heads; h++) {
+            const float here = lse[r][h], there = other_lse[r][h], top = std::max(here, there);
+            if (there == -__builtin_inff()) continue;
+            float own = std::exp2(here - top), others = std::exp2(there - top);
+            const float total = own + others;
+            own /= total, others /= total;
+            float* sum = out.at(r, h);
+            const float* more = other.at(r, h);
+            for (size_t d = 0; d < dim; d++) sum[d] = sum[d] * own + more[d] * others;
+            lse[r][h] = top + std::log2(total);
+        }
+}
+
+void project(Block<const float> x, size_t rows, size_t heads, const float* matrices, size_t kv_heads, size_t from, size_t to,
+             Block<float> out) {
+    for (size_t r = 0; r < rows; r++)
+        for (size_t h = 0; h < heads; h++) {
+            const float* matrix = matrices + h / (heads / kv_heads) * from * to;
+            const float* in = x.at(r, h);
+            float* sums = out.at(r, h);
+            std::fill(sums, sums + to, 0.0f);
+            for (size_t i = 0; i < from; i++, matrix += to)
+                for (size_t o = 0; o < to; o++) sums[o] += in[i] * matrix[o];
+        }
 }
 
 size_t weigh_scratch(const Pages& p, size_t rows, size_t heads, size_t threads) {

@@ -115,12 +115,14 @@ struct Run {
 
 // How rows look at pages. The first `anchors` tokens are always seen, by `anchor_q` if that is not null: queries turned to
 // the places that they have in the cache. Of `chosen` (rows, kv_heads, chosen_pages), pages in order and then -1, each row
-// sees only those among the pages that have bounds.
+// sees only those among the pages that have bounds. With `certain`, rows see nothing that is not: neither what decodes, their
+// own token included, nor the run.
 struct Looking {
     Block<const float> q, anchor_q;
     size_t anchors = 0;
     const int32_t* chosen = nullptr;
     size_t chosen_pages = 0;
+    bool certain = false;
 };
 
 // Writes new tokens behind the certain ones, at places counted as if none had been let go.
@@ -144,6 +146,15 @@ void weigh_rows(const Pages& pages, const Place* places, const Paths& paths, siz
                 Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads);
 void weigh(const Pages& pages, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
            Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads);
+
+// Attention over two sets of tokens from that over each: `out` (rows, heads, dim) and its `lse` become those of both. Where
+// the logarithm is minus infinity, nothing was seen.
+void join(Block<float> out, Rows<float> lse, Block<const float> other, Rows<const float> other_lse, size_t rows,
+          size_t heads, size_t dim);
+
+// out (rows, heads, to) = x (rows, heads, from) times that of `matrices` (kv_heads, from, to) of each head's group.
+void project(Block<const float> x, size_t rows, size_t heads, const float* matrices, size_t kv_heads, size_t from, size_t to,
+             Block<float> out);
 
 // What happens to a sequence when tokens become certain: those of `run` are added, all but counts[head] `indices` (kv_heads,
 // stride) are let go, if that is not null, all but the last `recent` are coded page by page where pages have codes, and all
