@@ -186,14 +186,20 @@ class Rows(NamedTuple):
 
 class Looking(NamedTuple):
     """How queries ``q`` (n, heads, key_dim) look at pages. The first ``anchors`` tokens are always seen, by
-    ``anchor_q`` if given: queries that are turned otherwise. ``chosen`` (n, kv_heads, pages) int32, in order and then
-    -1, are those that each row sees of the pages that have bounds. With ``certain`` nothing else is seen: neither what
-    decodes, a row's own token included, nor a run."""
+    ``anchor_q`` if given: queries that are turned otherwise.
+
+    A row that decodes sees of the pages that have bounds only those in ``chosen`` (n, kv_heads, pages) int32, in order
+    and then -1, if given; or of the certain tokens before ``since`` (n, kv_heads) int32 only those in ``listed``
+    (n, kv_heads, m) int32, ascending and then -1. Then no token is an anchor, and none is hidden by a window. With
+    ``certain`` nothing else is seen: neither what decodes, a row's own token included, nor a run.
+    """
 
     q: torch.Tensor
     anchor_q: torch.Tensor | None = None
     anchors: int = 0
     chosen: torch.Tensor | None = None
+    listed: torch.Tensor | None = None
+    since: torch.Tensor | None = None
     certain: bool = False
 
 
@@ -450,6 +456,6 @@ def _views(pages: Pages, looking: Looking) -> tuple[Any, ...]:
     count, heads, _ = looking.q.shape
     shape = count, heads, pages.key_shape[1]
     turned = (0, 0, 0) if looking.anchor_q is None else _block(looking.anchor_q, shape)
-    chosen = looking.chosen
-    listed = (0, 0) if chosen is None else (chosen.data_ptr(), chosen.shape[2])
-    return _block(looking.q, shape), turned, looking.anchors, *listed, looking.certain
+    chosen = looking.chosen if looking.since is None else looking.listed
+    some = (0, 0) if chosen is None else (chosen.data_ptr(), chosen.shape[2])
+    return _block(looking.q, shape), turned, looking.anchors, *some, _address(looking.since), looking.certain

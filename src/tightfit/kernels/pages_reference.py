@@ -254,6 +254,10 @@ def _views_of_rows(pages: Pages, rows: Rows, looking: Looking, scoring: Scoring)
                 whole = (chosen.view(-1, 1) * PAGE + torch.arange(PAGE)).flatten()
                 listed = torch.cat([whole, torch.arange(int(pages.bounded[sequence, head]) * PAGE, stop)])
                 anchors, seen_by = 0, scoring._replace(window=None)
+            elif looking.listed is not None and looking.since is not None:
+                some = looking.listed[row, head][looking.listed[row, head] >= 0].long()
+                listed = torch.cat([some, torch.arange(int(looking.since[row, head]), stop)])
+                anchors, seen_by = 0, scoring._replace(window=None)
             one = q[row : row + 1, head], anchor_q[row : row + 1, head]
             yield row, head, _View(pages, sequence, head, *one, anchors, first, listed, seen_by, path=path)
 

@@ -10,8 +10,7 @@ from tightfit.catalog import parse, spec_string
 from tightfit.errors import UsageError
 from tightfit.kv.evict.window import Window
 from tightfit.kv.lowrank.think import ThinK
-from tightfit.kv.method import Evictor, Method, Quantizer, Tier
-from tightfit.kv.select.quest import Quest
+from tightfit.kv.method import Evictor, Method, Quantizer, Selector, Tier
 from tightfit.kv.share.kvsharer import KVSharer
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ class Composition:
         return self._only(ThinK)
 
     @property
-    def selector(self) -> Quest | None:
-        return self._only(Quest)
+    def selector(self) -> Selector | None:
+        return self._only(Selector)
 
     @property
     def tier(self) -> Tier | None:
@@ -95,11 +94,11 @@ def compose(text: str) -> Composition:
                 )
             filled[role] = method
     composition = Composition(tuple(methods))
-    evictor = composition.evictor
-    if composition.selector is not None and isinstance(evictor, Window):
+    evictor, selector = composition.evictor, composition.selector
+    if selector is not None and isinstance(evictor, Window):
         raise UsageError(
-            "quest chooses among all pages, and window hides all but a few of them",
-            "Leave quest out: a window is read whole.",
+            f"{selector.name} chooses among all that is kept, and window hides all but a few tokens of it",
+            f"Leave {selector.name} out: a window is read whole.",
         )
     return composition
 

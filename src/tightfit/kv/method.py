@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tightfit.budget.ledger import Arena, Workspace
     from tightfit.kernels.pages import Pages, Staging
     from tightfit.kv.base import LayerLayout
+    from tightfit.kv.select.selecting import Selecting, Where
 
 
 class Method:
@@ -127,6 +128,37 @@ class Demoter(Evictor):
         """How a layer's lower store keeps keys and values; numbers of the cache's own type take ``as_they_are`` bits.
         If these have fewer features than the layer's, the store's matrices say which (they are zeros when it is
         made)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Selector(Method):
+    """Everything that is kept stays, and a token that decodes reads about ``tokens`` of each key-value head; the first
+    ``full`` layers see everything, and prompts do."""
+
+    tokens: int = 512
+    full: int = 2
+
+    roles: ClassVar[tuple[str, ...]] = ("selector",)
+    bounds: ClassVar[bool] = False  # whether pages have bounds of their keys
+
+    def __post_init__(self) -> None:
+        if self.tokens < 32 or self.full < 0:
+            raise UsageError(
+                f"{self.name} cannot read {self.tokens} tokens, and all of them in {self.full} layers",
+                "Give tokens=32 or more, and full=0 or more.",
+            )
+
+    def selects(self, layer: int, layout: LayerLayout) -> bool:
+        """Whether tokens that decode see only some of a layer."""
+        return layer >= self.full and layout.window is None
+
+    def reads(self, tokens: int) -> float:
+        """How many of ``tokens`` that can be chosen among one that decodes reads, on average."""
+        return min(self.tokens, tokens)
+
+    def select(self, where: Where) -> Selecting:
+        """What selects in one layer."""
         raise NotImplementedError
 
 

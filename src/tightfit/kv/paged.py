@@ -34,6 +34,7 @@ from tightfit.kv.evict.window import Window
 from tightfit.kv.merge.merging import Merging
 from tightfit.kv.method import Merger, Seen
 from tightfit.kv.reserved import Reserved, numbers
+from tightfit.kv.select.selecting import Selecting, Settled, Where
 
 Made = TypeVar("Made")
 
@@ -108,6 +109,7 @@ class PagedCache(BaseCache):
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
+        self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena))
         self.mass: list[torch.Tensor] = []
         self.drafts: list[Drafts] = []
         if self.observes != "nothing":
@@ -142,15 +144,26 @@ class PagedCache(BaseCache):
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
+    def _selecting(self, layer: int, arena: Arena) -> Selecting | None:
+        selector = self.composition.selector
+        if selector is None or not self.reserved.selects(layer):
+            return None
+        most = self.reserved.sizes[layer].table_pages * PAGE
+        return selector.select(Where(self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena))
+
+    @property
+    def _selections(self) -> list[Selecting]:
+        return [found for layer in self.own if (found := self.selecting[layer]) is not None]
+
     def close(self) -> None:
         self._closing()
 
-    def pages_read(self, layer: int, bounded: int) -> int:
-        """Of ``bounded`` pages of a head that can be chosen among, how many a token that decodes reads."""
-        selector = self.composition.selector
-        if selector is None or not self.reserved.selects(layer):
-            return bounded
-        return min(selector.tokens // PAGE, bounded)
+    def chosen(self, layer: int, slot: int = 0) -> list[tuple[int, float]]:
+        """Of each head, among how many tokens the next one chooses, and how many of them it reads on average."""
+        selector, selecting = self.composition.selector, self.selecting[layer]
+        if selector is None or selecting is None:
+            return [(0, 0.0)] * self.layouts[layer].kv_heads
+        return [(among, selector.reads(among)) for among in selecting.among(slot)]
 
     # ---- a step ----
 
@@ -229,9 +242,9 @@ class PagedCache(BaseCache):
         shared, lower = self._shared.get(owner), self.lower[layer]
         if rows:
             with ws.frame():
-                looking = self._looking(layer, Rows(step.places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = ws.empty(rows, heads) if self.mass or lower is not None else None
                 which = Rows(step.places, step.paths)
+                looking = self._looking(layer, which, q[:rows], _part(held.anchor_q, 0, rows), ws, scoring)
+                lse = ws.empty(rows, heads) if self.mass or lower is not None else None
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
                 if lower is not None and lse is not None:
                     lower.join_rows(which, q[:rows], out[:rows], lse, ws, scoring)
@@ -260,16 +273,19 @@ class PagedCache(BaseCache):
                 if layer == owner:
                     self._choose_channels(layer, segment.slot, run, looking.q)
                 if layer == self._last[owner]:
-                    self._settle(owner, segment.slot, run, given, ws)
+                    self._settle(owner, segment.slot, run, given, ws, segment.stop >= (segment.length or 0))
 
     def _looking(
-        self, layer: int, rows: Rows, q: torch.Tensor, anchor_q: torch.Tensor | None, ws: Workspace
+        self,
+        layer: int,
+        rows: Rows,
+        q: torch.Tensor,
+        anchor_q: torch.Tensor | None,
+        ws: Workspace,
+        scoring: Scoring,
     ) -> Looking:
-        selector, chosen = self.composition.selector, None
-        if selector is not None and self.reserved.selects(self.owners[layer]):
-            chosen = ws.empty(q.shape[0], self.layouts[layer].kv_heads, selector.tokens // PAGE, dtype=torch.int32)
-            pages.select(self.layers[layer], rows, q, chosen, ws)
-        return Looking(q, anchor_q, self._anchors(layer), chosen)
+        looking, selecting = Looking(q, anchor_q, self._anchors(layer)), self.selecting[layer]
+        return looking if selecting is None else selecting.look(rows, looking, ws, scoring)
 
     def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor:
         """Zeros (kv_heads, tokens), for what the certain tokens and ``count`` others receive."""
@@ -322,6 +338,8 @@ class PagedCache(BaseCache):
             mass[slot] = 0.0
         for merging in self.merging:
             merging.memory[slot] = math.nan
+        for selecting in self._selections:
+            selecting.reset(slot)
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = stop
@@ -356,6 +374,9 @@ class PagedCache(BaseCache):
             mass = self.mass[layer] if self.mass else None
             memory = self.merging[layer].memory if self.merging else None
             yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, memory)
+            selecting = self.selecting[layer]
+            if selecting is not None:
+                yield from selecting.parts(slot)
         for pages_below in self._lower_stores:
             yield from parts(pages_below, slot, 0, None, None)
 
@@ -379,6 +400,8 @@ class PagedCache(BaseCache):
                 pages.straighten(kept, slot, torch.tensor(path, dtype=torch.int32))
         torch._foreach_add_([kept.lengths[slot] for kept in self._stores], len(path))
         self.tokens[slot] += len(path)
+        for selecting in self._selections:
+            selecting.commit(slot, path)
         if int(self.tokens[slot]) % BLOCK == 0 and path:
             for layer in self.own:
                 with ws.frame():
@@ -449,9 +472,12 @@ class PagedCache(BaseCache):
         if pruner is not None and channels is not None and not ops.is_dry() and not self._pruned[slot]:
             channels[slot] = pruner.choose(q, run.keys[:, : run.count])
 
-    def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
-        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
-        kept, lower = self.layers[layer], self.lower[layer]
+    def _settle(
+        self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace, whole: bool = True
+    ) -> None:
+        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written. ``whole`` says
+        whether the prompt is."""
+        kept, lower, selecting = self.layers[layer], self.lower[layer], self.selecting[layer]
         heads, tier = self.layouts[layer].kv_heads, self.composition.tier
         resident, step = (pages.EVERYTHING, 1) if tier is None else (tier.resident // PAGE, tier.step)
 
@@ -468,7 +494,10 @@ class PagedCache(BaseCache):
             if lower is not None:
                 lower.take_most(slot, kept, run, ws)
             keep(run)
+            if selecting is not None:
+                selecting.settled(slot, Settled(run.count, whole), ws)
             return
+        now = Settled(run.count, whole)
         before = kept.lengths[slot].tolist()
         counts = [length + run.count for length in before]
         tokens = int(self.tokens[slot]) + run.count
@@ -495,12 +524,15 @@ class PagedCache(BaseCache):
                     lower.take(slot, kept, run, indices, left, ws)
             counts = left
             keep(run, listed, torch.tensor(counts, dtype=torch.int32))
+            now = Settled(now.count, whole, indices, left)
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
                 given[:, : indices.shape[1]] = given.gather(1, gather)
         else:
             keep(run)
+        if selecting is not None:
+            selecting.settled(slot, now, ws)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
@@ -594,8 +626,9 @@ class PagedCache(BaseCache):
             for layer, (kept, drafts) in enumerate(zip(self.layers, self.drafts, strict=True)):
                 with ws.frame():
                     rows, which = Rows(places[part]), order[part]
-                    looking = self._looking(layer, rows, drafts.q[slot, which], drafts.turned(slot, which), ws)
                     lse, scoring = drafts.lse[slot, which], drafts.scoring
+                    q, anchor_q = drafts.q[slot, which], drafts.turned(slot, which)
+                    looking = self._looking(layer, rows, q, anchor_q, ws, scoring)
                     pages.weigh_rows(kept, rows, looking, lse, self.mass[layer], ws, scoring)
 
 

@@ -59,9 +59,9 @@ class Reserved:
         return kept if window is None else min(kept, window)
 
     def selects(self, layer: int) -> bool:
-        """Whether tokens that decode see only some pages of a layer."""
+        """Whether tokens that decode see only some of a layer."""
         selector = self.composition.selector
-        return selector is not None and layer >= selector.full and self.layouts[layer].window is None
+        return selector is not None and selector.selects(layer, self.layouts[layer])
 
     def _kept(self, tokens: int) -> list[int]:
         """As :meth:`limit`, of all layers, and where no layer has a window."""
@@ -131,7 +131,7 @@ class Reserved:
             positions = numbers(arena, sequences, heads, size.table_pages * PAGE)
         if pruner is not None:
             channels = numbers(arena, sequences, heads, width)
-        if self.selects(index):
+        if composition.selector is not None and composition.selector.bounds and self.selects(index):
             bounds = place(arena, (*listed, 2, layout.key_dim), dtype)
         keys_at = self.file_bytes
         values_at = keys_at + sequences * heads * size.table_pages * key_codec.page_bytes

@@ -25,7 +25,8 @@ using Strided = std::tuple<uintptr_t, size_t, size_t>;          // address, stri
 using Ragged = std::tuple<uintptr_t, uintptr_t, size_t>;        // places, paths, their stride
 using RunOf = std::tuple<uintptr_t, uintptr_t, size_t, size_t>; // keys, values, slots, tokens
 using Scores = std::tuple<size_t, float, size_t, float, uintptr_t>;  // heads, scale, window, softcap, sinks
-using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t, bool>;  // q, anchor_q, anchors, chosen, its pages, certain
+// q, anchor_q, anchors, what is chosen and how many for each head, from which token on all is, only what is certain
+using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t, uintptr_t, bool>;
 
 template <class T>
 Block<T> block(const Strided& of) {
@@ -39,7 +40,21 @@ Run run_of(const RunOf& of) {
 }
 Looking looking_of(const Views& of) {
     return {block<const float>(std::get<0>(of)), block<const float>(std::get<1>(of)), std::get<2>(of),
-            at<const int32_t>(std::get<3>(of)), std::get<4>(of), std::get<5>(of)};
+            at<const int32_t>(std::get<3>(of)), std::get<4>(of), at<const int32_t>(std::get<5>(of)), std::get<6>(of)};
+}
+
+// The same of rows that decode, whose listed tokens must be certain ones.
+Looking looking_of(const Views& of, const Pages& pages, const Place* places, size_t rows) {
+    const Looking looking = looking_of(of);
+    for (size_t i = 0; looking.since && i < rows * pages.kv_heads; i++) {
+        const size_t head = pages.at(static_cast<size_t>(places[i / pages.kv_heads].sequence), i % pages.kv_heads);
+        const int32_t* list = looking.chosen + i * looking.listed;
+        bool fits = looking.since[i] >= 0 && looking.since[i] <= pages.lengths[head];
+        for (size_t j = 0; j < looking.listed && list[j] >= 0; j++)
+            fits = fits && list[j] < looking.since[i] && (j == 0 || list[j - 1] < list[j]);
+        if (!fits) throw nb::index_error("tokens that are not in the cache, or not in order");
+    }
+    return looking;
 }
 Paths paths_of(const Ragged& of) { return {at<const int32_t>(std::get<1>(of)), std::get<2>(of), nullptr}; }
 
@@ -87,9 +102,21 @@ void tightfit::bind_pages(nb::module_& m) {
             return std::make_tuple(s.counts().wanted, s.counts().ahead, s.counts().bytes, s.counts().waited);
         })
         .def("rest", &Staging::rest, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<Reader>(m, "Reader").def(nb::init<>());
     nb::class_<HeadStaging, Staging>(m, "HeadStaging")
-        .def("__init__", [](HeadStaging* self, uintptr_t memory, size_t buffer_bytes, size_t heads, size_t table_pages) {
-            new (self) HeadStaging(at<uint8_t>(memory), buffer_bytes, heads, table_pages);
+        .def("__init__", [](HeadStaging* self, Reader& reader, uintptr_t memory, size_t buffer_bytes, size_t heads,
+                            size_t table_pages) {
+            new (self) HeadStaging(reader, at<uint8_t>(memory), buffer_bytes, heads, table_pages);
+        }, nb::keep_alive<1, 2>());
+    nb::class_<PageStaging, Staging>(m, "PageStaging")
+        .def("__init__", [](PageStaging* self, Reader& reader, uintptr_t memory, uintptr_t staged, size_t lists,
+                            size_t table_pages, size_t places) {
+            new (self) PageStaging(reader, at<uint8_t>(memory), at<int32_t>(staged), lists, table_pages, places);
+        }, nb::keep_alive<1, 2>())
+        .def("prefetch", [](PageStaging& s, const Pages& p, const Ragged& places, size_t rows, uintptr_t wanted, size_t count) {
+            const Place* where = places_of(p, places, rows, true);
+            nb::gil_scoped_release release;
+            s.prefetch(p, where, rows, at<const int32_t>(wanted), count);
         });
     nb::class_<Pages>(m, "Pages")
         .def(nb::new_([](const std::string& kind, const std::tuple<size_t, size_t, size_t, size_t>& sizes,
@@ -119,7 +146,17 @@ void tightfit::bind_pages(nb::module_& m) {
         .def("stage", [](Pages& p, Staging& staging, const Pages& next) { p.staging = &staging, p.next = &next; })
         .def("forget", [](const Pages& p, size_t sequence) {
             nb::gil_scoped_release release;
-            if (p.staging) p.staging->forget(p, sequence);
+            for (size_t h = 0; p.staging && h < p.kv_heads; h++) p.staging->forget(p, sequence, h, 0);
+        })
+        .def("rank_scratch", &rank_scratch)
+        .def("rank", [](const Pages& p, const Ragged& places, size_t rows, const Strided& q, size_t heads,
+                        const std::tuple<uintptr_t, size_t>& chosen, const std::tuple<uintptr_t, size_t>& next,
+                        uintptr_t others, uintptr_t scratch, size_t threads) {
+            const Place* where = places_of(p, places, rows, true);
+            nb::gil_scoped_release release;
+            const Ranked ranked{at<int32_t>(std::get<0>(chosen)), at<int32_t>(std::get<0>(next)), at<int32_t>(others),
+                                std::get<1>(chosen), std::get<1>(next)};
+            rank(p, where, rows, block<const float>(q), heads, ranked, at<uint8_t>(scratch), threads);
         })
         .def("append", [](const Pages& p, const Ragged& places, size_t count, const Strided& k, const Strided& v,
                           size_t threads) {
@@ -133,9 +170,10 @@ void tightfit::bind_pages(nb::module_& m) {
         .def("attend_rows", [](const Pages& p, const Ragged& places, size_t rows, const Views& views, const Strided& out,
                                const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, uintptr_t scratch,
                                size_t threads) {
-            const Place* where = places_of(p, places, rows, std::get<5>(views));
+            const Place* where = places_of(p, places, rows, std::get<6>(views));
+            const Looking looking = looking_of(views, p, where, rows);
             nb::gil_scoped_release release;
-            attend_rows(p, where, paths_of(places), rows, looking_of(views), block<float>(out),
+            attend_rows(p, where, paths_of(places), rows, looking, block<float>(out),
                         {at<float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), at<uint8_t>(scratch), threads);
         })
         .def("attend_scratch", [](const Pages& p, size_t count, size_t heads, bool bf16, size_t threads) {
@@ -156,8 +194,9 @@ void tightfit::bind_pages(nb::module_& m) {
                               const std::tuple<uintptr_t, size_t>& lse, const Scores& scores,
                               const std::tuple<uintptr_t, size_t>& mass, uintptr_t scratch, size_t threads) {
             const Place* where = places_of(p, places, rows);
+            const Looking looking = looking_of(views, p, where, rows);
             nb::gil_scoped_release release;
-            weigh_rows(p, where, paths_of(places), rows, looking_of(views),
+            weigh_rows(p, where, paths_of(places), rows, looking,
                        {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores),
                        {at<float>(std::get<0>(mass)), std::get<1>(mass)}, at<uint8_t>(scratch), threads);
         })

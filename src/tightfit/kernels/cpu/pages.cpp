@@ -75,23 +75,26 @@ struct Head {
 
     HeadCache staged_pages() const {
         HeadCache cache = made_pages(true);
-        cache.file = -1, cache.table = p.staged, cache.keys = p.staged_keys;
+        cache.file = -1, cache.table = p.staged + index * p.staged_stride, cache.keys = p.staged_keys;
         cache.values = p.shared() ? cache.keys : p.staged_values;
         if (p.channels || !p.key_codec.dense() || !p.value_codec.dense()) return cache;
         cache.coded = false, cache.value_stride = p.shared() ? p.key_dim : p.value_dim;  // as they are multiplied
         return cache;
     }
 
-    // Adds tokens [from, to), of the list or of `chosen` pages of it, which are stored in up to three ways.
-    void add(size_t from, size_t to, const HeadCache& like, const Queries& queries, Block<const float> q,
-             const int32_t* chosen, size_t count, Stretches& out) const {
+    // Adds tokens [from, to), of all or of those that are chosen `like` has, which are stored in up to three ways.
+    void add(size_t from, size_t to, const HeadCache& like, const Queries& queries, Block<const float> q, size_t count,
+             Stretches& out) const {
+        const auto first = [&](const int32_t* list, size_t number) {  // that is not below `number`
+            return static_cast<size_t>(std::lower_bound(list, list + count, static_cast<int32_t>(number)) - list);
+        };
         const auto below = [&](size_t page) -> size_t {  // tokens in pages below `page`
-            if (!chosen) return page * PAGE;
-            return static_cast<size_t>(std::lower_bound(chosen, chosen + count, static_cast<int32_t>(page)) - chosen) * PAGE;
+            return like.chosen ? first(like.chosen, page) * PAGE : like.tokens ? first(like.tokens, page * PAGE) : page * PAGE;
         };
         const size_t cold_end = below(cold()), coded_end = std::max(below(p.has_codes() ? coded() : 0), cold_end);
         const auto part = [&](HeadCache cache, size_t a, size_t b) {
-            cache.chosen = chosen, cache.path = like.path, cache.committed = like.committed;
+            cache.chosen = like.chosen, cache.tokens = like.tokens;
+            cache.path = like.path, cache.committed = like.committed;
             const bool pruned = cache.coded && p.channels;
             out.add({cache, queries, std::max(from, a), std::min(to, b), q, pruned ? channels() : nullptr});
         };
@@ -122,12 +125,17 @@ struct PageRows final : Source {
         return static_cast<size_t>(places[row].position - p.tokens[places[row].sequence]) + 1;
     }
     const int32_t* chosen(size_t row, size_t head) const {
-        return looking.chosen ? looking.chosen + (row * p.all_heads + p.first_head + head) * looking.chosen_pages : nullptr;
+        return looking.chosen ? looking.chosen + (row * p.all_heads + p.first_head + head) * looking.listed : nullptr;
     }
     size_t count(const int32_t* chosen) const {
         size_t n = 0;
-        while (n < looking.chosen_pages && chosen[n] >= 0) n++;
+        while (n < looking.listed && chosen[n] >= 0) n++;
         return n;
+    }
+    size_t unit() const { return looking.since ? 1 : PAGE; }
+    // From this token of a head on a row sees all.
+    size_t since(const Head& head, size_t row) const {
+        return looking.since ? static_cast<size_t>(looking.since[row * p.all_heads + p.first_head + head.head]) : head.bounded() * PAGE;
     }
     size_t low(const Head& head, size_t row) const {
         const size_t tail = this->tail(row), length = head.length();
@@ -143,7 +151,7 @@ struct PageRows final : Source {
     Seen seen(size_t row, size_t h) const override {
         const Head head = head_of(row, h);
         const size_t end = head.length() + tail(row);
-        if (looking.chosen) return {0, count(chosen(row, h)) * PAGE + end - head.bounded() * PAGE};
+        if (looking.chosen) return {0, count(chosen(row, h)) * unit() + end - since(head, row)};
         return {looking.anchors ? 0 : low(head, row), end};
     }
     void stretches(size_t row, size_t h, size_t from, size_t to, const Queries& queries, Stretches& out) const override {
@@ -154,20 +162,21 @@ struct PageRows final : Source {
         HeadCache like{};
         if (paths.list) like.path = paths[row], like.committed = head.length();
         if (looking.chosen) {
-            const int32_t* pages = chosen(row, h);
-            const size_t listed = count(pages), first = listed * PAGE, skipped = head.bounded() * PAGE;
-            if (from < first) head.add(from, std::min(to, first), like, all, q, pages, listed, out);
-            if (to > first)
-                head.add(std::max(from, first) - first + skipped, to - first + skipped, like, all, q, nullptr, 0, out);
+            const int32_t* list = chosen(row, h);
+            const size_t listed = count(list), first = listed * unit(), skipped = since(head, row);
+            HeadCache some = like;
+            (looking.since ? some.tokens : some.chosen) = list;
+            if (from < first) head.add(from, std::min(to, first), some, all, q, listed, out);
+            if (to > first) head.add(std::max(from, first) - first + skipped, to - first + skipped, like, all, q, 0, out);
             return;
         }
         const size_t anchors = std::min(looking.anchors, head.length() + tail(row));
         if (from < anchors) {
             const Block<const float> turned = looking.anchor_q.data ? looking.anchor_q.from(row, h * groups) : q;
-            head.add(from, std::min(to, anchors), like, all, turned, nullptr, 0, out);
+            head.add(from, std::min(to, anchors), like, all, turned, 0, out);
         }
         const size_t low = std::max({from, anchors, this->low(head, row)});
-        if (low < to) head.add(low, to, like, all, q, nullptr, 0, out);
+        if (low < to) head.add(low, to, like, all, q, 0, out);
     }
 };
 
@@ -192,7 +201,7 @@ struct PagePrefill final : PrefillSource {
         const size_t anchors = std::min(looking.anchors, length);
         Queries all = queries;
         all.all = true;
-        if (anchors > 0) head.add(0, anchors, {}, all, turned, nullptr, 0, out);
+        if (anchors > 0) head.add(0, anchors, {}, all, turned, 0, out);
         const int32_t* positions = p.positions ? p.positions + head.index * p.capacity() : nullptr;
         for (size_t i = 0; i < tokens; i++) {
             const size_t position = static_cast<size_t>(p.tokens[sequence]) + first + i;
@@ -206,7 +215,7 @@ struct PagePrefill final : PrefillSource {
             lows[i] = static_cast<int32_t>(low);
         }
         all.lows = lows;
-        head.add(std::max(anchors, static_cast<size_t>(lows[0])), length, {}, all, q, nullptr, 0, out);
+        head.add(std::max(anchors, static_cast<size_t>(lows[0])), length, {}, all, q, 0, out);
 
         const size_t each = run.slots * itemsize(p.kind), stride = p.shared() ? p.key_dim : p.value_dim;
         if (looking.certain) return;
@@ -230,6 +239,17 @@ void weigh_stretch(const Stretch& stretch, const float* lse, float scale, float*
     float* q = scratch + round_up(fold_scratch(rows, stretch.head.key_dim, stretch.head.value_dim, true), 16);
     load_queries(stretch, rows, scale, q);
     attention_kernels().weigh(stretch.head, stretch.queries, q, stretch.from, stretch.to, lse, scratch, mass);
+}
+
+// mass[token] += what the rows of a stretch of listed tokens give to each.
+void weigh_listed(const Stretch& stretch, const float* lse, float scale, float* scratch, float* mass) {
+    for (size_t at = stretch.from; at < stretch.to; at += KEY_BLOCK) {
+        Stretch block = stretch;
+        block.from = at, block.to = std::min(at + KEY_BLOCK, stretch.to);
+        float given[KEY_BLOCK] = {};
+        weigh_stretch(block, lse, scale, scratch, given);
+        for (size_t i = at; i < block.to; i++) mass[stretch.head.token(i)] += given[i - at];
+    }
 }
 
 size_t weigh_floats(const Pages& p, size_t rows) {
@@ -435,6 +455,7 @@ void keep_head(const Head& head, const Run& run, const Keeping& keeping, uint8_t
     Scratch all(scratch);
     PageBuffer source(p, all), target(p, all);
     const Outcome outcome(head, run, keeping);
+    if (p.staging) p.staging->forget(p, head.sequence, head.head, outcome.first);
     const size_t before = head.length(), each = run.slots * itemsize(p.kind);
     const uint8_t* run_keys = run.keys + head.head * each * p.key_dim;
     const uint8_t* run_values = run.values + head.head * each * p.value_dim;
@@ -491,6 +512,17 @@ void keep_head(const Head& head, const Run& run, const Keeping& keeping, uint8_t
     const size_t whole = outcome.length / PAGE;
     for (size_t j = std::min(changed, head.bounded()); j < whole; j++) bound_page(head, j, source);
     p.bounded[head.index] = static_cast<int32_t>(whole);
+}
+
+float dot(const float* x, const float* y, size_t count) {
+    constexpr size_t SUMS = 16;  // in an order that does not depend on the instruction set
+    float sums[SUMS] = {}, sum = 0.0f;
+    size_t i = 0;
+    for (; i + SUMS <= count; i += SUMS)
+        for (size_t s = 0; s < SUMS; s++) sums[s] += x[i + s] * y[i + s];
+    for (; i < count; i++) sums[0] += x[i] * y[i];
+    for (float part : sums) sum += part;
+    return sum;
 }
 
 bool by_heads(const Pages& p) { return p.staging && p.staging->heads_at_once(p) < p.kv_heads; }
@@ -590,6 +622,10 @@ void weigh_rows(const Pages& p, const Place* places, const Paths& paths, size_t 
                                  {groups, groups, 0, attention.window, attention.softcap * LOG2_E}, stretches);
                 for (const Stretch& stretch : stretches) {
                     const float* sums = lse[row] + h * groups;
+                    if (stretch.head.tokens) {
+                        weigh_listed(stretch, sums, attention.scale * LOG2_E, own, to);
+                        continue;
+                    }
                     if (!stretch.head.chosen) {
                         weigh_stretch(stretch, sums, attention.scale * LOG2_E, own, to + stretch.from);
                         continue;
@@ -631,7 +667,6 @@ void weigh(const Pages& p, size_t sequence, const Run& run, size_t start, size_t
 size_t keep_scratch(const Pages& p) { return 2 * PageBuffer::bytes(p); }
 
 void keep(const Pages& p, size_t sequence, const Run& run, const Keeping& keeping, uint8_t* scratch) {
-    if (p.staging) p.staging->forget(p, sequence);
     // Heads that shrink come first: their pages may be wanted by those that grow.
     std::vector<std::pair<int64_t, size_t>> order;
     for (size_t h = 0; h < p.kv_heads; h++) {
@@ -717,6 +752,47 @@ void select(const Pages& p, const Place* places, size_t rows, Block<const float>
             }
             std::copy(order, order + taken, out);
             std::fill(out + taken, out + count, -1);
+        }
+    });
+}
+
+size_t rank_scratch(const Pages& p, size_t threads) {
+    Scratch all;
+    all.take<float>(p.table_pages), all.take<int32_t>(p.table_pages), all.take<float>(PAGE * p.key_dim);
+    return all.used() * std::min(threads, p.kv_heads);
+}
+
+void rank(const Pages& p, const Place* places, size_t rows, Block<const float> q, size_t heads, const Ranked& ranked,
+          uint8_t* scratch, size_t threads) {
+    const size_t groups = heads / p.kv_heads, workers = std::min(threads, p.kv_heads);
+    const size_t each = rank_scratch(p, threads) / workers;
+    parallel_for(workers, workers, [&](size_t worker) {
+        Scratch own(scratch + worker * each);
+        float* scores = own.take<float>(p.table_pages);
+        int32_t* order = own.take<int32_t>(p.table_pages);
+        float* keys = own.take<float>(PAGE * p.key_dim);
+        const auto put = [](const int32_t* from, size_t count, int32_t* out, size_t room) {
+            std::fill(std::copy(from, from + count, out), out + room, -1);
+            std::sort(out, out + count);
+        };
+        for (size_t task = worker; task < rows * p.kv_heads; task += workers) {
+            const size_t row = task / p.kv_heads, h = task % p.kv_heads;
+            const Head head(p, static_cast<size_t>(places[row].sequence), h);
+            const size_t pages = head.coded(), best = std::min(pages, ranked.count);
+            const size_t next = std::min(pages - best, ranked.more);
+            for (size_t j = 0; j < pages; j++) {
+                attention_kernels().decode(p.key_codec, p.kind, head.code(p.coded_keys, p.key_codec, head.table()[j]), keys);
+                scores[j] = -__builtin_inff();
+                for (size_t g = 0; g < groups; g++)
+                    for (size_t t = 0; t < PAGE; t++)
+                        scores[j] = std::max(scores[j], dot(q.at(row, h * groups + g), keys + t * p.key_dim, p.key_dim));
+            }
+            std::iota(order, order + pages, 0);
+            std::sort(order, order + pages,
+                      [&](int32_t a, int32_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
+            put(order, best, ranked.chosen + task * ranked.count, ranked.count);
+            put(order + best, next, ranked.next + task * ranked.more, ranked.more);
+            put(order + best, pages - best, ranked.others + task * p.table_pages, p.table_pages);
         }
     });
 }

@@ -31,14 +31,15 @@ struct Codec {
 };
 
 // Keys and values of one sequence and key-value head that are stored alike. Token i lies in slot i % slots, or with a
-// `table` in page table[i / PAGE]; `chosen` pages of it take part, if it is not null. From token `committed` on, `path`
-// names the tokens, counted from there.
+// `table` in page table[i / PAGE]; `chosen` pages of it take part, or `tokens`, if one is not null. From token `committed`
+// on, `path` names the tokens, counted from there.
 struct HeadCache {
     Kind kind;
     const uint8_t *keys, *values;
     size_t slots, key_dim, value_dim, value_stride;
     const int32_t* table = nullptr;
     const int32_t* chosen = nullptr;
+    const int32_t* tokens = nullptr;
     const int32_t* path = nullptr;
     size_t committed = 0;
     bool coded = false;  // whether the pages are, by these codecs
@@ -50,7 +51,9 @@ struct HeadCache {
 
     size_t listed(size_t j) const { return chosen ? static_cast<size_t>(chosen[j]) : j; }
     size_t page(size_t j) const { return static_cast<size_t>(table[listed(j)]); }
+    size_t token(size_t i) const { return tokens ? static_cast<size_t>(tokens[i]) : i; }
     size_t slot(size_t i) const {
+        i = token(i);
         if (path && i >= committed) i = committed + static_cast<size_t>(path[i - committed]);
         return table ? page(i / PAGE) * PAGE + i % PAGE : i % slots;
     }
@@ -87,9 +90,10 @@ struct Pages {
     int file = -1;
     size_t keys_at = 0, values_at = 0;   // in it
     size_t first_head = 0, all_heads = 0;  // these heads are some of a layer's
-    // Pages of the file that are in memory, as they are in the file: page j in place staged[j] of both lists. Null: they are
-    // read as they are multiplied.
+    // Pages of the file that are in memory, as they are in the file: page j of a head in place staged[at * staged_stride + j]
+    // of both lists. Null: they are read as they are multiplied.
     const int32_t* staged = nullptr;
+    size_t staged_stride = 0;
     const uint8_t *staged_keys = nullptr, *staged_values = nullptr;
     Staging* staging = nullptr;   // brings them there, if it is not null
     const Pages* next = nullptr;  // the layer that is looked at after this one
@@ -114,14 +118,15 @@ struct Run {
 };
 
 // How rows look at pages. The first `anchors` tokens are always seen, by `anchor_q` if that is not null: queries turned to
-// the places that they have in the cache. Of `chosen` (rows, kv_heads, chosen_pages), pages in order and then -1, each row
-// sees only those among the pages that have bounds. With `certain`, rows see nothing that is not: neither what decodes, their
-// own token included, nor the run.
+// the places that they have in the cache. Of `chosen` (rows, kv_heads, listed), in order and then -1, each row sees only
+// those: pages of the ones that have bounds, or with `since` (rows, kv_heads), tokens of the certain ones before that. With
+// `certain`, rows see nothing that is not: neither what decodes, their own token included, nor the run.
 struct Looking {
     Block<const float> q, anchor_q;
     size_t anchors = 0;
     const int32_t* chosen = nullptr;
-    size_t chosen_pages = 0;
+    size_t listed = 0;
+    const int32_t* since = nullptr;
     bool certain = false;
 };
 
@@ -179,5 +184,16 @@ void straighten(const Pages& pages, size_t sequence, const int32_t* path, size_t
 void select(const Pages& pages, const Place* places, size_t rows, Block<const float> q, size_t heads, size_t count,
             int32_t* chosen, uint8_t* scratch, size_t threads);
 size_t select_scratch(const Pages& pages, size_t threads);
+
+// The same by the largest score of any of a page's keys, of all pages that are whole: the best into `chosen` (rows, kv_heads,
+// count), the next best into `next` (rows, kv_heads, more), and all but the best into `others` (rows, kv_heads, table_pages),
+// each in order and then -1.
+struct Ranked {
+    int32_t *chosen, *next, *others;
+    size_t count, more;
+};
+void rank(const Pages& pages, const Place* places, size_t rows, Block<const float> q, size_t heads, const Ranked& ranked,
+          uint8_t* scratch, size_t threads);
+size_t rank_scratch(const Pages& pages, size_t threads);
 
 }  // namespace tightfit

@@ -16,6 +16,7 @@ struct Counts {
 
 class Staging {
 public:
+    explicit Staging(Reader& reader) : reader_(reader) {}
     virtual ~Staging() = default;
 
     // As the functions of pages.h, for pages that are staged here.
@@ -27,8 +28,8 @@ public:
                         uint8_t* scratch, size_t threads) = 0;
     // The heads that are looked at at once: scratch memory is theirs.
     virtual size_t heads_at_once(const Pages& pages) const = 0;
-    // The pages of a sequence are about to change.
-    virtual void forget(const Pages& pages, size_t sequence) = 0;
+    // Pages of a head from page `from` on are about to change.
+    virtual void forget(const Pages& pages, size_t sequence, size_t head, size_t from) = 0;
 
     const Counts& counts() const { return counts_; }
     // Returns when nothing is being read.
@@ -45,7 +46,7 @@ protected:
     Counts counts_;
 
 private:
-    Reader reader_;
+    Reader& reader_;
     uint64_t asked_ = 0;
 };
 
@@ -54,7 +55,7 @@ private:
 // pages.next.
 class HeadStaging final : public Staging {
 public:
-    HeadStaging(uint8_t* memory, size_t buffer_bytes, size_t heads, size_t table_pages);
+    HeadStaging(Reader& reader, uint8_t* memory, size_t buffer_bytes, size_t heads, size_t table_pages);
 
     void attend_rows(const Pages& pages, const Place* places, const Paths& paths, size_t rows, const Looking& looking,
                      Block<float> out, Rows<float> lse, const Attention& attention, uint8_t* scratch,
@@ -63,7 +64,7 @@ public:
                 Block<float> out, Rows<float> lse, const Attention& attention, bool bf16, uint8_t* scratch,
                 size_t threads) override;
     size_t heads_at_once(const Pages&) const override { return 1; }
-    void forget(const Pages& pages, size_t sequence) override;
+    void forget(const Pages& pages, size_t sequence, size_t head, size_t from) override;
 
 private:
     struct Wanted {
@@ -85,6 +86,40 @@ private:
     std::vector<Buffer> buffers_;
     std::vector<size_t> sequences_;  // of a step, in the order in which they are looked at
     std::vector<int32_t> table_;  // page j is in place j
+};
+
+// Pages of one layer of which a row sees only some that are chosen: each head has `places` of them in memory, those that were
+// wanted last. prefetch() reads what may be wanted next.
+class PageStaging final : public Staging {
+public:
+    // `staged` (lists, table_pages) for as many heads of all sequences.
+    PageStaging(Reader& reader, uint8_t* memory, int32_t* staged, size_t lists, size_t table_pages, size_t places);
+
+    void attend_rows(const Pages& pages, const tightfit::Place* places, const Paths& paths, size_t rows,
+                     const Looking& looking, Block<float> out, Rows<float> lse, const Attention& attention,
+                     uint8_t* scratch, size_t threads) override;
+    void attend(const Pages& pages, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
+                Block<float> out, Rows<float> lse, const Attention& attention, bool bf16, uint8_t* scratch,
+                size_t threads) override;
+    size_t heads_at_once(const Pages& pages) const override { return pages.kv_heads; }
+    void forget(const Pages& pages, size_t sequence, size_t head, size_t from) override;
+
+    // Asks for the pages `wanted` (rows, kv_heads, count), then -1, as long as there are places that were not used by what
+    // was looked at last.
+    void prefetch(const Pages& pages, const tightfit::Place* places, size_t rows, const int32_t* wanted, size_t count);
+
+private:
+    struct Place {
+        int32_t page = -1;
+        uint64_t used = 0, asked = 0;
+    };
+    const Place* bring(const Pages& pages, size_t index, int32_t page);
+
+    uint8_t* memory_;
+    int32_t* staged_;
+    size_t table_pages_, each_;
+    std::vector<Place> places_;  // those of each list one behind the other
+    uint64_t now_ = 0;           // rows that were looked at
 };
 
 }  // namespace tightfit
