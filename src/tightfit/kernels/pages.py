@@ -8,13 +8,13 @@ lie in a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from tightfit.budget.ledger import Workspace
+from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import cpu
 from tightfit.kernels import pages_reference as reference
 from tightfit.kernels.attention import KINDS, Scoring, _block, _run
@@ -122,7 +122,7 @@ class Staging:
     """Brings what lies in the file into ``memory``, ahead of its use, by a thread of its own. Without the compiled
     library there is none: pages are read when they are wanted."""
 
-    def __init__(self, memory: torch.Tensor, handle: Any) -> None:
+    def __init__(self, handle: Any, *memory: torch.Tensor) -> None:
         self.memory, self.handle = memory, handle
 
     @property
@@ -134,26 +134,50 @@ class Staging:
         self.handle.rest()
 
 
-def stage_heads(layers: list[Pages], heads: int, memory: torch.Tensor) -> Staging | None:
+def stage_heads(layers: Sequence[Pages], heads: int, memory: torch.Tensor) -> list[Staging]:
     """Has the pages that ``layers`` have in files brought into memory head by head, in this order and then from the first
     layer on: of each head that is looked at all of them, and of the ``heads`` - 1 that come next.
 
     ``memory`` has ``heads`` times :func:`head_bytes` of the largest layer.
     """
     if cpu.module is None:
-        return None
+        return []
     sizes = max(head_bytes(pages) for pages in layers), heads, max(pages.table.shape[2] for pages in layers)
-    staging = Staging(memory, cpu.module.HeadStaging(memory.data_ptr(), *sizes))
+    staging = Staging(cpu.module.HeadStaging(cpu.module.Reader(), memory.data_ptr(), *sizes), memory)
     for pages, following in zip(layers, [*layers[1:], layers[0]], strict=True):
         pages.handle.stage(staging.handle, following.handle)
         pages.staging = staging
-    return staging
+    return [staging]
+
+
+def stage_pages(layers: Sequence[Pages], places: int, arena: Arena) -> list[Staging]:
+    """Has the pages that rows choose in ``layers`` brought into memory in ``arena``, where each head of each sequence has
+    ``places`` pages: those that were wanted last, and those that :func:`prefetch` is told of."""
+    made, reader = [], None if cpu.module is None else cpu.module.Reader()
+    for pages in layers:
+        lists, table_pages = pages.table.shape[0] * pages.table.shape[1], pages.table.shape[2]
+        memory = arena.take(lists * places * head_bytes(pages) // table_pages)
+        staged = arena.take(lists * table_pages * 4)
+        if reader is None:
+            continue
+        addresses = memory.data_ptr(), staged.data_ptr()
+        pages.staging = Staging(cpu.module.PageStaging(reader, *addresses, lists, table_pages, places), memory, staged)
+        pages.handle.stage(pages.staging.handle, pages.handle)
+        made.append(pages.staging)
+    return made
+
+
+def prefetch(pages: Pages, rows: Rows, wanted: torch.Tensor) -> None:
+    """Asks for pages that the next rows may choose, ``wanted`` (n, kv_heads, count) int32, then -1: as many as have a
+    place beside those that were chosen last. Does nothing where nothing is staged."""
+    if pages.staging is not None and cpu.available():
+        n, _, count = wanted.shape
+        _run(pages.staging.handle.prefetch, pages.handle, rows.arguments(), n, wanted.data_ptr(), count)
 
 
 def head_bytes(pages: Pages) -> int:
     """Bytes that one head has in the file, at most."""
-    _, per_page = zip(*pages.file_places(0, 0, 0), strict=True)
-    return pages.table.shape[2] * sum(per_page)
+    return pages.table.shape[2] * sum(nbytes for _, nbytes in pages.file_places(0, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -430,6 +454,38 @@ def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor, ws: 
         heads,
         chosen.shape[2],
         chosen.data_ptr(),
+    )
+
+
+def rank(
+    pages: Pages,
+    rows: Rows,
+    q: torch.Tensor,
+    chosen: torch.Tensor,
+    following: torch.Tensor,
+    others: torch.Tensor,
+    ws: Workspace,
+) -> None:
+    """Ranks the coded pages of each row's sequence by the largest score of any of their keys with any query of a
+    key-value head: the best go into ``chosen`` (n, kv_heads, count) int32, the next best into ``following`` (n, kv_heads,
+    more), and all but the best into ``others`` (n, kv_heads, table_pages), each in order and then -1."""
+    count, heads, _ = q.shape
+    if others.shape != (count, *pages.table.shape[1:]):
+        raise ValueError(f"expected {(count, *pages.table.shape[1:])} pages that are not chosen, found {others.shape}")
+    if not cpu.available():
+        _run(reference.rank, pages, rows, q, chosen, following, others)
+        return
+    _call(
+        ws,
+        pages.handle.rank_scratch(cpu.threads()),
+        pages.handle.rank,
+        rows.arguments(),
+        count,
+        _block(q, (count, heads, pages.key_shape[1])),
+        heads,
+        (chosen.data_ptr(), chosen.shape[2]),
+        (following.data_ptr(), following.shape[2]),
+        others.data_ptr(),
     )
 
 

@@ -497,3 +497,27 @@ def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor) -> N
             best = largest.sort(descending=True, stable=True).indices[:count].sort().values
             chosen[row, head] = -1
             chosen[row, head, : len(best)] = best.int()
+
+
+def rank(
+    pages: Pages,
+    rows: Rows,
+    q: torch.Tensor,
+    chosen: torch.Tensor,
+    following: torch.Tensor,
+    others: torch.Tensor,
+) -> None:
+    count, more = chosen.shape[2], following.shape[2]
+    for row, (sequence, _) in enumerate(rows.places[: len(q)].tolist()):
+        for head, queries in enumerate(q[row].unflatten(0, (chosen.shape[1], -1))):
+            found = int(pages.coded[sequence, head])
+            keys = [_load(pages, sequence, head, j)[0] for j in range(found)]
+            scores = torch.stack([(queries @ page.T).amax() for page in keys]) if keys else torch.empty(0)
+            order = scores.sort(descending=True, stable=True).indices
+            for out, best in (
+                (chosen, order[:count]),
+                (following, order[count : count + more]),
+                (others, order[count:]),
+            ):
+                out[row, head] = -1
+                out[row, head, : len(best)] = best.sort().values.int()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import TYPE_CHECKING, TypeVar
 
-from tightfit.catalog import parse, spec_string
+from tightfit.catalog import all_techniques, parse, spec_string
 from tightfit.errors import UsageError
-from tightfit.kv.evict.window import Window
+from tightfit.kv.fitted import Fitted, Known, known_for
 from tightfit.kv.lowrank.think import ThinK
-from tightfit.kv.method import Evictor, Method, Quantizer, Selector, Tier
+from tightfit.kv.method import Evictor, Method, Quantizer, Rest, Selector, Tier
 from tightfit.kv.share.kvsharer import KVSharer
 
 if TYPE_CHECKING:
@@ -51,8 +52,18 @@ class Composition:
         return self._only(Tier)
 
     @property
-    def sharer(self) -> KVSharer | None:
-        return self._only(KVSharer)
+    def rest(self) -> Rest | None:
+        return self._only(Rest)
+
+    @property
+    def fitted(self) -> list[Fitted]:
+        """Those that must know something of a model."""
+        return [method for method in self.methods if isinstance(method, Fitted)]
+
+    @property
+    def joined(self) -> bool:
+        """Whether layers need each other, or are not alike."""
+        return bool(self.fitted) or any(method.joined for method in self.methods)
 
     @property
     def exact(self) -> bool:
@@ -93,19 +104,25 @@ def compose(text: str) -> Composition:
                     f"{filled[role].name} and {method.name} are both for the {role}", "Leave one of them out."
                 )
             filled[role] = method
-    composition = Composition(tuple(methods))
-    evictor, selector = composition.evictor, composition.selector
-    if selector is not None and isinstance(evictor, Window):
-        raise UsageError(
-            f"{selector.name} chooses among all that is kept, and window hides all but a few tokens of it",
-            f"Leave {selector.name} out: a window is read whole.",
-        )
-    return composition
+    for method, other in permutations(methods, 2):
+        reason = method.excludes(other)
+        if reason is not None:
+            raise UsageError(f"{method.name} does not go with {other.name}: it {reason}", "Leave one of them out.")
+    return Composition(tuple(methods))
 
 
-def fitted(text: str) -> KVSharer:
-    """The method in a spec string that must know something of a model. Raises UsageError if there is none."""
-    sharer = compose(text).sharer
-    if sharer is None:
-        raise UsageError(f"no method of {text!r} has to know anything of a model", "Only kvsharer does.")
-    return sharer
+def fitted(text: str) -> Fitted:
+    """The method in a spec string that must know something of a model. Raises UsageError if there is none, or more than
+    one."""
+    found = compose(text).fitted
+    if len(found) != 1:
+        what = "no method has" if not found else f"{' and '.join(method.name for method in found)} each have"
+        known = sorted(entry.name for entry in all_techniques() if issubclass(entry.cls, Fitted))
+        hint = f"Name one of {', '.join(known)}." if not found else "Name one at a time."
+        raise UsageError(f"in {text!r} {what} to know something of a model", hint)
+    return found[0]
+
+
+def known_of(kv: str, name: str, fingerprint: str, layers: int) -> Known:
+    """What the methods of ``kv`` know of the model ``name``. Raises CheckpointError if that was never looked for."""
+    return known_for(compose(kv).methods, name, fingerprint, layers)

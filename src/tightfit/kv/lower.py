@@ -7,16 +7,24 @@ find is joined by the logarithms of what each softmax divides by, so that nothin
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
+from tightfit.kernels.codec import Codec
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.cache import place
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
-from tightfit.kv.method import Demoter
+
+
+class Lowering(Protocol):
+    """A method that has a lower store: see :meth:`tightfit.kv.method.Demoter.lower`."""
+
+    def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]: ...
 
 
 class LowerStore:
@@ -28,7 +36,7 @@ class LowerStore:
 
     def __init__(
         self,
-        demoter: Demoter,
+        demoter: Lowering,
         layout: LayerLayout,
         most: int,
         longest: int,
@@ -105,6 +113,15 @@ class LowerStore:
                 places = [leaving[head, at:stop].long() for head, stop in enumerate(stops)]
                 self._take(slot, upper, run, places, ws)
 
+    def copy(self, slot: int, upper: Pages, ws: Workspace) -> None:
+        """Takes those whole pages of a sequence that came since the last time, which stay in ``upper`` too. All heads
+        must have the same tokens."""
+        nothing = Run(upper.keys[slot], upper.values[slot], 0)
+        heads, have, there = upper.table.shape[1], int(self.pages.lengths[slot, 0]), int(upper.lengths[slot, 0])
+        for at in range(have, there // PAGE * PAGE, READ_AT_ONCE):
+            places = torch.arange(at, min(at + READ_AT_ONCE, there // PAGE * PAGE))
+            self._take(slot, upper, nothing, [places] * heads, ws)
+
     def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:
         """Takes the scratch of the most tokens that can come."""
         with ws.frame():
@@ -156,7 +173,7 @@ class LowerStore:
         heads), that over both."""
         with ws.frame():
             looking, part, sums = self._look(q, ws)
-            pages.attend_rows(self.pages, Rows(rows.places), looking, part, sums, ws, _alone(scoring))
+            pages.attend_rows(self.pages, Rows(rows.places), looking, part, sums, ws, alone(scoring))
             self._join(out_, lse_, part, sums, ws)
 
     def join(
@@ -174,7 +191,7 @@ class LowerStore:
         with ws.frame():
             looking, part, sums = self._look(q, ws)
             nothing = Run(kept.keys[slot], kept.values[slot], 0)
-            pages.attend(kept, slot, nothing, 0, looking, part, sums, ws, _alone(scoring), bf16)
+            pages.attend(kept, slot, nothing, 0, looking, part, sums, ws, alone(scoring), bf16)
             self._join(out_, lse_, part, sums, ws)
 
     def _look(self, q: torch.Tensor, ws: Workspace) -> tuple[Looking, torch.Tensor, torch.Tensor]:
@@ -196,6 +213,6 @@ class LowerStore:
         pages.join(out_, lse_, part, sums)
 
 
-def _alone(scoring: Scoring) -> Scoring:
+def alone(scoring: Scoring) -> Scoring:
     """No layer with a window has a lower store, and sinks were summed up already."""
     return scoring._replace(window=None, sinks=None)

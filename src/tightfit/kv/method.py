@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from tightfit.budget.ledger import Arena, Workspace
+    from tightfit.kernels.attention import Scoring
     from tightfit.kernels.pages import Pages, Staging
     from tightfit.kv.base import LayerLayout
     from tightfit.kv.select.selecting import Selecting, Where
@@ -31,6 +32,11 @@ class Method:
 
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
+    joined: ClassVar[bool] = False  # whether layers need each other: then they are planned together
+
+    def excludes(self, other: Method) -> str | None:
+        """Why it does not go with another method ("it ..."), if it does not."""
+        return None
 
     def refusal(self, layout: LayerLayout) -> str | None:
         """Why it cannot be used on such a layer, if it cannot."""
@@ -65,6 +71,7 @@ class Evictor(Method):
     observes: ClassVar[str] = "nothing"  # "all" queries, or the "last" ones, `window` of them
     window: ClassVar[int] = 0
     anchors: ClassVar[int] = 0
+    hides: ClassVar[bool] = False  # whether queries see fewer tokens than are kept until the next ones are let go of
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -149,6 +156,10 @@ class Selector(Method):
                 "Give tokens=32 or more, and full=0 or more.",
             )
 
+    def excludes(self, other: Method) -> str | None:
+        hides = isinstance(other, Evictor) and other.hides
+        return f"chooses among tokens that {other.name} hides" if hides else None
+
     def selects(self, layer: int, layout: LayerLayout) -> bool:
         """Whether tokens that decode see only some of a layer."""
         return layer >= self.full and layout.window is None
@@ -159,6 +170,41 @@ class Selector(Method):
 
     def select(self, where: Where) -> Selecting:
         """What selects in one layer."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rest(Method):
+    """What is let go of still counts: a state of constant size takes it up, and queries look at that too.
+
+    What it gives is folded into attention by the logarithms of what both divide by, to base 2, so it is a part of the
+    softmax like any stretch of tokens."""
+
+    roles: ClassVar[tuple[str, ...]] = ("rest",)
+
+    def remembers(self, layout: LayerLayout) -> int:
+        """How many float32 numbers each sequence and head has as its state; they are 0 when a sequence begins."""
+        raise NotImplementedError
+
+    def take_up(self, layer: int, head: int, leaving: Leaving, memory_: torch.Tensor, ws: Workspace) -> None:
+        """Puts the tokens that a key-value head lets go of into its state (numbers,). Computes with operations alone:
+        in a dry run it takes its scratch and nothing else."""
+        raise NotImplementedError
+
+    def recall(
+        self,
+        layer: int,
+        memory: torch.Tensor,
+        slots: torch.Tensor,
+        q: torch.Tensor,
+        scoring: Scoring,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        ws: Workspace,
+    ) -> None:
+        """Attention of ``q`` (n, heads, key_dim) over the states (sequences, kv_heads, numbers) of their sequences
+        ``slots`` (n,) int32, into ``out`` (n, heads, value_dim) and ``lse`` (n, heads), -inf where there is nothing
+        yet. Computes with operations alone, each row by itself."""
         raise NotImplementedError
 
 
@@ -217,7 +263,7 @@ class Tier(Method):
         os.unlink(path)
         return file
 
-    def stage(self, layers: Sequence[Pages], arena: Arena) -> Staging | None:
-        """Memory in ``arena`` into which pages of the file are brought before they are wanted, if there is any:
-        ``layers`` are looked at in this order."""
-        return None
+    def stage(self, layers: Sequence[Pages], selected: Sequence[bool], arena: Arena) -> list[Staging]:
+        """Has pages of the file brought into memory in ``arena`` before they are wanted, if they are. ``layers`` are
+        looked at in this order; of those that are ``selected`` from, tokens that decode see only some pages."""
+        return []

@@ -23,7 +23,7 @@ from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import TightfitError, UsageError
 from tightfit.kernels import attention, ops, pages
 from tightfit.kernels.attention import Scoring
-from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
+from tightfit.kernels.pages import PAGE, Counts, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
 from tightfit.kv.cache import place
@@ -31,9 +31,11 @@ from tightfit.kv.compose import Composition
 from tightfit.kv.drafts import Drafts
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
+from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Seen
+from tightfit.kv.method import Merger, Rest, Seen
 from tightfit.kv.reserved import Reserved, numbers
+from tightfit.kv.rest import Resting
 from tightfit.kv.select.selecting import Selecting, Settled, Where
 
 Made = TypeVar("Made")
@@ -84,11 +86,11 @@ class PagedCache(BaseCache):
         arena: Arena,
         gemm_dtype: torch.dtype = torch.float32,
         tail: int = 1,
-        owners: Sequence[int] | None = None,
+        known: Known = NOTHING,
     ) -> None:
         composition.check(layouts)
         self.layouts = layouts
-        self.owners = list(range(len(layouts)) if owners is None else owners)
+        self.owners = list(range(len(layouts)) if known.owners is None else known.owners)
         self._last = {owner: layer for layer, owner in enumerate(self.owners)}  # the last one that reads an owner's
         self.composition = composition
         self.context = context
@@ -104,12 +106,17 @@ class PagedCache(BaseCache):
         before = arena.used
         self.tokens = numbers(arena, sequences)
         self.layers = self._of_owners(lambda layer: reserved.pages(layer, arena, dtype, self.tokens, self._file))
-        self.staging = None if composition.tier is None else composition.tier.stage(self._stores, arena)
+        selected = [reserved.selects(layer) for layer in self.own]
+        self.staging = [] if composition.tier is None else composition.tier.stage(self._stores, selected, arena)
         self._closing = weakref.finalize(self, _close, self._file, self.staging)
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
         self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena))
+        self.resting: list[Resting] = []
+        if composition.rest is not None:
+            rest = composition.rest
+            self.resting = self._of_owners(lambda layer: self._resting(rest, layer, arena))
         self.mass: list[torch.Tensor] = []
         self.drafts: list[Drafts] = []
         if self.observes != "nothing":
@@ -144,6 +151,11 @@ class PagedCache(BaseCache):
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
+    def _resting(self, rest: Rest, layer: int, arena: Arena) -> Resting:
+        layout = self.layouts[layer]
+        memory = place(arena, (self.sequences, layout.kv_heads, rest.remembers(layout)), torch.float32)
+        return Resting(rest, layer, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
+
     def _selecting(self, layer: int, arena: Arena) -> Selecting | None:
         selector = self.composition.selector
         if selector is None or not self.reserved.selects(layer):
@@ -164,6 +176,11 @@ class PagedCache(BaseCache):
         if selector is None or selecting is None:
             return [(0, 0.0)] * self.layouts[layer].kv_heads
         return [(among, selector.reads(among)) for among in selecting.among(slot)]
+
+    @property
+    def fetched(self) -> Counts:
+        """What was brought from the file so far by a tier that reads ahead, of all layers."""
+        return Counts(*(sum(numbers) for numbers in zip(Counts(0, 0, 0, 0), *(s.counts for s in self.staging))))
 
     # ---- a step ----
 
@@ -239,15 +256,21 @@ class PagedCache(BaseCache):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
         kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
-        shared, lower = self._shared.get(owner), self.lower[layer]
+        shared, lower, selecting = self._shared.get(owner), self.lower[layer], self.selecting[layer]
+        joined = bool(self.mass or self.resting) or lower is not None or (selecting is not None and selecting.joins)
         if rows:
             with ws.frame():
                 which = Rows(step.places, step.paths)
                 looking = self._looking(layer, which, q[:rows], _part(held.anchor_q, 0, rows), ws, scoring)
-                lse = ws.empty(rows, heads) if self.mass or lower is not None else None
+                lse = ws.empty(rows, heads) if joined else None
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
                 if lower is not None and lse is not None:
                     lower.join_rows(which, q[:rows], out[:rows], lse, ws, scoring)
+                if selecting is not None and lse is not None:
+                    selecting.join_rows(which, looking, out[:rows], lse, ws, scoring)
+                if self.resting and lse is not None:
+                    slots = step.places[:rows, 0]
+                    self.resting[layer].recall(slots, q[:rows], scoring, out[:rows], lse, ws)
                 watched = lse if self.mass else None
                 if watched is not None and step.tentative:
                     self.drafts[layer].put(which, self.tokens, looking, watched, scoring)
@@ -258,11 +281,15 @@ class PagedCache(BaseCache):
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             with ws.frame():
                 looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-                lse = ws.empty(b - a, heads) if self.mass or lower is not None else None
+                lse = ws.empty(b - a, heads) if joined else None
                 bf16 = self.gemm_dtype == torch.bfloat16
                 pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
                 if lower is not None and lse is not None:
                     lower.join(segment.slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
+                if self.resting and lse is not None:
+                    slots = ws.empty(b - a, dtype=torch.int32)
+                    ops.fill_(slots, segment.slot)
+                    self.resting[layer].recall(slots, looking.q, scoring, out[a:b], lse, ws)
                 if self._whole is not None:
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
@@ -340,6 +367,8 @@ class PagedCache(BaseCache):
             merging.memory[slot] = math.nan
         for selecting in self._selections:
             selecting.reset(slot)
+        for resting in self.resting:
+            resting.memory[slot] = 0.0
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = stop
@@ -372,13 +401,13 @@ class PagedCache(BaseCache):
     def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
         for layer in self.own:
             mass = self.mass[layer] if self.mass else None
-            memory = self.merging[layer].memory if self.merging else None
-            yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, memory)
+            states = [of_layers[layer].memory for of_layers in (self.merging, self.resting) if of_layers]
+            yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, states)
             selecting = self.selecting[layer]
             if selecting is not None:
                 yield from selecting.parts(slot)
         for pages_below in self._lower_stores:
-            yield from parts(pages_below, slot, 0, None, None)
+            yield from parts(pages_below, slot, 0, None, [])
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
@@ -493,6 +522,8 @@ class PagedCache(BaseCache):
                 self.merging[layer].take_most(slot, run, ws)
             if lower is not None:
                 lower.take_most(slot, kept, run, ws)
+            if self.resting:
+                self.resting[layer].take_most(slot, run, ws)
             keep(run)
             if selecting is not None:
                 selecting.settled(slot, Settled(run.count, whole), ws)
@@ -515,8 +546,10 @@ class PagedCache(BaseCache):
         if too_old or (sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit):
             indices, left = self._judge(layer, given, positions, counts, tokens, limit)
             listed = indices
+            horizon = -1 if window is None else tokens - window  # what no query sees any more does not count any more
+            if self.resting:
+                self.resting[layer].take_up(slot, run, (indices, left), positions > horizon, ws)
             if self.merging:
-                horizon = -1 if window is None else tokens - window  # what no query sees any more is not merged
                 listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
             if lower is not None:
@@ -632,9 +665,9 @@ class PagedCache(BaseCache):
                     pages.weigh_rows(kept, rows, looking, lse, self.mass[layer], ws, scoring)
 
 
-def _close(file: int, staging: pages.Staging | None) -> None:
-    if staging is not None:
-        staging.rest()
+def _close(file: int, staging: Sequence[pages.Staging]) -> None:
+    for each in staging:
+        each.rest()
     if file >= 0:
         os.close(file)
 

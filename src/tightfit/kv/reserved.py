@@ -101,7 +101,9 @@ class Reserved:
         # Of all heads together; each has a page that is not full.
         whole = heads * -(-(kept + more) // PAGE) + (heads if ragged else 0)
         if not self._has_codes:
-            in_memory = whole if tier is None else heads * (-(-tier.resident // PAGE) + tier.step + -(-more // PAGE) + 1)
+            in_memory = (
+                whole if tier is None else heads * (-(-tier.resident // PAGE) + tier.step + -(-more // PAGE) + 1)
+            )
             return Sizes(kept, table_pages, min(whole, in_memory), 0)
         # What is not coded yet; and while pages change their kind, that of one head once more.
         dense = heads * -(-(recent + PAGE - 1 + more) // PAGE) + -(-recent // PAGE) + 1

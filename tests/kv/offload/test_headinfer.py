@@ -92,14 +92,12 @@ def test_the_next_head_is_asked_for_before_one_is_looked_at(tiny: Callable[..., 
     run = model.run("headinfer(resident=0)")
     logits = run.prefill(model.tokens(256))
     run.generate(logits, 20)
-    staging = run.paged.staging
-    assert staging is not None
     layers, heads, steps = 3, 2, 256 // 64 - 2 + 20  # the first two chunks find nothing in the file
-    assert staging.counts.wanted == staging.counts.ahead == layers * heads * steps
+    assert run.paged.fetched.wanted == run.paged.fetched.ahead == layers * heads * steps
     run.cache.close()
     host = model.run("host(resident=0)")
     host.generate(host.prefill(model.tokens(256)), 2)
-    assert host.paged.staging is None
+    assert host.paged.fetched == (0, 0, 0, 0)
     host.cache.close()
 
 

@@ -1,5 +1,5 @@
 """Methods that keep pages in another tier."""
 
-from tightfit.kv.offload import headinfer, host
+from tightfit.kv.offload import headinfer, host, specache
 
-__all__ = ["headinfer", "host"]
+__all__ = ["headinfer", "host", "specache"]

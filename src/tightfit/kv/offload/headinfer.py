@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
-from tightfit.kv.method import Tier
+from tightfit.kv.method import Method, Selector, Tier
 
 if TYPE_CHECKING:
     from tightfit.budget.ledger import Arena
@@ -45,8 +45,11 @@ class HeadInfer(Tier):
                 "Give heads=2 or more: one that is looked at, and those that are read meanwhile.",
             )
 
-    def stage(self, layers: Sequence[Pages], arena: Arena) -> Staging | None:
+    def excludes(self, other: Method) -> str | None:
+        return "reads heads whole" if isinstance(other, Selector) else None
+
+    def stage(self, layers: Sequence[Pages], selected: Sequence[bool], arena: Arena) -> list[Staging]:
         from tightfit.kernels import pages
 
         nbytes = self.heads * max(pages.head_bytes(each) for each in layers)
-        return pages.stage_heads(list(layers), self.heads, arena.take(nbytes))
+        return pages.stage_heads(layers, self.heads, arena.take(nbytes))
