@@ -19,11 +19,12 @@ SETTINGS = {
     "think": "think(recent=16,window=8)",
     "quest": "quest(tokens=32,full=1)",
     "host": "host(resident=32)",
+    "hgca": "hgca(keep=64)",
     "headinfer": "headinfer(resident=0)",
     "specache": "specache(tokens=32,ahead=32,resident=0,bits=8)",
 }
 # Methods that do not go with these, and say why. All others do.
-REFUSED: dict[str, set[str]] = {"headinfer": {"host"}, "specache": {"host"}}
+REFUSED: dict[str, set[str]] = {"headinfer": {"host"}, "hgca": {"host"}, "specache": {"host"}}
 METHODS = [SETTINGS.get(entry.name, entry.name) for entry in all_techniques() if entry.seam == "kv"]
 DEFINED = [spec for spec in METHODS if spec.partition("(")[0] in KNOWN]  # those that the slow reference defines
 OTHERS = [spec for spec in METHODS if spec not in DEFINED]

@@ -97,12 +97,23 @@ class LowerStore:
 
     # ---- tokens that come ----
 
-    def take(self, slot: int, upper: Pages, run: Run, staying: torch.Tensor, counts: list[int], ws: Workspace) -> None:
+    def take(
+        self,
+        slot: int,
+        upper: Pages,
+        run: Run,
+        staying: torch.Tensor,
+        counts: list[int],
+        given: torch.Tensor | None,
+        ws: Workspace,
+    ) -> None:
         """Takes over all tokens of a sequence but those that stay: indices (kv_heads, n) int32 into the certain ones of
-        ``upper`` and the run behind them, of each head ``counts``."""
+        ``upper`` and the run behind them, of each head ``counts``; ``given`` (kv_heads, m) is what they received from
+        the queries that were observed."""
         totals = [length + run.count for length in upper.lengths[slot].tolist()]
         with ws.frame():
             leaving = self._room_for_leaving(upper, run, ws)
+            came = max(below + total for below, total in zip(self.pages.lengths[slot].tolist(), totals, strict=True))
             left = [total - count for total, count in zip(totals, counts, strict=True)]
             for head, (total, count) in enumerate(zip(totals, counts, strict=True)):
                 leaves = torch.ones(total, dtype=torch.bool)
@@ -111,7 +122,18 @@ class LowerStore:
             for at in range(0, max(left), READ_AT_ONCE):
                 stops = [min(count, at + READ_AT_ONCE) for count in left]
                 places = [leaving[head, at:stop].long() for head, stop in enumerate(stops)]
+                if given is not None:
+                    self.judge(slot, given, places, came)
                 self._take(slot, upper, run, places, ws)
+
+    def judge(self, slot: int, given: torch.Tensor, places: list[torch.Tensor], tokens: int) -> None:
+        """Sees what tokens at ``places`` (n,) int64 of each head received of ``given`` (kv_heads, m), before they are
+        taken over; ``tokens`` came so far."""
+
+    @property
+    def states(self) -> list[torch.Tensor]:
+        """What is kept of each sequence beside pages, (sequences, ...)."""
+        return []
 
     def copy(self, slot: int, upper: Pages, ws: Workspace) -> None:
         """Takes those whole pages of a sequence that came since the last time, which stay in ``upper`` too. All heads

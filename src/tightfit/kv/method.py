@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from tightfit.budget.mounts import in_memory
 from tightfit.errors import UsageError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tightfit.kernels.attention import Scoring
     from tightfit.kernels.pages import Pages, Staging
     from tightfit.kv.base import LayerLayout
+    from tightfit.kv.lower import LowerStore
     from tightfit.kv.select.selecting import Selecting, Where
 
 
@@ -136,6 +137,12 @@ class Demoter(Evictor):
         If these have fewer features than the layer's, the store's matrices say which (they are zeros when it is
         made)."""
         raise NotImplementedError
+
+    def store(self, *arguments: Any) -> LowerStore:
+        """A layer's lower store, of the arguments of :class:`~tightfit.kv.lower.LowerStore`."""
+        from tightfit.kv.lower import LowerStore
+
+        return LowerStore(self, *arguments)
 
 
 @dataclass(frozen=True)

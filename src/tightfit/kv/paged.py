@@ -32,6 +32,7 @@ from tightfit.kv.drafts import Drafts
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
+from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
 from tightfit.kv.method import Merger, Rest, Seen
 from tightfit.kv.reserved import Reserved, numbers
@@ -139,8 +140,8 @@ class PagedCache(BaseCache):
         return [self.layers[layer] for layer in self.own]
 
     @property
-    def _lower_stores(self) -> list[Pages]:
-        return [lower.pages for lower in (self.lower[layer] for layer in self.own) if lower is not None]
+    def _lower_stores(self) -> list[LowerStore]:
+        return [lower for layer in self.own if (lower := self.lower[layer]) is not None]
 
     def _of_owners(self, make: Callable[[int], Made]) -> list[Made]:
         """Of each layer what is made for its owner."""
@@ -359,7 +360,7 @@ class PagedCache(BaseCache):
         """Forgets a sequence."""
         self._begun[slot] = self._pruned[slot] = False
         self.tokens[slot] = 0
-        for kept in (*self._stores, *self._lower_stores):
+        for kept in (*self._stores, *(lower.pages for lower in self._lower_stores)):
             kept.reset(slot)
         for mass in self.mass:
             mass[slot] = 0.0
@@ -406,8 +407,8 @@ class PagedCache(BaseCache):
             selecting = self.selecting[layer]
             if selecting is not None:
                 yield from selecting.parts(slot)
-        for pages_below in self._lower_stores:
-            yield from parts(pages_below, slot, 0, None, [])
+        for lower in self._lower_stores:
+            yield from parts(lower.pages, slot, 0, None, lower.states)
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
@@ -554,7 +555,7 @@ class PagedCache(BaseCache):
                 run = Run(run.keys, run.values, run.keys.shape[1])
             if lower is not None:
                 with self._writing():
-                    lower.take(slot, kept, run, indices, left, ws)
+                    lower.take(slot, kept, run, indices, left, given, ws)
             counts = left
             keep(run, listed, torch.tensor(counts, dtype=torch.int32))
             now = Settled(now.count, whole, indices, left)

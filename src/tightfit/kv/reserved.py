@@ -84,7 +84,7 @@ class Reserved:
             return None
         most = self.context - self.sizes[layer].kept
         longest = self.context if self.ragged else max(most, PAGE)
-        kept = LowerStore(evictor, layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes)
+        kept = evictor.store(layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes)
         self.file_bytes = kept.end
         return kept
 
