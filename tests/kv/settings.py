@@ -21,10 +21,16 @@ SETTINGS = {
     "host": "host(resident=32)",
     "hgca": "hgca(keep=64)",
     "headinfer": "headinfer(resident=0)",
+    "tailor": "tailor(recent=16,tokens=32,resident=0,bits=8,threshold=0.7)",
     "specache": "specache(tokens=32,ahead=32,resident=0,bits=8)",
 }
 # Methods that do not go with these, and say why. All others do.
-REFUSED: dict[str, set[str]] = {"headinfer": {"host"}, "hgca": {"host"}, "specache": {"host"}}
+REFUSED: dict[str, set[str]] = {
+    "headinfer": {"host"},
+    "hgca": {"host"},
+    "tailor": {"host", "int4", "int8"},
+    "specache": {"host"},
+}
 METHODS = [SETTINGS.get(entry.name, entry.name) for entry in all_techniques() if entry.seam == "kv"]
 DEFINED = [spec for spec in METHODS if spec.partition("(")[0] in KNOWN]  # those that the slow reference defines
 OTHERS = [spec for spec in METHODS if spec not in DEFINED]

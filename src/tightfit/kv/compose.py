@@ -83,6 +83,10 @@ class Composition:
                 if reason is not None:
                     raise UsageError(f"this model cannot use {method.name}: {reason}", "Leave it out.")
 
+    def of_layer(self, layer: int, known: Known) -> Composition:
+        """The composition of one layer."""
+        return Composition(tuple(part for method in self.methods for part in method.of_layer(layer, known)))
+
     def _only(self, kind: type[Kind]) -> Kind | None:
         return next((method for method in self.methods if isinstance(method, kind)), None)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tightfit.kernels.attention import Scoring
     from tightfit.kernels.pages import Pages, Staging
     from tightfit.kv.base import LayerLayout
+    from tightfit.kv.fitted import Known
     from tightfit.kv.lower import LowerStore
     from tightfit.kv.select.selecting import Selecting, Where
 
@@ -42,6 +43,10 @@ class Method:
     def refusal(self, layout: LayerLayout) -> str | None:
         """Why it cannot be used on such a layer, if it cannot."""
         return None
+
+    def of_layer(self, layer: int, known: Known) -> tuple[Method, ...]:
+        """What it is in one layer, where layers differ by what is known of the model."""
+        return (self,)
 
 
 @dataclass(frozen=True)

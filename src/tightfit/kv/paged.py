@@ -102,7 +102,7 @@ class PagedCache(BaseCache):
         self.evictor = evictor = composition.evictor
         self.observes = "nothing" if evictor is None else evictor.observes
         self.anchors = 0 if evictor is None else evictor.anchors
-        self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners)
+        self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, known)
         self._file = -1 if composition.tier is None else composition.tier.open()
         before = arena.used
         self.tokens = numbers(arena, sequences)
@@ -158,7 +158,7 @@ class PagedCache(BaseCache):
         return Resting(rest, layer, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
     def _selecting(self, layer: int, arena: Arena) -> Selecting | None:
-        selector = self.composition.selector
+        selector = self.reserved.of_layers[layer].selector
         if selector is None or not self.reserved.selects(layer):
             return None
         most = self.reserved.sizes[layer].table_pages * PAGE
@@ -173,7 +173,7 @@ class PagedCache(BaseCache):
 
     def chosen(self, layer: int, slot: int = 0) -> list[tuple[int, float]]:
         """Of each head, among how many tokens the next one chooses, and how many of them it reads on average."""
-        selector, selecting = self.composition.selector, self.selecting[layer]
+        selector, selecting = self.reserved.of_layers[layer].selector, self.selecting[layer]
         if selector is None or selecting is None:
             return [(0, 0.0)] * self.layouts[layer].kv_heads
         return [(among, selector.reads(among)) for among in selecting.among(slot)]
@@ -508,12 +508,13 @@ class PagedCache(BaseCache):
         """The tokens of ``run`` are certain: what is too much is let go, and what stays is written. ``whole`` says
         whether the prompt is."""
         kept, lower, selecting = self.layers[layer], self.lower[layer], self.selecting[layer]
-        heads, tier = self.layouts[layer].kv_heads, self.composition.tier
+        heads, composition = self.layouts[layer].kv_heads, self.reserved.of_layers[layer]
+        tier = composition.tier
         resident, step = (pages.EVERYTHING, 1) if tier is None else (tier.resident // PAGE, tier.step)
 
         def keep(run: Run, indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
             with self._writing():
-                recent, ahead = self.composition.recent, self.reserved.ahead
+                recent, ahead = composition.recent, self.reserved.ahead
                 pages.keep(kept, slot, run, ws, indices, held, recent, resident, ahead, step)
 
         if kept.positions is None or ops.is_dry():

@@ -13,6 +13,7 @@ from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, LayerLayout
 from tightfit.kv.cache import place
 from tightfit.kv.compose import Composition
+from tightfit.kv.fitted import Known
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.method import Demoter
 
@@ -30,7 +31,7 @@ class Sizes:
 
 class Reserved:
     """What a composition reserves for ``context`` tokens of each of ``sequences``; ``tail`` tokens of each may be
-    tentative at once. ``owners`` says of each layer which one's keys and values it reads."""
+    tentative at once. ``known`` is what the methods know of the model."""
 
     def __init__(
         self,
@@ -39,17 +40,18 @@ class Reserved:
         context: int,
         sequences: int,
         tail: int,
-        owners: Sequence[int],
+        known: Known,
     ) -> None:
         self.layouts = layouts
         self.composition = composition
+        self.of_layers = [composition.of_layer(layer, known) for layer in range(len(layouts))]
         self.context = context
         self.sequences = sequences
-        self.owners = owners
+        self.owners = range(len(layouts)) if known.owners is None else known.owners
         self.ahead = BLOCK + tail  # tokens between two moments at which some are let go of, and tentative ones behind
         self.ragged = composition.evictor is not None and composition.evictor.budget == "adakv"
         self.file_bytes = 0
-        self.sizes = [self._size(layout, kept) for layout, kept in zip(layouts, self._kept(context), strict=True)]
+        self.sizes = [self._size(layer, kept) for layer, kept in enumerate(self._kept(context))]
 
     def limit(self, layer: int, tokens: int) -> int:
         """How many tokens each head of a layer keeps on average of so many that came; queries may see no more than a
@@ -60,7 +62,7 @@ class Reserved:
 
     def selects(self, layer: int) -> bool:
         """Whether tokens that decode see only some of a layer."""
-        selector = self.composition.selector
+        selector = self.of_layers[layer].selector
         return selector is not None and selector.selects(layer, self.layouts[layer])
 
     def _kept(self, tokens: int) -> list[int]:
@@ -88,19 +90,19 @@ class Reserved:
         self.file_bytes = kept.end
         return kept
 
-    @property
-    def _has_codes(self) -> bool:
-        c = self.composition
+    def _has_codes(self, layer: int) -> bool:
+        c = self.of_layers[layer]
         return c.key_codec is not None or c.value_codec is not None or c.pruner is not None
 
-    def _size(self, layout: LayerLayout, kept: int) -> Sizes:
+    def _size(self, layer: int, kept: int) -> Sizes:
+        layout, composition = self.layouts[layer], self.of_layers[layer]
         kept = min(kept, self.context, layout.window or kept)
-        heads, tier, recent = layout.kv_heads, self.composition.tier, self.composition.recent
+        heads, tier, recent = layout.kv_heads, composition.tier, composition.recent
         ragged, more = self.ragged, self.ahead
         table_pages = -(-(min(kept * heads if ragged else kept, self.context) + more) // PAGE)
         # Of all heads together; each has a page that is not full.
         whole = heads * -(-(kept + more) // PAGE) + (heads if ragged else 0)
-        if not self._has_codes:
+        if not self._has_codes(layer):
             in_memory = (
                 whole if tier is None else heads * (-(-tier.resident // PAGE) + tier.step + -(-more // PAGE) + 1)
             )
@@ -115,7 +117,12 @@ class Reserved:
 
         Keys and values that are not coded are of ``dtype``; ``tokens`` (sequences,) says how many came of each.
         """
-        layout, size, composition, sequences = self.layouts[index], self.sizes[index], self.composition, self.sequences
+        layout, size, composition, sequences = (
+            self.layouts[index],
+            self.sizes[index],
+            self.of_layers[index],
+            self.sequences,
+        )
         heads, as_they_are = layout.kv_heads, 8 * dtype.itemsize
         pruner, key, value = composition.pruner, composition.key_codec, composition.value_codec
         width = layout.key_dim if pruner is None else pruner.kept(layout.key_dim)
@@ -126,7 +133,7 @@ class Reserved:
         shared, listed = layout.shared, (sequences, heads, size.table_pages)
         values = keys[..., : layout.value_dim] if shared else place(arena, (*dense, layout.value_dim), dtype)
         coded_keys = coded_values = positions = channels = bounds = None
-        if self._has_codes:
+        if self._has_codes(index):
             coded_keys = place(arena, (*coded, key_codec.page_bytes), torch.uint8)
             coded_values = None if shared else place(arena, (*coded, value_codec.page_bytes), torch.uint8)
         if composition.evictor is not None or layout.window is not None:
@@ -135,6 +142,7 @@ class Reserved:
             channels = numbers(arena, sequences, heads, width)
         if composition.selector is not None and composition.selector.bounds and self.selects(index):
             bounds = place(arena, (*listed, 2, layout.key_dim), dtype)
+        file = -1 if composition.tier is None else file
         keys_at = self.file_bytes
         values_at = keys_at + sequences * heads * size.table_pages * key_codec.page_bytes
         self.file_bytes = values_at + sequences * heads * size.table_pages * value_codec.page_bytes

@@ -41,7 +41,9 @@ def sparse(layer: Layer) -> SparseStore:
 
 
 @settings(max_examples=20, deadline=None)
-@given(chunks=st.lists(st.integers(1, 160), min_size=1, max_size=3), decoded=st.integers(1, 70), seed=st.integers(0, 99))
+@given(
+    chunks=st.lists(st.integers(1, 160), min_size=1, max_size=3), decoded=st.integers(1, 70), seed=st.integers(0, 99)
+)
 def test_where_nothing_is_dropped_both_parts_are_all_of_attention(chunks: list[int], decoded: int, seed: int) -> None:
     """A window alone drops what is older."""
     layer, count = Layer(f"hgca(keep={KEEP},beta=0)", LAYOUT), sum(chunks)
@@ -77,7 +79,9 @@ def test_each_head_sees_the_old_tokens_that_mattered_to_it(length: int, beta: fl
     seen = torch.cat([seen, torch.ones(2, 1, dtype=torch.bool)], 1)
     old = share[:, : length - KEEP]
     for head in range(2):
-        assert abs(sparse(layer).count(0, head) - int((old[head] >= beta).sum())) <= int(((old - beta).abs() < 1e-3).sum())
+        assert abs(sparse(layer).count(0, head) - int((old[head] >= beta).sum())) <= int(
+            ((old - beta).abs() < 1e-3).sum()
+        )
     assert sparse(layer).count(0, 0) < sparse(layer).count(0, 1) or beta == 3.0
     if float((old - beta).abs().min()) > 1e-4:
         found = layer.add(q[-1:], k[-1:], v[-1:], decode=True)[0]
