@@ -7,6 +7,7 @@ find is joined by the logarithms of what each softmax divides by, so that nothin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -17,7 +18,9 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.codec import Codec
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout
+from tightfit.kv.beside import Beside
 from tightfit.kv.cache import place
+from tightfit.kv.entries import InFile, parts
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
 
 
@@ -27,7 +30,7 @@ class Lowering(Protocol):
     def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]: ...
 
 
-class LowerStore:
+class LowerStore(Beside):
     """Of one layer: room for ``most`` tokens of each sequence and head on average, and for ``longest`` of one head.
 
     With a ``file``, whole pages lie in it, from byte ``at`` on; ``end`` is where they end. ``tokens`` (sequences,)
@@ -104,12 +107,10 @@ class LowerStore:
         run: Run,
         staying: torch.Tensor,
         counts: list[int],
-        given: torch.Tensor | None,
+        given: torch.Tensor,
+        seen: torch.Tensor,
         ws: Workspace,
     ) -> None:
-        """Takes over all tokens of a sequence but those that stay: indices (kv_heads, n) int32 into the certain ones of
-        ``upper`` and the run behind them, of each head ``counts``; ``given`` (kv_heads, m) is what they received from
-        the queries that were observed."""
         totals = [length + run.count for length in upper.lengths[slot].tolist()]
         with ws.frame():
             leaving = self._room_for_leaving(upper, run, ws)
@@ -122,18 +123,12 @@ class LowerStore:
             for at in range(0, max(left), READ_AT_ONCE):
                 stops = [min(count, at + READ_AT_ONCE) for count in left]
                 places = [leaving[head, at:stop].long() for head, stop in enumerate(stops)]
-                if given is not None:
-                    self.judge(slot, given, places, came)
+                self.judge(slot, given, places, came)
                 self._take(slot, upper, run, places, ws)
 
     def judge(self, slot: int, given: torch.Tensor, places: list[torch.Tensor], tokens: int) -> None:
         """Sees what tokens at ``places`` (n,) int64 of each head received of ``given`` (kv_heads, m), before they are
         taken over; ``tokens`` came so far."""
-
-    @property
-    def states(self) -> list[torch.Tensor]:
-        """What is kept of each sequence beside pages, (sequences, ...)."""
-        return []
 
     def copy(self, slot: int, upper: Pages, ws: Workspace) -> None:
         """Takes those whole pages of a sequence that came since the last time, which stay in ``upper`` too. All heads
@@ -145,7 +140,6 @@ class LowerStore:
             self._take(slot, upper, nothing, [places] * heads, ws)
 
     def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:
-        """Takes the scratch of the most tokens that can come."""
         with ws.frame():
             self._room_for_leaving(upper, run, ws)
             self._take(slot, upper, run, [torch.arange(READ_AT_ONCE)] * len(run.keys), ws)
@@ -191,8 +185,6 @@ class LowerStore:
     def join_rows(
         self, rows: Rows, q: torch.Tensor, out_: torch.Tensor, lse_: torch.Tensor, ws: Workspace, scoring: Scoring
     ) -> None:
-        """Makes of attention of rows that decode over the first store, ``out`` (n, heads, value_dim) and ``lse`` (n,
-        heads), that over both."""
         with ws.frame():
             looking, part, sums = self._look(q, ws)
             pages.attend_rows(self.pages, Rows(rows.places), looking, part, sums, ws, alone(scoring))
@@ -208,13 +200,18 @@ class LowerStore:
         scoring: Scoring,
         bf16: bool,
     ) -> None:
-        """:meth:`join_rows` for tokens of a prompt."""
         kept = self.pages
         with ws.frame():
             looking, part, sums = self._look(q, ws)
             nothing = Run(kept.keys[slot], kept.values[slot], 0)
             pages.attend(kept, slot, nothing, 0, looking, part, sums, ws, alone(scoring), bf16)
             self._join(out_, lse_, part, sums, ws)
+
+    def clear(self, slot: int) -> None:
+        self.pages.reset(slot)
+
+    def parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
+        return parts(self.pages, slot, 0, None, ())
 
     def _look(self, q: torch.Tensor, ws: Workspace) -> tuple[Looking, torch.Tensor, torch.Tensor]:
         """Queries as keys here are multiplied, and room for what they find."""

@@ -37,7 +37,7 @@ class HGCA(Demoter, Tier):
     """
 
     beta: float = 1.0
-    resident: ClassVar[int] = 1 << 40  # the window is in memory; the lower store is what lies in the file
+    resident: ClassVar[int] = 1 << 40  # type: ignore[misc]  # the window is in memory; the lower store is what lies in the file
 
     roles: ClassVar[tuple[str, ...]] = ("tokens", "tier")
     observes: ClassVar[str] = "last"

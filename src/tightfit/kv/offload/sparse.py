@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,8 @@ from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Rows, Run
 from tightfit.kv.base import LayerLayout
-from tightfit.kv.cache import place
+from tightfit.kv.cache import as_bytes, place
+from tightfit.kv.entries import InFile
 from tightfit.kv.lower import LowerStore, alone
 
 if TYPE_CHECKING:
@@ -37,9 +39,13 @@ class SparseStore(LowerStore):
         self.method = method
         self.listed = place(arena, (sequences, layout.kv_heads, self.pages.table.shape[2] * PAGE), torch.int32)
 
-    @property
-    def states(self) -> list[torch.Tensor]:
-        return [self.listed]
+    def parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
+        yield from super().parts(slot)
+        yield as_bytes(self.listed[slot])
+
+    def clear(self, slot: int) -> None:
+        super().clear(slot)
+        self.listed[slot] = -1
 
     def judge(self, slot: int, given: torch.Tensor, places: list[torch.Tensor], tokens: int) -> None:
         for head, part in enumerate(places):

@@ -10,7 +10,6 @@ from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Rows, Run
-from tightfit.kv.cache import place
 from tightfit.kv.entries import parts
 from tightfit.kv.lower import LowerStore, alone
 from tightfit.kv.select.selecting import Selecting, Settled, Where
@@ -47,8 +46,8 @@ class Speculating(Selecting):
         return [PAGE * count for count in self.pages.bounded[slot].tolist()]
 
     def index_bytes(self, slot: int) -> int:
-        codec = self.low.pages.key_codec
-        return int(self.pages.bounded[slot].sum()) * codec.page_bytes
+        low = self.low.pages  # keys twice: to choose, and with the values as what was not chosen is seen
+        return int(self.pages.bounded[slot].sum()) * (2 * low.key_codec.page_bytes + low.value_codec.page_bytes)
 
     def settled(self, slot: int, now: Settled, ws: Workspace) -> None:
         if ops.is_dry():
