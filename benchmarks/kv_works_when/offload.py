@@ -66,7 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     exact: list[torch.Tensor] = []
     lines = []
     for kv in ("none", *options.methods):
-        print(kv, file=sys.stderr, flush=True)
         reader = Reader(tightfit.load("nano", "2GiB", context=CONTEXT, kv=kv, threads=options.threads))
         logits = [follow(reader, row) for row in rows]
         exact = exact or logits
@@ -86,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{waited / decoded / 1e6:.2f}" if wanted else "",
             ]
         )
+        print(*lines[-1], file=sys.stderr, flush=True)
         reader.model.close()
     print(machine(options.threads, "torch"))
     columns = ["methods", "MiB reserved", "KL, nats", f"numbers found, of {options.questions}"]

@@ -112,8 +112,8 @@ class Pages:
 
 
 class Counts(NamedTuple):
-    """What was wanted of the file, heads or pages, how many of them had been asked for before they were wanted, the bytes
-    that were read, and the nanoseconds for which attention waited for them."""
+    """What was wanted of the file, heads or pages, how many of them had been asked for before they were wanted, the
+    bytes that were read, and the nanoseconds for which attention waited for them."""
 
     wanted: int
     ahead: int
@@ -138,8 +138,8 @@ class Staging:
 
 
 def stage_heads(layers: Sequence[Pages], heads: int, memory: torch.Tensor) -> list[Staging]:
-    """Has the pages that ``layers`` have in files brought into memory head by head, in this order and then from the first
-    layer on: of each head that is looked at all of them, and of the ``heads`` - 1 that come next.
+    """Has the pages that ``layers`` have in files brought into memory head by head, in this order and then from the
+    first layer on: of each head that is looked at all of them, and of the ``heads`` - 1 that come next.
 
     ``memory`` has ``heads`` times :func:`head_bytes` of the largest layer.
     """
@@ -154,8 +154,8 @@ def stage_heads(layers: Sequence[Pages], heads: int, memory: torch.Tensor) -> li
 
 
 def stage_pages(layers: Sequence[Pages], places: int, arena: Arena) -> list[Staging]:
-    """Has the pages that rows choose in ``layers`` brought into memory in ``arena``, where each head of each sequence has
-    ``places`` pages: those that were wanted last, and those that :func:`prefetch` is told of."""
+    """Has the pages that rows choose in ``layers`` brought into memory in ``arena``, where each head of each sequence
+    has ``places`` pages: those that were wanted last, and those that :func:`prefetch` is told of."""
     made, reader = [], None if cpu.module is None else cpu.module.Reader()
     for pages in layers:
         lists, table_pages = pages.table.shape[0] * pages.table.shape[1], pages.table.shape[2]
@@ -407,8 +407,8 @@ def keep(
     """What happens when tokens become certain: those of ``run`` are added; all but the first ``counts`` (kv_heads,)
     int32 of ``indices`` (kv_heads, n) int32 are let go, if given (those that are in pages ascend, and none stands
     further back than it was; those of the run may stand anywhere); where pages have codes all but the last
-    ``recent`` tokens are coded, page by page; all but ``resident`` pages of each head go to the file, ``step`` at a time.
-    There is room for ``tail`` more tokens afterwards.
+    ``recent`` tokens are coded, page by page; all but ``resident`` pages of each head go to the file, ``step`` at a
+    time. There is room for ``tail`` more tokens afterwards.
 
     Pages are written anew from the first on that changes: keys are then rounded again, with those that are new beside
     them.
@@ -478,8 +478,8 @@ def rank(
     ws: Workspace,
 ) -> None:
     """Ranks the coded pages of each row's sequence by the largest score of any of their keys with any query of a
-    key-value head: the best go into ``chosen`` (n, kv_heads, count) int32, the next best into ``following`` (n, kv_heads,
-    more), and all but the best into ``others`` (n, kv_heads, table_pages), each in order and then -1."""
+    key-value head: the best go into ``chosen`` (n, kv_heads, count) int32, the next best into ``following`` (n,
+    kv_heads, more), and all but the best into ``others`` (n, kv_heads, table_pages), each in order and then -1."""
     count, heads, _ = q.shape
     if others.shape != (count, *pages.table.shape[1:]):
         raise ValueError(f"expected {(count, *pages.table.shape[1:])} pages that are not chosen, found {others.shape}")

@@ -133,10 +133,12 @@ class LowerStore(Beside):
     def copy(self, slot: int, upper: Pages, ws: Workspace) -> None:
         """Takes those whole pages of a sequence that came since the last time, which stay in ``upper`` too. All heads
         must have the same tokens."""
-        nothing = Run(upper.keys[slot], upper.values[slot], 0)
-        heads, have, there = upper.table.shape[1], int(self.pages.lengths[slot, 0]), int(upper.lengths[slot, 0])
-        for at in range(have, there // PAGE * PAGE, READ_AT_ONCE):
-            places = torch.arange(at, min(at + READ_AT_ONCE, there // PAGE * PAGE))
+        nothing, heads = Run(upper.keys[slot], upper.values[slot], 0), upper.table.shape[1]
+        have, whole = int(self.pages.lengths[slot, 0]), int(upper.lengths[slot, 0]) // PAGE * PAGE
+        if ops.is_dry():
+            have, whole = 0, READ_AT_ONCE
+        for at in range(have, whole, READ_AT_ONCE):
+            places = torch.arange(at, min(at + READ_AT_ONCE, whole))
             self._take(slot, upper, nothing, [places] * heads, ws)
 
     def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:

@@ -179,7 +179,8 @@ class PagedCache(BaseCache):
     @property
     def fetched(self) -> Counts:
         """What was brought from the file so far by a tier that reads ahead, of all layers."""
-        return Counts(*(sum(numbers) for numbers in zip(Counts(0, 0, 0, 0), *(s.counts for s in self.staging))))
+        counts = [Counts(0, 0, 0, 0), *(each.counts for each in self.staging)]
+        return Counts(*(sum(numbers) for numbers in zip(*counts, strict=True)))
 
     # ---- a step ----
 

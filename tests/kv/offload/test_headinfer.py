@@ -1,4 +1,4 @@
-"""Heads come from the file in turn: what is computed is what a cache in memory gives, and memory is that of some heads."""
+"""Heads come from the file in turn: what is computed is what a cache in memory gives, and memory is for some heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A copy in few bits chooses the pages that are fetched, and what is read ahead changes when they come, never what is seen."""
+"""A copy in few bits chooses the pages that are fetched; reading ahead changes when they come, never what is seen."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def codes(x: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
 @given(length=st.integers(130, 420), bits=st.sampled_from([2, 4, 8]), seed=st.integers(0, 99))
 def test_the_copy_chooses_and_gives_all_that_was_not_chosen(length: int, bits: int, seed: int) -> None:
     """The pages with the largest scores of keys in few bits are seen as they are, the others as the copy has them; a
-    choice by the keys as they are (an oracle), by bounds (quest), or seeing what was chosen alone gives something else."""
+    choice by the keys as they are, by bounds (quest), or seeing what was chosen alone gives something else."""
     layer = Layer(SPEC.format(64, bits), LAYOUT)
     q, k, v = random_tokens(length + 1, seed)
     layer.add(q[:-1], k[:-1], v[:-1])

@@ -78,4 +78,4 @@ class SpeCache(Selector, Tier):
         from tightfit.kernels import pages
 
         places = self.tokens // PAGE + self.ahead // PAGE
-        return pages.stage_pages([each for each, some in zip(layers, selected) if some], places, arena)
+        return pages.stage_pages([each for each, some in zip(layers, selected, strict=True) if some], places, arena)

@@ -9,7 +9,7 @@ import torch
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
-from tightfit.kernels.pages import PAGE, Looking, Rows, Run
+from tightfit.kernels.pages import PAGE, Looking, Rows
 from tightfit.kv.entries import parts
 from tightfit.kv.lower import LowerStore, alone
 from tightfit.kv.select.selecting import Selecting, Settled, Where
@@ -50,10 +50,9 @@ class Speculating(Selecting):
         return int(self.pages.bounded[slot].sum()) * (2 * low.key_codec.page_bytes + low.value_codec.page_bytes)
 
     def settled(self, slot: int, now: Settled, ws: Workspace) -> None:
-        if ops.is_dry():
-            self.low.take_most(slot, self.pages, Run(self.pages.keys[slot], self.pages.values[slot], 0), ws)
-            return
         self.low.copy(slot, self.pages, ws)
+        if ops.is_dry():
+            return
         for kept in (self.pages, self.low.pages):
             kept.bounded[slot] = self.low.pages.lengths[slot] // PAGE
 

@@ -41,7 +41,7 @@ DOMINANT = 1 / 16  # of the tokens: what the most looked at of them receive
 class Tailor(Fitted, Tier):
     """Layers in which attention is spread keep all tokens in ``bits`` bits but for ``recent`` ones. The others keep the
     last ``resident`` tokens in memory and all before them in a file as they are; a token that decodes fetches those
-    ``tokens`` of each head, in pages of 32, whose bounds allow the highest scores, and finds those that are there still.
+    ``tokens`` of each head, in pages of 32, whose bounds allow the highest scores, but for those that are there still.
 
     `tightfit fit` tells layers apart once by a text: attention is spread where the sixteenth of the tokens that is most
     looked at leaves at least ``threshold`` of the weight to all others, on average of heads and of the last queries.
