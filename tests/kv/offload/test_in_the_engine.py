@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 import tightfit
@@ -9,6 +11,7 @@ import tightfit
 PROMPT = "#" + "7 8 " * 200
 
 
+@cache
 def run(kv: str) -> list[int]:
     with tightfit.load("nano", "512MiB", context=1024, kv=kv, threads=1) as model:
         completion = model.generate(PROMPT, max_new_tokens=40, temperature=0, ignore_eos=True)
