@@ -2,8 +2,8 @@
 
 A page holds 32 tokens of one head. Dense pages hold them in the cache's own type; coded pages hold codes of 8, 4 or 2
 bits, of keys with a scale and a minimum for each channel of a page, of values for each token and group of 32 channels
-(the layout of KIVI, https://arxiv.org/abs/2402.02750), or with 16 bits and more, numbers as they are. Pages may also
-lie in a file.
+(the layout of KIVI, https://arxiv.org/abs/2402.02750), or what else a :class:`~tightfit.kernels.codec.Codec` says, or
+with 16 bits and more, numbers as they are. Pages may also lie in a file.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class Pages:
     file: int = -1
     keys_at: int = 0  # in the file
     values_at: int = 0
+    key_side: torch.Tensor | None = None  # (sequences or 1, kv_heads, key_codec.side) float32, if it has a table
+    value_side: torch.Tensor | None = None
     key_shape: tuple[int, int] = field(init=False)  # of one token
     value_shape: tuple[int, int] = field(init=False)
     handle: Any = field(init=False, default=None)
@@ -76,7 +78,7 @@ class Pages:
             KINDS[self.keys.dtype],
             (sequences, kv_heads, key_dim, value_dim),
             (table_pages, dense_pages, coded_pages),
-            (self.key_codec.bits, self.value_codec.bits, self.key_codec.dim),
+            (self.key_codec.arguments(), self.value_codec.arguments()),
             (self.keys.data_ptr(), self.values.data_ptr(), *codes),
             tuple(_address(tensor) for tensor in lists),
             self.tokens.data_ptr(),
@@ -84,6 +86,7 @@ class Pages:
             _address(self.channels),
             _address(self.bounds),
             (self.file, self.keys_at, self.values_at),
+            (*_tables(self.key_side), *_tables(self.value_side)),
         )
 
     @property
@@ -98,10 +101,20 @@ class Pages:
         places = [(self.keys_at, self.key_codec.page_bytes), (self.values_at, self.value_codec.page_bytes)]
         return [(at + page * nbytes, nbytes) for at, nbytes in places[: 1 if self.shared else 2]]
 
+    @property
+    def tables(self) -> list[torch.Tensor]:
+        """The tables of codecs that each sequence has for itself."""
+        both = (self.key_codec, self.key_side), (self.value_codec, self.value_side)
+        return [side for codec, side in both if side is not None and not codec.coupled]
+
     def reset(self, sequence: int) -> None:
         """Lets go of everything of a sequence."""
         if self.staging is not None:
             self.handle.forget(sequence)
+        for codec, side in ((self.key_codec, self.key_side), (self.value_codec, self.value_side)):
+            if side is not None and not codec.coupled:
+                side[sequence] = 0.0
+                side[sequence, :, codec.dim : 2 * codec.dim * codec.affine] = 1.0  # factors
         for counts in (self.lengths, self.coded, self.cold, self.bounded):
             counts[sequence] = 0
         self.table[sequence] = -1
@@ -500,6 +513,33 @@ def rank(
     )
 
 
+def shares_scratch(pages: Pages, heads: int, ws: Workspace) -> torch.Tensor:
+    """Scratch memory of the enclosing frame for :func:`shares`."""
+    nbytes = pages.handle.shares_scratch(heads, cpu.threads()) if cpu.available() else 0
+    return ws.empty(nbytes, dtype=torch.uint8)
+
+
+def shares(
+    pages: Pages,
+    sequence: int,
+    q: torch.Tensor,
+    until: torch.Tensor,
+    shares_: torch.Tensor,
+    scratch_: torch.Tensor,
+    scoring: Scoring,
+) -> None:
+    """Writes into ``shares`` (kv_heads, n) what a query ``q`` (heads, key_dim) would give to each of the first
+    ``until`` (kv_heads,) int32 tokens of a sequence if these were all, summed over the heads of a group. For use in
+    operations, of which it is none."""
+    if not cpu.available():
+        reference.shares(pages, sequence, q, until, shares_, scoring)
+        return
+    heads = len(q)
+    block = _block(q.unsqueeze(0), (1, heads, pages.key_shape[1]))
+    addresses = until.data_ptr(), _rows(shares_), scratch_.data_ptr(), cpu.threads()
+    pages.handle.shares(sequence, block, (heads, *scoring.arguments()), *addresses)
+
+
 def _call(ws: Workspace, nbytes: int, kernel: Callable[..., None], *arguments: Any) -> None:
     """Runs a kernel that takes scratch memory and a number of threads."""
     with ws.frame():
@@ -509,6 +549,10 @@ def _call(ws: Workspace, nbytes: int, kernel: Callable[..., None], *arguments: A
 
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _tables(side: torch.Tensor | None) -> tuple[int, int]:
+    return (0, 1) if side is None else (side.data_ptr(), side.shape[0])
 
 
 def _rows(x: torch.Tensor | None) -> tuple[int, int]:

@@ -39,6 +39,12 @@ struct Head {
         return p.channels ? p.channels + index * p.key_codec.dim : nullptr;
     }
 
+    const float* key_side() const { return side(p.key_side, p.key_codec, p.key_tables); }
+    const float* value_side() const { return side(p.value_side, p.value_codec, p.value_tables); }
+    const float* side(const float* tables, const Codec& codec, size_t count) const {
+        return tables ? tables + (sequence % count * p.kv_heads + head) * codec.side() : nullptr;
+    }
+
     uint8_t* dense(uint8_t* base, size_t dim, int32_t page) const {
         return base + (sequence * p.dense_pages + static_cast<size_t>(page)) * dense_bytes(p, dim);
     }
@@ -62,6 +68,7 @@ struct Head {
     HeadCache made_pages(bool in_file) const {
         HeadCache cache{p.kind, nullptr, nullptr, 1, p.key_codec.dim, p.value_dim, p.value_dim};
         cache.coded = true, cache.key_codec = p.key_codec, cache.value_codec = p.value_codec;
+        cache.key_side = key_side(), cache.value_side = value_side();
         cache.table = table();
         if (in_file) {
             cache.file = p.file, cache.keys_at = keys_in_file(0), cache.values_at = values_in_file(0);
@@ -247,14 +254,15 @@ float divisor(float lse, Giving giving, size_t seen) {
     return giving == Giving::votes ? lse - std::log2(static_cast<float>(seen)) : lse;
 }
 
-// mass[token] += what the rows of a stretch of listed tokens give to each.
+// What the rows of a stretch of listed tokens give to each, put together in mass[token].
 void weigh_listed(const Stretch& stretch, const float* lse, float scale, Giving giving, float* scratch, float* mass) {
     for (size_t at = stretch.from; at < stretch.to; at += KEY_BLOCK) {
         Stretch block = stretch;
         block.from = at, block.to = std::min(at + KEY_BLOCK, stretch.to);
-        float given[KEY_BLOCK] = {};
+        float given[KEY_BLOCK];
+        for (size_t i = at; i < block.to; i++) given[i - at] = mass[stretch.head.token(i)];
         weigh_stretch(block, lse, scale, giving, scratch, given);
-        for (size_t i = at; i < block.to; i++) mass[stretch.head.token(i)] += given[i - at];
+        for (size_t i = at; i < block.to; i++) mass[stretch.head.token(i)] = given[i - at];
     }
 }
 
@@ -336,8 +344,8 @@ void load_page(const Head& head, size_t j, PageBuffer& buffer) {
     }
     const size_t width = p.key_codec.dim;
     float* out = p.channels ? buffer.pruned : buffer.keys;
-    k.decode(p.key_codec, p.kind, keys, out);
-    if (!p.shared()) k.decode(p.value_codec, p.kind, values, buffer.values);
+    k.decode(p.key_codec, p.kind, keys, head.key_side(), out);
+    if (!p.shared()) k.decode(p.value_codec, p.kind, values, head.value_side(), buffer.values);
     if (!p.channels) return;
     std::fill(buffer.keys, buffer.keys + PAGE * p.key_dim, 0.0f);
     for (size_t t = 0; t < PAGE; t++)
@@ -380,9 +388,9 @@ void store_page(const Head& head, size_t j, Where place, PageBuffer& buffer, siz
         keys = buffer.pruned;
     }
     const bool coded = place == Where::coded;
-    k.encode(p.key_codec, p.kind, keys, coded ? head.code(p.coded_keys, p.key_codec, page) : buffer.stored_keys);
+    k.encode(p.key_codec, p.kind, keys, head.key_side(), coded ? head.code(p.coded_keys, p.key_codec, page) : buffer.stored_keys);
     if (!p.shared())
-        k.encode(p.value_codec, p.kind, buffer.values,
+        k.encode(p.value_codec, p.kind, buffer.values, head.value_side(),
                  coded ? head.code(p.coded_values, p.value_codec, page) : buffer.stored_values);
     if (coded) return;
     write_at(p.file, buffer.stored_keys, p.key_codec.page_bytes(), head.keys_in_file(j));
@@ -731,6 +739,45 @@ void straighten(const Pages& p, size_t sequence, const int32_t* path, size_t cou
     }
 }
 
+size_t shares_scratch(const Pages& p, size_t heads, size_t threads) {
+    const size_t groups = heads / p.kv_heads;
+    return std::min(threads, p.kv_heads) * (weigh_floats(p, groups) + groups * p.capacity()) * sizeof(float);
+}
+
+void shares(const Pages& p, size_t sequence, Block<const float> q, const Attention& attention, const int32_t* until,
+            Rows<float> shares, uint8_t* scratch, size_t threads) {
+    const AttentionKernels& k = attention_kernels();
+    const size_t groups = attention.heads / p.kv_heads, workers = std::min(threads, p.kv_heads);
+    const size_t folding = round_up(fold_scratch(groups, p.key_dim, p.value_dim, true), 16);
+    const size_t each = weigh_floats(p, groups) + groups * p.capacity();
+    Queries queries{groups, groups, 0, attention.window, 0};
+    queries.all = true;
+    parallel_for(workers, workers, [&](size_t worker) {
+        float* own = reinterpret_cast<float*>(scratch) + worker * each;
+        float* query = own + folding;
+        float* scores = own + weigh_floats(p, groups);
+        for (size_t h = worker; h < p.kv_heads; h += workers) {
+            const size_t count = static_cast<size_t>(until[h]);
+            float* out = shares[h];
+            std::fill(out, out + count, 0.0f);
+            Stretches stretches;
+            Head(p, sequence, h).add(0, count, {}, queries, q.from(0, h * groups), 0, stretches);
+            for (const Stretch& stretch : stretches) {
+                load_queries(stretch, groups, attention.scale * LOG2_E, query);
+                k.score(stretch.head, stretch.queries, query, stretch.from, stretch.to, own, scores + stretch.from,
+                        p.capacity());
+            }
+            for (size_t g = 0; g < groups; g++) {
+                float* row = scores + g * p.capacity();
+                const float cap = attention.softcap * LOG2_E;
+                for (size_t i = 0; cap != 0.0f && i < count; i++) row[i] = std::tanh(row[i] / cap) * cap;
+                k.softmax(row, count);
+                for (size_t i = 0; i < count; i++) out[i] += row[i];
+            }
+        }
+    });
+}
+
 size_t select_scratch(const Pages& p, size_t threads) {
     Scratch all;
     all.take<float>(p.table_pages), all.take<int32_t>(p.table_pages), all.take<float>(2 * p.key_dim);
@@ -797,7 +844,8 @@ void rank(const Pages& p, const Place* places, size_t rows, Block<const float> q
             const size_t pages = head.coded(), best = std::min(pages, ranked.count);
             const size_t next = std::min(pages - best, ranked.more);
             for (size_t j = 0; j < pages; j++) {
-                attention_kernels().decode(p.key_codec, p.kind, head.code(p.coded_keys, p.key_codec, head.table()[j]), keys);
+                attention_kernels().decode(p.key_codec, p.kind, head.code(p.coded_keys, p.key_codec, head.table()[j]),
+                                           head.key_side(), keys);
                 scores[j] = -__builtin_inff();
                 for (size_t g = 0; g < groups; g++)
                     for (size_t t = 0; t < PAGE; t++)

@@ -17,17 +17,31 @@ constexpr size_t CODE_GROUP = 32;   // channels of a value that share a scale
 //
 // A page is 32 rows of codes, one for each token, then its scales, then its minima: of keys one for each channel, of values
 // one for each token and group of 32 channels, token by token.
+//
+// Other codecs store more, or something else, with a table of numbers beside the pages: see codec.py, and codecs.h.
 struct Codec {
     size_t bits = 16, dim = 0;
     bool per_channel = false;
+    size_t group = CODE_GROUP;
+    bool affine = false;
+    size_t coupled = 0, rank = 0, outliers = 0, wide = 2;
 
     bool dense() const { return bits >= 16; }
-    size_t row_bytes() const { return dense() ? dim * bits / 8 : (dim * bits + 7) / 8; }
-    size_t groups() const { return (dim + CODE_GROUP - 1) / CODE_GROUP; }
-    size_t scales() const { return dense() ? 0 : per_channel ? dim : PAGE * groups(); }
-    size_t page_bytes() const { return round_up(PAGE * row_bytes() + 2 * scales() * sizeof(F16), 64); }
+    // Whether a number is its code, scale and minimum, and nothing else.
+    bool plain() const { return !affine && !coupled && !rank && !outliers && group == CODE_GROUP; }
+    size_t codes() const { return coupled ? dim / coupled : dim; }
+    size_t row_bytes() const { return (codes() * bits + 7) / 8; }
+    size_t groups() const { return (dim + group - 1) / group; }
+    size_t scales() const { return dense() || coupled ? 0 : per_channel ? dim : PAGE * groups(); }
+    size_t side() const { return coupled ? dim << bits : (2 * affine + rank) * dim; }
+    size_t page_bytes() const {
+        const size_t more = PAGE * rank * sizeof(F16) + (sizeof(uint16_t) + wide) * outliers;
+        return round_up(PAGE * row_bytes() + 2 * scales() * sizeof(F16) + more, 64);
+    }
     const F16* scales_of(const uint8_t* page) const { return reinterpret_cast<const F16*>(page + PAGE * row_bytes()); }
     const F16* minima_of(const uint8_t* page) const { return scales_of(page) + scales(); }
+    const uint8_t* parts_of(const uint8_t* page) const { return page + PAGE * row_bytes() + 2 * scales() * sizeof(F16); }
+    const uint8_t* outliers_of(const uint8_t* page) const { return parts_of(page) + PAGE * rank * sizeof(F16); }
 };
 
 // Keys and values of one sequence and key-value head that are stored alike. Token i lies in slot i % slots, or with a
@@ -44,6 +58,7 @@ struct HeadCache {
     size_t committed = 0;
     bool coded = false;  // whether the pages are, by these codecs
     Codec key_codec{}, value_codec{};
+    const float *key_side = nullptr, *value_side = nullptr;  // tables of these
     int file = -1;  // where the pages are on the disk: at keys_at and values_at the first, one behind the other
     size_t keys_at = 0, values_at = 0;
 
@@ -89,6 +104,8 @@ struct Pages {
     uint8_t* bounds;                     // (sequences, kv_heads, table_pages, 2, key_dim) like dense pages, or null
     int file = -1;
     size_t keys_at = 0, values_at = 0;   // in it
+    const float *key_side, *value_side;  // tables of codecs (kv_heads, side)
+    size_t key_tables, value_tables;     // how many of these: one for each sequence, or one
     size_t first_head = 0, all_heads = 0;  // these heads are some of a layer's
     // Pages of the file that are in memory, as they are in the file: page j of a head in place staged[at * staged_stride + j]
     // of both lists. Null: they are read as they are multiplied.
@@ -202,5 +219,10 @@ struct Ranked {
 void rank(const Pages& pages, const Place* places, size_t rows, Block<const float> q, size_t heads, const Ranked& ranked,
           uint8_t* scratch, size_t threads);
 size_t rank_scratch(const Pages& pages, size_t threads);
+// shares (kv_heads, stride of `shares`) = what the heads of `q` would give to each of the first `until` (kv_heads) tokens of
+// a sequence, if these were all: the sums of their softmaxes.
+size_t shares_scratch(const Pages& pages, size_t heads, size_t threads);
+void shares(const Pages& pages, size_t sequence, Block<const float> q, const Attention& attention, const int32_t* until,
+            Rows<float> shares, uint8_t* scratch, size_t threads);
 
 }  // namespace tightfit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
@@ -35,8 +35,6 @@ class Window(Evictor):
 
     sinks: int = 4
     positions: str = "cache"
-
-    hides: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.keep < 1:

@@ -29,7 +29,8 @@ class HeadInfer(Tier):
     after the last. So memory for a context does not grow with the layers, in prompts and when decoding.
 
     Pages go to the file in blocks that are summed up at once, so results have the bits of a cache in memory where
-    nothing is coded. The paper brings heads from host memory to a GPU; here they come from a disk to memory.
+    nothing is coded. The paper brings heads from host memory to a GPU; here they come from a disk to memory. What it
+    claims is met to the bit; what it costs is that each token reads all of the file.
     """
 
     resident: int = 128

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
 from tightfit.kernels.codec import PAGE, Codec
-from tightfit.kv.method import Evictor, Method, Selector, Tier
+from tightfit.kv.method import Evictor, Lowering, Method, Selector, Tier
 
 if TYPE_CHECKING:
     from tightfit.budget.ledger import Arena
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     summary="a copy of few bits is in memory and chooses; pages as they are come from a file, the likely ones ahead",
 )
 @dataclass(frozen=True)
-class SpeCache(Selector, Tier):
+class SpeCache(Selector, Tier, Lowering):
     """All tokens but the last ``resident`` lie in a file as they are, and all of them in memory in ``bits`` bits. Of
     these a token that decodes multiplies every key; the pages that hold the highest scores, ``tokens`` tokens, it sees
     as they are, and all others in few bits. Prompts see everything as it is.
@@ -36,6 +36,11 @@ class SpeCache(Selector, Tier):
     foreseen is waited for, so what is read ahead never changes a result, and drafts that are refused leave no trace.
     The paper finds what comes next with a second token, guessed and decoded beside each: that would double what is
     computed, which is not free on a processor. It fetches tokens, not pages of 32.
+
+    On the embedded model, after prompts of 3900 tokens, what is in memory takes 6.0 of 16 MiB, KL divergence is 0.003,
+    and hidden numbers are found as with everything. The paper's tenth is not reached: scales make two bits three, and
+    what was fetched lies in memory too. Of what tokens want 57% is there (33% with ``ahead=0``, for half the bytes
+    read), so much of the waiting is not hidden: choices change more from token to token than their order foresees.
     """
 
     tokens: int = 256
@@ -56,7 +61,9 @@ class SpeCache(Selector, Tier):
             )
 
     def excludes(self, other: Method) -> str | None:
-        return "keeps all tokens, and a copy of each" if isinstance(other, Evictor) else None
+        if isinstance(other, Evictor):
+            return "keeps all tokens, and a copy of each"
+        return Selector.excludes(self, other)
 
     def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
         """How the copy is kept."""
