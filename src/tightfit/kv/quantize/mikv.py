@@ -59,7 +59,7 @@ class MiKV(Demoter):
         return seen.mass
 
     def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
-        # Balancing keys that are values too would give values the wrong weights.
+        # Keys that are values too are not rounded as queries alone would have it.
         keys = Codec(self.bits, layout.key_dim, per_channel=False, affine=not layout.shared)
         return keys, Codec(self.bits, layout.value_dim, per_channel=False)
 

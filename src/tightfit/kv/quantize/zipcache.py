@@ -39,7 +39,7 @@ class ZipCache(Demoter, Coder):
     """
 
     keep: float = 0.6
-    recent: int = 64
+    recent: int = 128
     bits: int = 4  # type: ignore[misc]
     low: int = 2
     window: int = 64  # type: ignore[misc]
