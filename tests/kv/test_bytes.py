@@ -27,10 +27,17 @@ SMALL = {
     "sliding": [LayerLayout(2, 8, 8, 0, heads=2, window=40), LayerLayout(2, 8, 8, 0, heads=2)],
     "latent": [LayerLayout(1, 12, 8, 0, heads=2, shared=True)] * 2,
 }
-DEMOTERS = ["mikv(keep=40)", "mikv(keep=0.3,budget=adakv)", "mikv(keep=50,budget=pyramid)"]
-EVICTORS = ["", "window(keep=40,positions=original)", "h2o(keep=37)", "d2o(keep=45,budget=adakv)", *DEMOTERS] + [
-    f"snapkv(keep={keep},window=8,budget={budget})" for keep in ("20", "70", "0.5") for budget in ("adakv", "pyramid")
-]
+EVICTORS = [
+    "",
+    "window(keep=40,positions=original)",
+    "h2o(keep=37)",
+    "d2o(keep=45,budget=adakv)",
+    "corm(keep=50,window=20)",
+    "scope(keep=60,output=30,recent=8)",
+    "mikv(keep=40)",
+    "mikv(keep=0.3,budget=adakv)",
+    "mikv(keep=50,budget=pyramid)",
+] + [f"snapkv(keep={keep},window=8,budget={budget})" for keep in ("20", "70", "0.5") for budget in ("adakv", "pyramid")]
 CODECS = [
     "",
     "int4(recent=0)",
@@ -164,6 +171,8 @@ SHARES = {
         "snapkv(keep=512,budget=pyramid)": (512 / CONTEXT, 0.075),
         "h2o(keep=512,budget=adakv)": (512 / CONTEXT, 0.085),
         "d2o(keep=0.25)": (0.25, 0.27),
+        "tova(keep=512)": (512 / CONTEXT, 0.073),
+        "corm(keep=512)": (512 / CONTEXT, 0.08),
         "window(keep=512)": (512 / CONTEXT, 0.073),
         "snapkv(keep=512)+int4(recent=0)": (5 / 16 / 16, 0.04),
         "quest": (1 + 1 / 64, 1.03),  # in two layers of four

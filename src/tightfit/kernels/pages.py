@@ -151,14 +151,20 @@ class Rows(NamedTuple):
 
 class Looking(NamedTuple):
     """How queries ``q`` (n, heads, key_dim) look at pages. The first ``anchors`` tokens are always seen, by
-    ``anchor_q`` if given: queries that are turned otherwise. ``chosen`` (n, kv_heads, pages) int32, in order and then
-    -1, are those that each row sees of the pages that have bounds. With ``certain`` nothing else is seen: neither what
-    decodes, a row's own token included, nor a run."""
+    ``anchor_q`` if given: queries that are turned otherwise.
+
+    A row that decodes sees of the pages that have bounds only those in ``chosen`` (n, kv_heads, pages) int32, in order
+    and then -1, if given; or of the certain tokens before ``since`` (n, kv_heads) int32 only those in ``listed``
+    (n, kv_heads, m) int32, ascending and then -1. Then no token is an anchor, and none is hidden by a window. With
+    ``certain`` nothing else is seen: neither what decodes, a row's own token included, nor a run.
+    """
 
     q: torch.Tensor
     anchor_q: torch.Tensor | None = None
     anchors: int = 0
     chosen: torch.Tensor | None = None
+    listed: torch.Tensor | None = None
+    since: torch.Tensor | None = None
     certain: bool = False
 
 
@@ -399,6 +405,33 @@ def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor, ws: 
     )
 
 
+def shares_scratch(pages: Pages, heads: int, ws: Workspace) -> torch.Tensor:
+    """Scratch memory of the enclosing frame for :func:`shares`."""
+    nbytes = pages.handle.shares_scratch(heads, cpu.threads()) if cpu.available() else 0
+    return ws.empty(nbytes, dtype=torch.uint8)
+
+
+def shares(
+    pages: Pages,
+    sequence: int,
+    q: torch.Tensor,
+    until: torch.Tensor,
+    shares_: torch.Tensor,
+    scratch_: torch.Tensor,
+    scoring: Scoring,
+) -> None:
+    """Writes into ``shares`` (kv_heads, n) what a query ``q`` (heads, key_dim) would give to each of the first
+    ``until`` (kv_heads,) int32 tokens of a sequence if these were all, summed over the heads of a group. For use in
+    operations, of which it is none."""
+    if not cpu.available():
+        reference.shares(pages, sequence, q, until, shares_, scoring)
+        return
+    heads = len(q)
+    block = _block(q.unsqueeze(0), (1, heads, pages.key_shape[1]))
+    addresses = until.data_ptr(), _rows(shares_), scratch_.data_ptr(), cpu.threads()
+    pages.handle.shares(sequence, block, (heads, *scoring.arguments()), *addresses)
+
+
 def _call(ws: Workspace, nbytes: int, kernel: Callable[..., None], *arguments: Any) -> None:
     """Runs a kernel that takes scratch memory and a number of threads."""
     with ws.frame():
@@ -426,6 +459,6 @@ def _views(pages: Pages, looking: Looking) -> tuple[Any, ...]:
     count, heads, _ = looking.q.shape
     shape = count, heads, pages.key_shape[1]
     turned = (0, 0, 0) if looking.anchor_q is None else _block(looking.anchor_q, shape)
-    chosen = looking.chosen
-    listed = (0, 0) if chosen is None else (chosen.data_ptr(), chosen.shape[2])
-    return _block(looking.q, shape), turned, looking.anchors, *listed, looking.certain
+    chosen = looking.chosen if looking.since is None else looking.listed
+    some = (0, 0) if chosen is None else (chosen.data_ptr(), chosen.shape[2])
+    return _block(looking.q, shape), turned, looking.anchors, *some, _address(looking.since), looking.certain

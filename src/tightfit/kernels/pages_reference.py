@@ -328,6 +328,10 @@ def _views_of_rows(pages: Pages, rows: Rows, looking: Looking, scoring: Scoring)
                 whole = (chosen.view(-1, 1) * PAGE + torch.arange(PAGE)).flatten()
                 listed = torch.cat([whole, torch.arange(int(pages.bounded[sequence, head]) * PAGE, stop)])
                 anchors, seen_by = 0, scoring._replace(window=None)
+            elif looking.listed is not None and looking.since is not None:
+                some = looking.listed[row, head][looking.listed[row, head] >= 0].long()
+                listed = torch.cat([some, torch.arange(int(looking.since[row, head]), stop)])
+                anchors, seen_by = 0, scoring._replace(window=None)
             one = q[row : row + 1, head], anchor_q[row : row + 1, head]
             yield row, head, _View(pages, sequence, head, *one, anchors, first, listed, seen_by, path=path)
 
@@ -565,6 +569,18 @@ def straighten(pages: Pages, sequence: int, path: torch.Tensor) -> None:
             pages.keys[sequence, table[to], there] = pages.keys[sequence, table[source], here]
             if not pages.shared:
                 pages.values[sequence, table[to], there] = pages.values[sequence, table[source], here]
+
+
+def shares(
+    pages: Pages, sequence: int, q: torch.Tensor, until: torch.Tensor, shares_: torch.Tensor, scoring: Scoring
+) -> None:
+    for head, (queries, count) in enumerate(zip(q.unflatten(0, (len(until), -1)), until.tolist(), strict=True)):
+        blocks = torch.arange(count).split(BLOCK)
+        keys = [_tokens(pages, sequence, head, places)[0] @ queries.T for places in blocks]
+        scores = torch.cat([*keys, torch.empty(0, len(queries))]) * scoring.scale
+        if scoring.softcap is not None:
+            scores = (scores / scoring.softcap).tanh() * scoring.softcap
+        shares_[head, :count] = scores.softmax(0).sum(1)
 
 
 def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import attention
 from tightfit.kernels.attention import KeysValues, Scoring
 from tightfit.kernels.codec import Codec
-from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn, Turned
 
 
 class Cache(BaseCache):
@@ -56,14 +56,14 @@ class Cache(BaseCache):
         q_: torch.Tensor | None,
         k_: torch.Tensor | None,
         v: torch.Tensor | None,
-        turn: Turn | None,
+        turn: Turn | Turned | None,
         ws: Workspace,
     ) -> None:
         if k_ is None:
             if turn is not None and q_ is not None:
-                attention.rotate_(q_, *turn.tables, turn.interleaved, ws)
+                turn.apply(q_, None, False, ws)
             return
-        if turn is None or q_ is None or v is None:
+        if not isinstance(turn, Turn) or q_ is None or v is None:
             attention.append(self.layers[layer], step.places, k_, v)
             return
         cos, sin = turn.tables
