@@ -37,6 +37,10 @@ class Gear(Quantizer):
     directions of a head are the principal ones of what the codes miss in its sequence's prompt (its first chunk, in
     chunks), and only the parts along them are stored with later tokens. Its outliers are a share of each channel or
     token, here of a page.
+
+    On the embedded model it is closer to the exact cache than ``int2`` (KL divergence 0.013 against 0.031 nats), but
+    with 5.4 against 4.1 MiB; in 5.2 MiB ``int4(of=keys)+int2(of=values)`` reaches 0.003. What the paper claims at equal
+    bytes is not met there: bits of keys win more than directions and outliers in heads of 64 channels.
     """
 
     bits: int = 2  # type: ignore[misc]

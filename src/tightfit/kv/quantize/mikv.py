@@ -36,6 +36,10 @@ class MiKV(Demoter):
     root of the largest query over the largest key of each channel, found in the prompt, so that the rounding counts
     where queries look. In chunks, the first chunk decides about its sequence. What was important once and is so no
     longer is coded then, and does not come back.
+
+    On the embedded model at equal bytes (5.1 of 16 MiB, prompts of 2000 tokens) 7 of 8 hidden numbers are found where
+    h2o finds 3; the text that follows is less like that of the exact cache than h2o's (KL divergence 0.029 against
+    0.005 nats), against the paper.
     """
 
     recent: float = 0.5
