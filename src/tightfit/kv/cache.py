@@ -14,6 +14,7 @@ import torch
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import attention
 from tightfit.kernels.attention import KeysValues, Scoring
+from tightfit.kernels.codec import Codec
 from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn, Turned
 
 
@@ -138,6 +139,17 @@ def place(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Ten
     for size in shape:
         nbytes *= size
     return arena.take(nbytes).view(dtype).view(shape)
+
+
+def numbers(arena: Arena, *shape: int) -> torch.Tensor:
+    """Room for int32 numbers."""
+    return place(arena, shape, torch.int32)
+
+
+def table(arena: Arena, codec: Codec, sequences: int, kv_heads: int) -> torch.Tensor | None:
+    """Room for the table of a codec, if it has one: for each sequence, or for all where it was fitted."""
+    shape = 1 if codec.coupled else sequences, kv_heads, codec.side
+    return place(arena, shape, torch.float32) if codec.side else None
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.beside import Beside
-from tightfit.kv.cache import place
+from tightfit.kv.cache import numbers, place, table
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
 from tightfit.kv.method import Demoter
@@ -53,23 +53,20 @@ class LowerStore(Beside):
         values = keys[..., :value_dim] if layout.shared else place(arena, (sequences, heads, PAGE, value_dim), dtype)
         coded = sequences, coded_pages
 
-        def numbers(*shape: int) -> torch.Tensor:
-            return place(arena, shape, torch.int32)
-
         values_at = at + sequences * heads * table_pages * key_codec.page_bytes
         self.end = values_at + sequences * heads * table_pages * value_codec.page_bytes if file >= 0 else at
         self.resident = 0 if file >= 0 else pages.EVERYTHING
-        self.dtype = dtype
+        self.demoter, self.dtype = demoter, dtype
         self.pages = Pages(
             keys,
             values,
-            numbers(sequences, heads, table_pages),
-            lengths=numbers(sequences, heads),
-            coded=numbers(sequences, heads),
-            cold=numbers(sequences, heads),
-            bounded=numbers(sequences, heads),
-            dense_free=numbers(sequences, 1 + heads),
-            coded_free=numbers(sequences, 1 + coded_pages),
+            numbers(arena, sequences, heads, table_pages),
+            lengths=numbers(arena, sequences, heads),
+            coded=numbers(arena, sequences, heads),
+            cold=numbers(arena, sequences, heads),
+            bounded=numbers(arena, sequences, heads),
+            dense_free=numbers(arena, sequences, 1 + heads),
+            coded_free=numbers(arena, sequences, 1 + coded_pages),
             tokens=tokens,
             key_codec=key_codec,
             value_codec=value_codec,
@@ -78,6 +75,8 @@ class LowerStore(Beside):
             file=file,
             keys_at=at,
             values_at=values_at,
+            key_side=table(arena, key_codec, sequences, heads),
+            value_side=None if layout.shared else table(arena, value_codec, sequences, heads),
         )
         self.projected = self.merged > 1 or (key_dim, value_dim) != (layout.key_dim, layout.value_dim)
         if self.projected:

@@ -11,7 +11,7 @@ from tightfit.budget.ledger import Arena
 from tightfit.kernels.pages import PAGE, Codec, Pages
 from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, LayerLayout
-from tightfit.kv.cache import place
+from tightfit.kv.cache import numbers, place, table
 from tightfit.kv.compose import Composition
 from tightfit.kv.fitted import Known
 from tightfit.kv.lower import LowerStore
@@ -121,8 +121,10 @@ class Reserved:
         heads, as_they_are = layout.kv_heads, 8 * dtype.itemsize
         pruner, key, value = composition.pruner, composition.key_codec, composition.value_codec
         width = layout.key_dim if pruner is None else pruner.kept(layout.key_dim)
-        key_codec = Codec(as_they_are if key is None else key.bits, width, per_channel=True)
-        value_codec = Codec(as_they_are if value is None else value.bits, layout.value_dim, per_channel=False)
+        key_codec, value_codec = (
+            Codec(as_they_are, dim, of_keys) if coder is None else coder.codec(dim, of_keys, as_they_are)
+            for coder, dim, of_keys in ((key, width, True), (value, layout.value_dim, False))
+        )
         dense, coded = (sequences, size.dense_pages, PAGE), (sequences, size.coded_pages)
         keys = place(arena, (*dense, layout.key_dim), dtype)
         shared, listed = layout.shared, (sequences, heads, size.table_pages)
@@ -161,9 +163,6 @@ class Reserved:
             file=file,
             keys_at=keys_at,
             values_at=values_at,
+            key_side=table(arena, key_codec, sequences, heads),
+            value_side=None if shared else table(arena, value_codec, sequences, heads),
         )
-
-
-def numbers(arena: Arena, *shape: int) -> torch.Tensor:
-    """Room for int32 numbers."""
-    return place(arena, shape, torch.int32)
