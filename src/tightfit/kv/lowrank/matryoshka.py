@@ -49,9 +49,8 @@ class Matryoshka(Projector):
     in pages of one width. Keys and values have ranks of their own.
 
     On the embedded model, with the same ranks in all layers, 300 steps of 256 tokens bring the divergence of principal
-    components from 0.52 to 0.34 nats with 3 of 8 features and from 0.22 to 0.16 with 4, but with 6 it rises from 0.04 to
-    0.05: what few features lose is most of the loss. So its 40% are far from the paper's, and a large ``share`` is better
-    off with ``steps=0``.
+    components from 0.52 to 0.34 nats with 3 of 8 features and from 0.22 to 0.16 with 4; with 6 it rises from 0.04 to
+    0.05, since what few features lose is most of the loss: a large ``share`` is better off with ``steps=0``.
     """
 
     share: float = 0.5
