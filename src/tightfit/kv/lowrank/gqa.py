@@ -36,6 +36,8 @@ class GQA(Projector):
     Queries are multiplied with their head's rows of the same matrix, and outputs with its transpose, which the paper
     puts into the projections. Keys are merged after they were turned: a matrix that merges them before would stand
     between queries and rotation. The paper goes on to tune the model; here nothing else changes.
+
+    On the embedded model one head of two diverges by 0.09 nats from both, where their mean does by 1.74.
     """
 
     merge: int = 2
