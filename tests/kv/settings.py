@@ -18,6 +18,8 @@ SETTINGS = {
     "int2": "int2(recent=16)",
     "think": "think(recent=16,window=8)",
     "quest": "quest(tokens=32,full=1)",
+    "clusterkv": "clusterkv(tokens=96,full=2,size=4,every=32,sinks=4)",
+    "squeezed": "squeezed(tokens=32,full=1,size=8,prefix=90)",
     "recycled": "recycled(tokens=32,full=1,stride=6)",
     "host": "host(resident=32)",
 }

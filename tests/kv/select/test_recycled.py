@@ -83,6 +83,12 @@ def test_what_was_chosen_is_forgotten_with_the_tokens_that_it_was_chosen_from() 
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
-    for kv in ("recycled(stride=0)", "recycled(similar=2)", "recycled(tokens=8)", "recycled+kvsharer", "recycled+window"):
+    for kv in (
+        "recycled(stride=0)",
+        "recycled(similar=2)",
+        "recycled(tokens=8)",
+        "recycled+kvsharer",
+        "recycled+window",
+    ):
         with pytest.raises(UsageError, match="recycled"):
             compose(kv)
