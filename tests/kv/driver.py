@@ -205,9 +205,9 @@ def choose(logits: torch.Tensor, position: int) -> int:
 class Layer:
     """One layer alone, and one sequence: tokens are given as queries, keys and values."""
 
-    def __init__(self, kv: str, layout: LayerLayout, context: int = 512) -> None:
+    def __init__(self, kv: str, layout: LayerLayout, context: int = 512, known: Known = NOTHING) -> None:
         self.arena, self.ws, self.layout = Arena(ROOM), Workspace(Arena(ROOM)), layout
-        self.cache = PagedCache([layout], compose(kv), context, 1, torch.float32, self.arena)
+        self.cache = PagedCache([layout], compose(kv), context, 1, torch.float32, self.arena, known=known)
         self.start = 0
 
     def add(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decode: bool = False) -> torch.Tensor:

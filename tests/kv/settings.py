@@ -18,6 +18,7 @@ SETTINGS = {
     "int2": "int2(recent=16)",
     "think": "think(recent=16,window=8)",
     "quest": "quest(tokens=32,full=1)",
+    "a2ats": "a2ats(tokens=48,full=1,codes=32,distance=64,window=16,sinks=2)",
     "clusterkv": "clusterkv(tokens=96,full=2,size=4,every=32,sinks=4)",
     "squeezed": "squeezed(tokens=32,full=1,size=8,prefix=90)",
     "recycled": "recycled(tokens=32,full=1,stride=6)",

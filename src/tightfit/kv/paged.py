@@ -110,7 +110,7 @@ class PagedCache(BaseCache):
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
-        self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena))
+        self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena, known))
         self.resting: list[Resting] = []
         if composition.rest is not None:
             rest = composition.rest
@@ -144,12 +144,13 @@ class PagedCache(BaseCache):
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
-    def _selecting(self, layer: int, arena: Arena) -> Selecting | None:
+    def _selecting(self, layer: int, arena: Arena, known: Known) -> Selecting | None:
         selector = self.composition.selector
         if selector is None or not self.reserved.selects(layer):
             return None
         most = self.reserved.sizes[layer].table_pages * PAGE
-        return selector.select(Where(self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena))
+        of_layer = layer, self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena
+        return selector.select(Where(*of_layer, known.tensors.get(selector.name)))
 
     @property
     def _selections(self) -> list[Selecting]:
@@ -542,8 +543,6 @@ class PagedCache(BaseCache):
                 given[:, : indices.shape[1]] = given.gather(1, gather)
         else:
             keep(run)
-        if selecting is not None:
-            selecting.settled(slot, now, ws)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
@@ -553,6 +552,8 @@ class PagedCache(BaseCache):
                 mass[:] = 0.0
                 if self.observes == "all" or run.count:  # else the last queries were judged, and others come
                     mass[:length] = given[head, :length]
+        if selecting is not None:
+            selecting.settled(slot, now, ws)
 
     def rehearse(self, count: int) -> None:
         for layer, layout in enumerate(self.layouts):

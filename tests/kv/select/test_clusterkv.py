@@ -38,7 +38,7 @@ def test_clusters_are_read_whole_those_with_the_best_centroids_first() -> None:
     q, k, v = noise(PROMPT, scale=1.0)
     layer.add(q, k, v)
     state = clusters(layer)
-    assert state.clusters[0].tolist() == [PROMPT // 10] * KV_HEADS
+    assert state.groups[0].tolist() == [PROMPT // 10] * KV_HEADS
     for seed in range(5):
         query = torch.randn(DIM, generator=torch.Generator().manual_seed(seed))
         for head, read in enumerate(read_by(layer, query)):
@@ -96,7 +96,7 @@ def test_new_tokens_are_clustered_every_so_many_and_seen_whole_until_then() -> N
         tokens = token + 1
         clustered = 96 + (tokens - 96) // 64 * 64
         assert state.since[0].tolist() == [clustered] * KV_HEADS
-        assert state.clusters[0].tolist() == [clustered // 8] * KV_HEADS
+        assert state.groups[0].tolist() == [clustered // 8] * KV_HEADS
     # Clusters are made of the new tokens alone.
     assert set(state.assigned[0, 0, 96:160].tolist()) <= set(range(12, 20))
 
@@ -108,7 +108,7 @@ def test_clusters_stay_true_where_tokens_are_let_go_of() -> None:
     for token in range(PROMPT, PROMPT + 250):  # room for clusters runs out, and all are made anew
         layer.add(*noise(1, seed=token, scale=1.0), decode=True)
     for head in range(KV_HEADS):
-        since, used = int(state.since[0, head]), int(state.clusters[0, head])
+        since, used = int(state.since[0, head]), int(state.groups[0, head])
         keys, _ = layer.read(head)
         assigned = state.assigned[0, head, :since].long()
         assert 0 < used <= state.room

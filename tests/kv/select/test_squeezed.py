@@ -64,7 +64,7 @@ def test_clusters_are_read_by_the_share_of_attention_that_their_keys_would_get()
         assert len(sharp[head]) < 32
         assert len(blunt[head]) == 96  # all shares are even
         query, scale = 4 * torch.eye(DIM)[3], DIM**-0.5
-        used = int(state.clusters[0, head])
+        used = int(state.groups[0, head])
         assigned, centroids = state.assigned[0, head, :PREFIX].long(), state.centroids[0, head, :used]
         shares = (centroids[assigned] @ query * scale).softmax(0)
         assert sharp[head] == set((shares >= 1 / PREFIX).nonzero()[:, 0].tolist())
