@@ -19,6 +19,7 @@ SETTINGS = {
     "think": "think(recent=16,window=8)",
     "quest": "quest(tokens=32,full=1)",
     "a2ats": "a2ats(tokens=48,full=1,codes=32,distance=64,window=16,sinks=2)",
+    "alisa": "alisa(tokens=48,full=1,steps=4)",
     "clusterkv": "clusterkv(tokens=96,full=2,size=4,every=32,sinks=4)",
     "squeezed": "squeezed(tokens=32,full=1,size=8,prefix=90)",
     "recycled": "recycled(tokens=32,full=1,stride=6)",
