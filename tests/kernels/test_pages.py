@@ -543,6 +543,54 @@ def test_tokens_of_a_run_see_what_is_kept_and_the_run(level: str, case: Case, th
 
 
 @levels
+@given(case=cases(), giving=st.sampled_from(["max", "votes"]), last=st.integers(1, PAGE), threads=st.integers(1, 3))
+@settings(max_examples=12, deadline=None)
+def test_what_tokens_are_given_is_put_together_in_other_ways_than_sums(
+    level: str, case: Case, giving: str, last: int, threads: int
+) -> None:
+    """From what each of the queries gives alone, which the tests above know."""
+    case = dataclasses.replace(case, groups=1)
+    cpu.use(level)
+    cpu.set_threads(threads)
+    store, n = Store(case), 5
+    store.grow(1)
+    before, capacity = int(store.pages.tokens[1]), TABLE_PAGES * PAGE
+    run, (rows, _, _) = store.run(n), store.append(1, n)
+    looking, (out, lse) = case.looking(n), case.results(n)
+
+    def decoding(which: slice, giving: str, mass_: torch.Tensor) -> None:
+        some = Rows(rows.places[which].contiguous())
+        only = PAGE if giving == "sum" else last
+        pages.weigh_rows(store.pages, some, part(looking, which), lse[which], mass_, scratch(), scoring, giving, only)
+
+    def prefilling(which: slice, giving: str, mass_: torch.Tensor) -> None:
+        seen = part(looking, which)
+        pages.weigh(store.pages, 1, run, which.start, seen, lse[which], mass_[1], scratch(), scoring, giving)
+
+    scoring, every = case.scoring(), list(range(n))
+    pages.attend_rows(store.pages, rows, looking, out, lse, scratch(), scoring)
+    of_block = [row for row in every if (before + row) % PAGE >= PAGE - last]
+    for weigh, counting in ((decoding, of_block), (prefilling, every)):
+        found = torch.zeros(SEQUENCES, case.kv_heads, capacity)
+        each = torch.zeros(n, *found.shape)
+        weigh(slice(0, n), giving, found)
+        for row in counting:
+            weigh(slice(row, row + 1), "sum", each[row])
+        if giving == "max":
+            torch.testing.assert_close(found, each.amax(0))
+            continue
+        seen = torch.arange(before + 1, before + n + 1).clamp(max=case.window or capacity)
+        shares = each * seen.view(-1, 1, 1, 1)
+        close = ((shares - 1).abs() < 1e-3).sum(0)  # a vote that rounding decides
+        assert ((found - (shares >= 1).sum(0)).abs() <= close).all()
+
+
+def part(looking: Looking, which: slice) -> Looking:
+    turned = None if looking.anchor_q is None else looking.anchor_q[which]
+    return looking._replace(q=looking.q[which], anchor_q=turned)
+
+
+@levels
 @given(case=cases(), data=st.data())
 @settings(max_examples=12, deadline=None)
 def test_a_node_of_a_tree_gets_what_plain_decoding_of_its_path_does(
@@ -887,3 +935,57 @@ def test_what_compiled_kernels_would_read_or_write_elsewhere_is_refused(level: s
         pages.read(store.pages, 0, case.kv_heads, store.run(0), 0, 5, ws)
     with pytest.raises(IndexError):
         pages.read(store.pages, 0, 0, store.run(0), 0, 11, ws)
+
+
+# ---- two sets of tokens ----
+
+
+@levels
+def test_attention_over_two_sets_of_tokens_joins_to_that_over_both(level: str) -> None:
+    """Scores of 20 tokens; of the third row all are in one set, and of the fourth all in the other."""
+    cpu.use(level)
+    torch.manual_seed(0)
+    scores, values = torch.randn(5, 3, 20) * 4, torch.randn(20, 9)
+    first = torch.rand(5, 3, 20) < 0.5
+    first[2], first[3] = True, torch.arange(20) < 1
+    whole, whole_lse = scores.softmax(-1) @ values, scores.logsumexp(-1) / math.log(2)
+    outs, sums = [], []
+    for seen in (first, ~first):
+        hidden = scores.masked_fill(~seen, -torch.inf)
+        outs.append((hidden.softmax(-1) @ values).contiguous())  # no numbers where nothing is seen
+        sums.append(hidden.logsumexp(-1) / math.log(2))
+    pages.join(outs[0], sums[0], outs[1], sums[1])
+    assert torch.allclose(outs[0], whole, atol=1e-5)
+    assert torch.allclose(sums[0], whole_lse, atol=1e-5)
+
+
+@levels
+def test_rows_that_see_only_what_is_certain_see_nothing_of_a_run_or_of_themselves(level: str) -> None:
+    cpu.use(level)
+    case = Case(pool=True, key_bits=4, value_bits=4, seed=3)
+    store, ws, scoring = Store(case), scratch(), case.scoring()
+    run = store.run(50)
+    store.keep(0, run)
+    looking = case.looking(3)._replace(certain=True)
+    with ws.frame():
+        k, v = pages.read(store.pages, 0, 0, store.run(1), 0, 50, ws)
+        weights = (looking.q[:, : case.groups] @ k.T * scoring.scale).softmax(-1)
+        expected = weights @ v
+    places = torch.tensor([(0, 50), (0, 51), (1, 0)], dtype=torch.int32)
+    out, lse = case.results(3)
+    pages.attend_rows(store.pages, Rows(places), looking, out, lse, ws, scoring)
+    assert torch.allclose(out[:2, : case.groups], expected[:2], atol=1e-4)
+    assert (lse[2] == -torch.inf).all()  # this sequence has no token
+    pages.attend(store.pages, 0, store.run(0), 0, looking, out, lse, ws, scoring)
+    assert torch.allclose(out[:, : case.groups], expected, atol=1e-4)
+
+
+@levels
+def test_projections_are_those_of_each_head(level: str) -> None:
+    cpu.use(level)
+    x, matrices, out = torch.randn(3, 4, 7), torch.randn(2, 7, 5), torch.empty(3, 4, 5)
+    pages.project(x, matrices, out)
+    assert torch.allclose(out, torch.einsum("ngd,gdm->ngm", x, matrices.repeat_interleave(2, 0)), atol=1e-5)
+    alone = torch.empty(1, 4, 5)
+    pages.project(x[1:2], matrices, alone)
+    assert torch.equal(alone[0], out[1])

@@ -22,6 +22,9 @@ from tightfit.kernels.codec import PAGE as PAGE
 from tightfit.kernels.codec import Codec as Codec
 
 EVERYTHING = 1 << 62
+# How what queries give to a token is put together: its sum, the most that one gives, or how many give it at least what
+# they would if they looked alike at all tokens that the model lets them see.
+GIVINGS = ("sum", "max", "votes")
 
 
 @dataclass(eq=False)
@@ -139,7 +142,8 @@ class Looking(NamedTuple):
 
     A row that decodes sees of the pages that have bounds only those in ``chosen`` (n, kv_heads, pages) int32, in order
     and then -1, if given; or of the certain tokens before ``since`` (n, kv_heads) int32 only those in ``listed``
-    (n, kv_heads, m) int32, ascending and then -1. Then no token is an anchor, and none is hidden by a window.
+    (n, kv_heads, m) int32, ascending and then -1. Then no token is an anchor, and none is hidden by a window. With
+    ``certain`` nothing else is seen: neither what decodes, a row's own token included, nor a run.
     """
 
     q: torch.Tensor
@@ -148,6 +152,7 @@ class Looking(NamedTuple):
     chosen: torch.Tensor | None = None
     listed: torch.Tensor | None = None
     since: torch.Tensor | None = None
+    certain: bool = False
 
 
 def append(pages: Pages, rows: Rows, k: torch.Tensor, v: torch.Tensor | None) -> None:
@@ -171,7 +176,7 @@ def attend_rows(
     scoring: Scoring,
 ) -> None:
     """Attention of rows that decode, each alone, into ``out`` (n, heads, value_dim); and of each row and head into
-    ``lse`` (n, heads) the logarithm to base 2 of what its softmax divides by."""
+    ``lse`` (n, heads) the logarithm to base 2 of what its softmax divides by: minus infinity where it sees nothing."""
     count, heads, _ = looking.q.shape
     if not cpu.available():
         _run(reference.attend_rows, pages, rows, looking, out, lse, scoring)
@@ -225,6 +230,26 @@ def attend(
     )
 
 
+def join(out_: torch.Tensor, lse_: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
+    """Makes of attention over two sets of tokens, ``out`` and ``other`` (n, heads, value_dim) with their ``lse`` (n,
+    heads), that over both."""
+    if not cpu.available():
+        _run(reference.join, out_, lse_, other, other_lse)
+        return
+    shape = out_.shape
+    _run(cpu.module.join, _block(out_, shape), _rows(lse_), _block(other, shape), _rows(other_lse), *shape)
+
+
+def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
+    """``out`` (n, heads, m) = ``x`` (n, heads, dim) times that of ``matrices`` (kv_heads, dim, m) float32 of each
+    head's group. A row's bits do not depend on the others."""
+    if not cpu.available():
+        _run(reference.project, x, matrices, out)
+        return
+    shape = tuple(matrices.shape)
+    _run(cpu.module.project, _block(x, x.shape), *x.shape[:2], matrices.data_ptr(), shape, _block(out, out.shape))
+
+
 def weigh_rows(
     pages: Pages,
     rows: Rows,
@@ -233,11 +258,15 @@ def weigh_rows(
     mass_: torch.Tensor,
     ws: Workspace,
     scoring: Scoring,
+    giving: str = "sum",
+    last: int = PAGE,
 ) -> None:
-    """Adds to ``mass`` (sequences, kv_heads, capacity) what the rows of :func:`attend_rows` give to each token."""
+    """Puts together in ``mass`` (sequences, kv_heads, ...), whose heads begin with as many numbers as they can have
+    tokens, what the rows of :func:`attend_rows` give to each token: one of :data:`GIVINGS`. Only the ``last`` of each
+    32 places of a sequence count."""
     count, heads, _ = looking.q.shape
     if not cpu.available():
-        _run(reference.weigh_rows, pages, rows, looking, lse, mass_, scoring)
+        _run(reference.weigh_rows, pages, rows, looking, lse, mass_, scoring, giving, last)
         return
     _call(
         ws,
@@ -248,6 +277,8 @@ def weigh_rows(
         _views(pages, looking),
         _rows(lse),
         (heads, *scoring.arguments()),
+        GIVINGS.index(giving),
+        last,
         (mass_.data_ptr(), mass_.stride(1)),
     )
 
@@ -262,12 +293,13 @@ def weigh(
     mass_: torch.Tensor,
     ws: Workspace,
     scoring: Scoring,
+    giving: str = "sum",
 ) -> None:
-    """Adds to ``mass`` (kv_heads, tokens) what the tokens of :func:`attend` give: to those that are certain, then to
-    those of the run."""
+    """Puts together in ``mass`` (kv_heads, tokens) what the tokens of :func:`attend` give to those that are certain,
+    then to those of the run: one of :data:`GIVINGS`."""
     count, heads, _ = looking.q.shape
     if not cpu.available():
-        _run(reference.weigh, pages, sequence, run, start, looking, lse, mass_, scoring)
+        _run(reference.weigh, pages, sequence, run, start, looking, lse, mass_, scoring, giving)
         return
     _call(
         ws,
@@ -280,6 +312,7 @@ def weigh(
         _views(pages, looking),
         _rows(lse),
         (heads, *scoring.arguments()),
+        GIVINGS.index(giving),
         (mass_.data_ptr(), mass_.stride(0)),
     )
 
@@ -411,4 +444,4 @@ def _views(pages: Pages, looking: Looking) -> tuple[Any, ...]:
     turned = (0, 0, 0) if looking.anchor_q is None else _block(looking.anchor_q, shape)
     chosen = looking.chosen if looking.since is None else looking.listed
     some = (0, 0) if chosen is None else (chosen.data_ptr(), chosen.shape[2])
-    return _block(looking.q, shape), turned, looking.anchors, *some, _address(looking.since)
+    return _block(looking.q, shape), turned, looking.anchors, *some, _address(looking.since), looking.certain

@@ -246,7 +246,8 @@ def _views_of_rows(pages: Pages, rows: Rows, looking: Looking, scoring: Scoring)
             path = rows.paths[row][rows.paths[row] >= 0].long()
             first = len(path) - 1
         for head in range(kv_heads):
-            stop, anchors, seen_by = int(pages.lengths[sequence, head]) + first + 1, looking.anchors, scoring
+            behind = 0 if looking.certain else first + 1
+            stop, anchors, seen_by = int(pages.lengths[sequence, head]) + behind, looking.anchors, scoring
             listed = torch.arange(stop)
             if looking.chosen is not None:
                 chosen = looking.chosen[row, head][looking.chosen[row, head] >= 0]
@@ -265,7 +266,7 @@ def _view_of_run(
     pages: Pages, sequence: int, head: int, run: Run, start: int, looking: Looking, scoring: Scoring
 ) -> _View:
     q, anchor_q = _by_head(looking, pages.table.shape[1])
-    listed = torch.arange(int(pages.lengths[sequence, head]) + start + len(q))
+    listed = torch.arange(int(pages.lengths[sequence, head]) + (0 if looking.certain else start + len(q)))
     both = q[:, head], anchor_q[:, head]
     return _View(pages, sequence, head, *both, looking.anchors, start, listed, scoring, run)
 
@@ -293,10 +294,20 @@ def _fold(view: _View, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         lse.copy_((top + total.log2()).view(lse.shape))
 
 
-def _weigh(view: _View, lse: torch.Tensor, mass_: torch.Tensor) -> None:
-    """Adds to ``mass`` (tokens,) what queries with ``lse`` (n, groups) give."""
+def _weigh(view: _View, lse: torch.Tensor, mass_: torch.Tensor, giving: str) -> None:
+    """Puts together in ``mass`` (tokens,) what queries with ``lse`` (n, groups) give."""
+    n, groups = lse.shape
+    seen = view.pages.tokens[view.sequence] + view.first + 1 + torch.arange(n).repeat_interleave(groups).view(-1, 1)
+    if view.scoring.window is not None:
+        seen = seen.clamp(max=view.scoring.window)
     for scores, _, places in view.blocks():
-        mass_[places] += (scores - lse.reshape(-1, 1)).exp2().sum(0)
+        weights = (scores - lse.reshape(-1, 1)).exp2()
+        if giving == "sum":
+            mass_[places] += weights.sum(0)
+        elif giving == "max":
+            mass_[places] = mass_[places].maximum(weights.amax(0))
+        else:
+            mass_[places] += (weights * seen >= 1).sum(0)
 
 
 def append(pages: Pages, rows: Rows, k: torch.Tensor, v: torch.Tensor | None) -> None:
@@ -336,12 +347,38 @@ def attend(
         _fold(view, out[:, heads], None if lse is None else lse[:, heads])
 
 
+def join(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
+    top = torch.maximum(lse, other_lse)
+    own, others = (lse - top).exp2(), (other_lse - top).exp2()
+    total = own + others
+    found = other_lse > -torch.inf
+    both = out * (own / total)[..., None] + other * (others / total)[..., None]
+    out.copy_(torch.where(found[..., None], both, out))
+    lse.copy_(torch.where(found, top + total.log2(), lse))
+
+
+def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
+    of_heads = matrices.repeat_interleave(x.shape[1] // len(matrices), 0)
+    for row, sums in zip(x, out, strict=True):  # each alone, so that its bits are its own
+        sums.copy_((row[:, None] @ of_heads)[:, 0])
+
+
 def weigh_rows(
-    pages: Pages, rows: Rows, looking: Looking, lse: torch.Tensor, mass_: torch.Tensor, scoring: Scoring
+    pages: Pages,
+    rows: Rows,
+    looking: Looking,
+    lse: torch.Tensor,
+    mass_: torch.Tensor,
+    scoring: Scoring,
+    giving: str,
+    last: int,
 ) -> None:
     groups = lse.shape[1] // pages.table.shape[1]
+    counts = (rows.places[:, 1] % PAGE + last >= PAGE).tolist()
     for row, head, view in _views_of_rows(pages, rows, looking, scoring):
-        _weigh(view, lse[row : row + 1, head * groups : (head + 1) * groups], mass_[view.sequence, head])
+        if counts[row]:
+            of_head = lse[row : row + 1, head * groups : (head + 1) * groups]
+            _weigh(view, of_head, mass_[view.sequence, head].view(-1), giving)
 
 
 def weigh(
@@ -353,11 +390,12 @@ def weigh(
     lse: torch.Tensor,
     mass_: torch.Tensor,
     scoring: Scoring,
+    giving: str,
 ) -> None:
     groups = lse.shape[1] // pages.table.shape[1]
     for head in range(pages.table.shape[1]):
         view = _view_of_run(pages, sequence, head, run, start, looking, scoring)
-        _weigh(view, lse[:, head * groups : (head + 1) * groups], mass_[head])
+        _weigh(view, lse[:, head * groups : (head + 1) * groups], mass_[head], giving)
 
 
 # ---- what is kept ----

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from tightfit.errors import UsageError
+from tightfit.kernels.codec import Codec
 from tightfit.kv.budgets import BUDGETS
 
 if TYPE_CHECKING:
@@ -42,15 +43,20 @@ class Method:
 class Seen:
     """What an evictor may judge tokens by, of one layer and sequence.
 
-    ``mass`` (kv_heads, n) float32 is the attention that each token received from the queries that were observed, summed
-    over the heads of its group; ``positions`` (kv_heads, n) int32; ``counts`` of the n are there in each head, and
-    ``tokens`` came so far. Tokens are in the order of their positions.
+    ``mass`` (kv_heads, n) float32 is the attention that each token received from the queries that were observed, put
+    together over them and over the heads of its group as the evictor's ``fold`` says; ``positions`` (kv_heads, n)
+    int32; ``counts`` of the n are there in each head. With each query that was observed, from position ``since`` on,
+    ``groups`` heads look at a token. ``tokens`` came so far, of which the first ``prompt`` are not generated: they are
+    of the last prompt, or came before it. Tokens are in the order of their positions.
     """
 
     mass: torch.Tensor
     positions: torch.Tensor
     counts: list[int]
+    groups: int
+    since: int
     tokens: int
+    prompt: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,11 @@ class Evictor(Method):
     roles: ClassVar[tuple[str, ...]] = ("tokens",)
     observes: ClassVar[str] = "nothing"  # "all" queries, or the "last" ones, `window` of them
     window: ClassVar[int] = 0
+    # How what queries give to a token is put together: its "sum", the "max" that one of them gives, or the "votes": how
+    # many give it at least what they would if they looked alike at all tokens that came.
+    fold: ClassVar[str] = "sum"
     anchors: ClassVar[int] = 0
+    selective: ClassVar[bool] = False  # whether it may keep fewer than `keep`: it judges whenever tokens are certain
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -86,7 +96,8 @@ class Evictor(Method):
         return 0, 0
 
     def scores(self, seen: Seen) -> torch.Tensor:
-        """(kv_heads, n) float32: those with the highest stay. It may write to ``seen.mass``."""
+        """(kv_heads, n) float32: those with the highest stay, and none with minus infinity. It may write to
+        ``seen.mass``."""
         raise NotImplementedError
 
 
@@ -188,6 +199,18 @@ class Rest(Method):
         """Attention of ``q`` (n, heads, key_dim) over the states (sequences, kv_heads, numbers) of their sequences
         ``slots`` (n,) int32, into ``out`` (n, heads, value_dim) and ``lse`` (n, heads), -inf where there is nothing
         yet. Computes with operations alone, each row by itself."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Demoter(Evictor):
+    """An evictor whose tokens are not gone when they leave: they go on in a lower store (:mod:`tightfit.kv.lower`), and
+    queries see them there. Layers with a sliding window have none, and keep all that it shows as it is."""
+
+    def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
+        """How a layer's lower store keeps keys and values; numbers of the cache's own type take ``as_they_are`` bits.
+        If these have fewer features than the layer's, the store's matrices say which (they are zeros when it is
+        made)."""
         raise NotImplementedError
 
 

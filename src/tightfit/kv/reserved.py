@@ -13,6 +13,8 @@ from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, LayerLayout
 from tightfit.kv.cache import place
 from tightfit.kv.compose import Composition
+from tightfit.kv.lower import LowerStore
+from tightfit.kv.method import Demoter
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,22 @@ class Reserved:
         keep = min(evictor.kept(tokens), tokens)
         of_layers = budgets.of_layers(evictor.budget, keep, len(own), sum(evictor.protected(keep)), tokens)
         of_owners = dict(zip(own, of_layers, strict=True))
-        return [of_owners[owner] for owner in self.owners]
+        return [tokens if self._all_of_window(owner) else of_owners[owner] for owner in self.owners]
+
+    def _all_of_window(self, layer: int) -> bool:
+        """Whether a layer keeps what its window shows, whatever the evictor does elsewhere."""
+        return isinstance(self.composition.evictor, Demoter) and self.layouts[layer].window is not None
+
+    def lower(self, layer: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int) -> LowerStore | None:
+        """The lower store of a layer, as :meth:`pages`, if its evictor has one."""
+        evictor, layout = self.composition.evictor, self.layouts[layer]
+        if not isinstance(evictor, Demoter) or self._all_of_window(layer):
+            return None
+        most = self.context - self.sizes[layer].kept
+        longest = self.context if self.ragged else max(most, PAGE)
+        kept = LowerStore(evictor, layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes)
+        self.file_bytes = kept.end
+        return kept
 
     @property
     def _has_codes(self) -> bool:

@@ -24,8 +24,8 @@ using Strided = std::tuple<uintptr_t, size_t, size_t>;          // address, stri
 using Ragged = std::tuple<uintptr_t, uintptr_t, size_t>;        // places, paths, their stride
 using RunOf = std::tuple<uintptr_t, uintptr_t, size_t, size_t>; // keys, values, slots, tokens
 using Scores = std::tuple<size_t, float, size_t, float, uintptr_t>;  // heads, scale, window, softcap, sinks
-// q, anchor_q, anchors, what is chosen and how many for each head, from which token on all is
-using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t, uintptr_t>;
+// q, anchor_q, anchors, what is chosen and how many for each head, from which token on all is, whether only what is certain
+using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t, uintptr_t, bool>;
 
 template <class T>
 Block<T> block(const Strided& of) {
@@ -39,7 +39,7 @@ Run run_of(const RunOf& of) {
 }
 Looking looking_of(const Views& of) {
     return {block<const float>(std::get<0>(of)), block<const float>(std::get<1>(of)), std::get<2>(of),
-            at<const int32_t>(std::get<3>(of)), std::get<4>(of), at<const int32_t>(std::get<5>(of))};
+            at<const int32_t>(std::get<3>(of)), std::get<4>(of), at<const int32_t>(std::get<5>(of)), std::get<6>(of)};
 }
 
 // The same of rows that decode, whose listed tokens must be certain ones.
@@ -57,11 +57,12 @@ Looking looking_of(const Views& of, const Pages& pages, const Place* places, siz
 }
 Paths paths_of(const Ragged& of) { return {at<const int32_t>(std::get<1>(of)), std::get<2>(of), nullptr}; }
 
-const Place* places_of(const Pages& pages, const Ragged& of, size_t count) {
+const Place* places_of(const Pages& pages, const Ragged& of, size_t count, bool certain = false) {
     const Place* places = at<const Place>(std::get<0>(of));
     for (size_t i = 0; i < count; i++) {
         if (places[i].sequence < 0 || static_cast<size_t>(places[i].sequence) >= pages.sequences)
             throw nb::index_error("a sequence outside of the cache");
+        if (certain) continue;
         const int32_t order = places[i].position - pages.tokens[places[i].sequence];
         if (order < 0) throw nb::index_error("a token that is in the cache already");
         for (size_t h = 0; h < pages.kv_heads; h++) {
@@ -82,6 +83,18 @@ void check_sequence(const Pages& pages, size_t sequence) {
 
 void tightfit::bind_pages(nb::module_& m) {
     m.attr("PAGE") = PAGE;
+    m.def("join", [](const Strided& out, const std::tuple<uintptr_t, size_t>& lse, const Strided& other,
+                     const std::tuple<uintptr_t, size_t>& other_lse, size_t rows, size_t heads, size_t dim) {
+        nb::gil_scoped_release release;
+        join(block<float>(out), {at<float>(std::get<0>(lse)), std::get<1>(lse)}, block<const float>(other),
+             {at<const float>(std::get<0>(other_lse)), std::get<1>(other_lse)}, rows, heads, dim);
+    });
+    m.def("project", [](const Strided& x, size_t rows, size_t heads, uintptr_t matrices,
+                        const std::tuple<size_t, size_t, size_t>& shape, const Strided& out) {
+        nb::gil_scoped_release release;
+        const auto& [kv_heads, from, to] = shape;
+        project(block<const float>(x), rows, heads, at<const float>(matrices), kv_heads, from, to, block<float>(out));
+    });
     m.def("page_bytes", [](size_t bits, size_t dim, bool per_channel) { return Codec{bits, dim, per_channel}.page_bytes(); });
     nb::class_<Pages>(m, "Pages")
         .def(nb::new_([](const std::string& kind, const std::tuple<size_t, size_t, size_t, size_t>& sizes,
@@ -119,7 +132,7 @@ void tightfit::bind_pages(nb::module_& m) {
         .def("attend_rows", [](const Pages& p, const Ragged& places, size_t rows, const Views& views, const Strided& out,
                                const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, uintptr_t scratch,
                                size_t threads) {
-            const Place* where = places_of(p, places, rows);
+            const Place* where = places_of(p, places, rows, std::get<6>(views));
             const Looking looking = looking_of(views, p, where, rows);
             nb::gil_scoped_release release;
             attend_rows(p, where, paths_of(places), rows, looking, block<float>(out),
@@ -140,22 +153,22 @@ void tightfit::bind_pages(nb::module_& m) {
             return weigh_scratch(p, rows, heads, threads);
         })
         .def("weigh_rows", [](const Pages& p, const Ragged& places, size_t rows, const Views& views,
-                              const std::tuple<uintptr_t, size_t>& lse, const Scores& scores,
+                              const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, int giving, size_t last,
                               const std::tuple<uintptr_t, size_t>& mass, uintptr_t scratch, size_t threads) {
             const Place* where = places_of(p, places, rows);
             const Looking looking = looking_of(views, p, where, rows);
             nb::gil_scoped_release release;
             weigh_rows(p, where, paths_of(places), rows, looking,
-                       {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores),
+                       {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), Giving{giving}, last,
                        {at<float>(std::get<0>(mass)), std::get<1>(mass)}, at<uint8_t>(scratch), threads);
         })
         .def("weigh", [](const Pages& p, size_t sequence, const RunOf& run, size_t start, size_t count, const Views& views,
-                         const std::tuple<uintptr_t, size_t>& lse, const Scores& scores,
+                         const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, int giving,
                          const std::tuple<uintptr_t, size_t>& mass, uintptr_t scratch, size_t threads) {
             check_sequence(p, sequence);
             nb::gil_scoped_release release;
             weigh(p, sequence, run_of(run), start, count, looking_of(views),
-                  {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores),
+                  {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), Giving{giving},
                   {at<float>(std::get<0>(mass)), std::get<1>(mass)}, at<uint8_t>(scratch), threads);
         })
         .def("keep_scratch", &keep_scratch)

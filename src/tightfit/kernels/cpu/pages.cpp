@@ -1,6 +1,7 @@
 #include "pages.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cerrno>
 #include <cmath>
 #include <cstdlib>
@@ -110,6 +111,7 @@ struct PageRows final : Source {
     Head head_of(size_t row, size_t head) const { return {p, static_cast<size_t>(places[row].sequence), head}; }
     // How many tokens that are not certain a row sees, its own included.
     size_t tail(size_t row) const {
+        if (looking.certain) return 0;
         if (paths.list) return paths.length(row);
         return static_cast<size_t>(places[row].position - p.tokens[places[row].sequence]) + 1;
     }
@@ -207,6 +209,7 @@ struct PagePrefill final : PrefillSource {
         head.add(std::max(anchors, static_cast<size_t>(lows[0])), length, {}, all, q, 0, out);
 
         const size_t each = run.slots * itemsize(p.kind), stride = p.shared() ? p.key_dim : p.value_dim;
+        if (looking.certain) return;
         const HeadCache own{p.kind, run.keys + h * each * p.key_dim, run.values + h * each * stride, run.slots, p.key_dim,
                             p.value_dim, stride};
         Queries causal = queries;
@@ -221,22 +224,28 @@ struct PagePrefill final : PrefillSource {
 
 // ---- what tokens are given ----
 
-// mass[token - from] += what the rows of a stretch give to each of its tokens.
-void weigh_stretch(const Stretch& stretch, const float* lse, float scale, float* scratch, float* mass) {
+// Puts together in mass[token - from] what the rows of a stretch give to each of its tokens.
+void weigh_stretch(const Stretch& stretch, const float* lse, float scale, Giving giving, float* scratch, float* mass) {
     const size_t rows = stretch.queries.rows;
     float* q = scratch + round_up(fold_scratch(rows, stretch.head.key_dim, stretch.head.value_dim, true), 16);
     load_queries(stretch, rows, scale, q);
-    attention_kernels().weigh(stretch.head, stretch.queries, q, stretch.from, stretch.to, lse, scratch, mass);
+    attention_kernels().weigh(stretch.head, stretch.queries, q, stretch.from, stretch.to, lse, giving, scratch, mass);
 }
 
-// mass[token] += what the rows of a stretch of listed tokens give to each.
-void weigh_listed(const Stretch& stretch, const float* lse, float scale, float* scratch, float* mass) {
+// What a row's softmax divides by, or for votes the weight that is one: that of each of `seen` tokens if they were alike.
+float divisor(float lse, Giving giving, size_t seen) {
+    return giving == Giving::votes ? lse - std::log2(static_cast<float>(seen)) : lse;
+}
+
+// What the rows of a stretch of listed tokens give to each, put together in mass[token].
+void weigh_listed(const Stretch& stretch, const float* lse, float scale, Giving giving, float* scratch, float* mass) {
     for (size_t at = stretch.from; at < stretch.to; at += KEY_BLOCK) {
         Stretch block = stretch;
         block.from = at, block.to = std::min(at + KEY_BLOCK, stretch.to);
-        float given[KEY_BLOCK] = {};
-        weigh_stretch(block, lse, scale, scratch, given);
-        for (size_t i = at; i < block.to; i++) mass[stretch.head.token(i)] += given[i - at];
+        float given[KEY_BLOCK];
+        for (size_t i = at; i < block.to; i++) given[i - at] = mass[stretch.head.token(i)];
+        weigh_stretch(block, lse, scale, giving, scratch, given);
+        for (size_t i = at; i < block.to; i++) mass[stretch.head.token(i)] = given[i - at];
     }
 }
 
@@ -539,19 +548,54 @@ void attend(const Pages& pages, size_t sequence, const Run& run, size_t start, s
     attend(source, count, out, lse, attention, bf16, scratch, threads);
 }
 
+void join(Block<float> out, Rows<float> lse, Block<const float> other, Rows<const float> other_lse, size_t rows,
+          size_t heads, size_t dim) {
+    for (size_t r = 0; r < rows; r++)
+        for (size_t h = 0; h < heads; h++) {
+            const float here = lse[r][h], there = other_lse[r][h], top = std::max(here, there);
+            if (there == -__builtin_inff()) continue;
+            float own = std::exp2(here - top), others = std::exp2(there - top);
+            const float total = own + others;
+            own /= total, others /= total;
+            float* sum = out.at(r, h);
+            const float* more = other.at(r, h);
+            for (size_t d = 0; d < dim; d++) sum[d] = sum[d] * own + more[d] * others;
+            lse[r][h] = top + std::log2(total);
+        }
+}
+
+void project(Block<const float> x, size_t rows, size_t heads, const float* matrices, size_t kv_heads, size_t from, size_t to,
+             Block<float> out) {
+    for (size_t r = 0; r < rows; r++)
+        for (size_t h = 0; h < heads; h++) {
+            const float* matrix = matrices + h / (heads / kv_heads) * from * to;
+            const float* in = x.at(r, h);
+            float* sums = out.at(r, h);
+            std::fill(sums, sums + to, 0.0f);
+            for (size_t i = 0; i < from; i++, matrix += to)
+                for (size_t o = 0; o < to; o++) sums[o] += in[i] * matrix[o];
+        }
+}
+
 size_t weigh_scratch(const Pages& p, size_t rows, size_t heads, size_t threads) {
     const size_t groups = heads / p.kv_heads, at_once = std::max(WEIGHED_ROWS / groups, size_t(1));
     return std::min(threads, p.kv_heads) * weigh_floats(p, std::min(at_once, rows) * groups) * sizeof(float);
 }
 
 void weigh_rows(const Pages& p, const Place* places, const Paths& paths, size_t rows, const Looking& looking,
-                Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads) {
+                Rows<const float> lse, const Attention& attention, Giving giving, size_t last, Rows<float> mass,
+                uint8_t* scratch, size_t threads) {
     const PageRows source(p, places, paths, looking, attention.heads, attention.window);
     const size_t groups = source.groups, each = weigh_floats(p, groups), workers = std::min(threads, p.kv_heads);
     parallel_for(workers, workers, [&](size_t worker) {
         float* own = reinterpret_cast<float*>(scratch) + worker * each;
+        float* sums = own + each - round_up(groups, 16);
         for (size_t h = worker; h < p.kv_heads; h += workers)
             for (size_t row = 0; row < rows; row++) {
+                const auto position = static_cast<size_t>(places[row].position);
+                if (position % PAGE + last < PAGE) continue;
+                for (size_t g = 0; g < groups; g++)
+                    sums[g] = divisor(lse[row][h * groups + g], giving, std::min(position + 1, attention.window));
                 const auto sequence = static_cast<size_t>(places[row].sequence);
                 float* to = mass[sequence * p.kv_heads + h];
                 const Source::Seen seen = source.seen(row, h);
@@ -559,19 +603,19 @@ void weigh_rows(const Pages& p, const Place* places, const Paths& paths, size_t 
                 source.stretches(row, h, seen.low, seen.end,
                                  {groups, groups, 0, attention.window, attention.softcap * LOG2_E}, stretches);
                 for (const Stretch& stretch : stretches) {
-                    const float* sums = lse[row] + h * groups;
                     if (stretch.head.tokens) {
-                        weigh_listed(stretch, sums, attention.scale * LOG2_E, own, to);
+                        weigh_listed(stretch, sums, attention.scale * LOG2_E, giving, own, to);
                         continue;
                     }
                     if (!stretch.head.chosen) {
-                        weigh_stretch(stretch, sums, attention.scale * LOG2_E, own, to + stretch.from);
+                        weigh_stretch(stretch, sums, attention.scale * LOG2_E, giving, own, to + stretch.from);
                         continue;
                     }
                     for (size_t at = stretch.from; at < stretch.to; at += PAGE) {  // each page in its own place
                         Stretch page = stretch;
                         page.from = at, page.to = std::min(at + PAGE, stretch.to);
-                        weigh_stretch(page, sums, attention.scale * LOG2_E, own, to + stretch.head.listed(at / PAGE) * PAGE);
+                        weigh_stretch(page, sums, attention.scale * LOG2_E, giving, own,
+                                      to + stretch.head.listed(at / PAGE) * PAGE);
                     }
                 }
             }
@@ -579,10 +623,12 @@ void weigh_rows(const Pages& p, const Place* places, const Paths& paths, size_t 
 }
 
 void weigh(const Pages& p, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
-           Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads) {
+           Rows<const float> lse, const Attention& attention, Giving giving, Rows<float> mass, uint8_t* scratch,
+           size_t threads) {
     const PagePrefill source(p, sequence, run, start, looking, attention.heads, attention.window);
     const size_t groups = source.groups, at_once = std::min(count, std::max(WEIGHED_ROWS / groups, size_t(1)));
     const size_t each = weigh_floats(p, at_once * groups), workers = std::min(threads, p.kv_heads);
+    const size_t first = static_cast<size_t>(p.tokens[sequence]) + start;  // the position of the first of them
     parallel_for(workers, workers, [&](size_t worker) {
         float* own = reinterpret_cast<float*>(scratch) + worker * each;
         float* sums = own + each - 2 * round_up(at_once * groups, 16);
@@ -591,11 +637,13 @@ void weigh(const Pages& p, size_t sequence, const Run& run, size_t start, size_t
             const size_t length = Head(p, sequence, h).length();
             for (size_t at = 0; at < count; at += at_once) {
                 const size_t tokens = std::min(at_once, count - at), rows = tokens * groups;
-                for (size_t r = 0; r < rows; r++) sums[r] = lse[at + r / groups][h * groups + r % groups];
+                for (size_t r = 0; r < rows; r++)
+                    sums[r] = divisor(lse[at + r / groups][h * groups + r % groups], giving,
+                                      std::min(first + at + r / groups + 1, attention.window));
                 Stretches stretches;
                 source.stretches(at, h, {rows, groups, 0, attention.window, attention.softcap * LOG2_E}, lows, stretches);
                 for (const Stretch& stretch : stretches)
-                    weigh_stretch(stretch, sums, attention.scale * LOG2_E, own,
+                    weigh_stretch(stretch, sums, attention.scale * LOG2_E, giving, own,
                                   mass[h] + stretch.from + (stretch.head.table ? 0 : length));
             }
         }

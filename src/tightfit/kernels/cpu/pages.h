@@ -103,13 +103,15 @@ struct Run {
 
 // How rows look at pages. The first `anchors` tokens are always seen, by `anchor_q` if that is not null: queries turned to
 // the places that they have in the cache. Of `chosen` (rows, kv_heads, listed), in order and then -1, each row sees only
-// those: pages of the ones that have bounds, or with `since` (rows, kv_heads), tokens of the certain ones before that.
+// those: pages of the ones that have bounds, or with `since` (rows, kv_heads), tokens of the certain ones before that. With
+// `certain`, rows see nothing that is not: neither what decodes, their own token included, nor the run.
 struct Looking {
     Block<const float> q, anchor_q;
     size_t anchors = 0;
     const int32_t* chosen = nullptr;
     size_t listed = 0;
     const int32_t* since = nullptr;
+    bool certain = false;
 };
 
 // Writes new tokens behind the certain ones, at places counted as if none had been let go.
@@ -126,13 +128,29 @@ size_t attend_scratch(const Pages& pages, size_t count, size_t heads, bool bf16,
 void attend(const Pages& pages, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
             Block<float> out, Rows<float> lse, const Attention& attention, bool bf16, uint8_t* scratch, size_t threads);
 
-// mass (kv_heads, stride of `mass`) += what each token is given by `count` rows that decode, or by as many tokens of the
-// run from `start` on; tokens of the run are counted behind those that are certain. `mass` starts with the sequence.
+// How what rows give to a token is put together: its sum, the most that one of them gives, or how many give it at least
+// what they would if they looked alike at all tokens up to their own.
+enum class Giving { sum, most, votes };
+
+// Puts together in `mass` (kv_heads, stride of `mass`) what each token is given by `count` rows that decode, or by as many
+// tokens of the run from `start` on; tokens of the run are counted behind those that are certain. Of rows that decode only
+// those count that are among the `last` of each PAGE places. `mass` starts with the sequence.
 size_t weigh_scratch(const Pages& pages, size_t rows, size_t heads, size_t threads);
 void weigh_rows(const Pages& pages, const Place* places, const Paths& paths, size_t rows, const Looking& looking,
-                Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads);
+                Rows<const float> lse, const Attention& attention, Giving giving, size_t last, Rows<float> mass,
+                uint8_t* scratch, size_t threads);
 void weigh(const Pages& pages, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
-           Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads);
+           Rows<const float> lse, const Attention& attention, Giving giving, Rows<float> mass, uint8_t* scratch,
+           size_t threads);
+
+// Attention over two sets of tokens from that over each: `out` (rows, heads, dim) and its `lse` become those of both. Where
+// the logarithm is minus infinity, nothing was seen.
+void join(Block<float> out, Rows<float> lse, Block<const float> other, Rows<const float> other_lse, size_t rows,
+          size_t heads, size_t dim);
+
+// out (rows, heads, to) = x (rows, heads, from) times that of `matrices` (kv_heads, from, to) of each head's group.
+void project(Block<const float> x, size_t rows, size_t heads, const float* matrices, size_t kv_heads, size_t from, size_t to,
+             Block<float> out);
 
 // What happens to a sequence when tokens become certain: those of `run` are added, all but counts[head] `indices` (kv_heads,
 // stride) are let go, if that is not null, all but the last `recent` are coded page by page where pages have codes, and all
