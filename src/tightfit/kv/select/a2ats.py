@@ -41,7 +41,7 @@ class A2ATS(Selector, Fitted):
     """
 
     codes: int = 256
-    distance: int = 1024
+    distance: int = 256
     window: int = 64
     sinks: int = 8
 
