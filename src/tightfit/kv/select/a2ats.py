@@ -38,6 +38,10 @@ class A2ATS(Selector, Fitted):
 
     What is read is attended to from where it really stands, by exact keys; the paper attends from that distance too.
     Heads of a group read together what any of them would give most. Codebooks are found by `tightfit fit`.
+
+    On the embedded model 256 of 2000 tokens diverge half as much as pages of quest do (0.023 nats, 0.049), whose bounds
+    take twice the bytes of codes in 32 bits, the codebook aside; but they answer 6 look-ups of 12, where quest answers
+    7 and all tokens 11. At a distance of 1024 it diverges more than quest.
     """
 
     codes: int = 256

@@ -30,6 +30,9 @@ class Alisa(Selector):
     Left out is the paper's schedule, which keeps, moves or deletes tokens and computes deleted ones again, by what that
     costs: to compute keys and values again takes what went into their layer, which a cache never sees, or the whole
     prompt once more. What lies in a file is what ``host`` says.
+
+    On the embedded model a fifth of 2000 tokens finds more than a window with as many (5 look-ups of 12, 3), but
+    diverges more (0.12 nats, 0.06): its queries seldom look at what the last ones did.
     """
 
     local: float = 0.5

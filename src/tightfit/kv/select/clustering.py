@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Clustering(Selector):
     """Keys are clustered by their cosines, ``size`` tokens to a cluster on average, in so many ``iterations``."""
 
-    size: int = 80
+    size: int = 20
     iterations: int = 10
 
     def __post_init__(self) -> None:

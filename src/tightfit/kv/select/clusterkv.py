@@ -27,7 +27,11 @@ class ClusterKV(Clustering):
     ``sinks`` first tokens, and the clusters whose centroids have the largest products with any query of a group, up to
     ``tokens`` tokens of which the last cluster may be cut; and all that is not clustered yet.
 
-    The paper keeps clusters of the last steps on the device; here the system's page cache does that for the file.
+    The paper has clusters of 80, and keeps those of the last steps on the device; here what lies in a file is read
+    again, from the system's page cache as far as that has it.
+
+    On the embedded model 256 of 2000 tokens in clusters of 10 diverge less than pages of quest (0.003 nats, 0.049), and
+    answer 10 look-ups of 12 where quest answers 7, snapkv 2 and all tokens 11; clusters of 80 are too coarse there (2).
     """
 
     every: int = 320
