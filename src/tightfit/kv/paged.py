@@ -122,7 +122,7 @@ class PagedCache(BaseCache):
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
-        self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena))
+        self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena, known))
         self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
         widths = [size.table_pages * PAGE for size in reserved.sizes]
         self.observed: Observed | None = None  # by what tokens are judged
@@ -170,12 +170,13 @@ class PagedCache(BaseCache):
             found.append(Resting(rest, layer, self.layouts[layer], self.sequences, arena))
         return found
 
-    def _selecting(self, layer: int, arena: Arena) -> Selecting | None:
+    def _selecting(self, layer: int, arena: Arena, known: Known) -> Selecting | None:
         selector = self.reserved.of_layers[layer].selector
         if selector is None or not self.reserved.selects(layer):
             return None
         most = self.reserved.sizes[layer].table_pages * PAGE
-        return selector.select(Where(self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena))
+        of_layer = layer, self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena
+        return selector.select(Where(*of_layer, known.tensors.get(selector.name)))
 
     @property
     def _selections(self) -> list[Selecting]:
@@ -589,14 +590,14 @@ class PagedCache(BaseCache):
                 given[..., : indices.shape[1]] = given.gather(2, places)
         else:
             keep(run)
-        if selecting is not None:
-            selecting.settled(slot, now, ws)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
             kept.positions[slot, head, length : length + len(ahead)] = ahead  # where the next tokens will be
         if self.observed is not None and given is not None:
             self.observed.keep(layer, slot, given, counts)
+        if selecting is not None:
+            selecting.settled(slot, now, ws)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,14 +18,16 @@ from tightfit.kv.base import LayerLayout
 @dataclass(frozen=True)
 class Where:
     """A layer that is selected from: ``most`` tokens of each head at most, of which ``tail`` may be tentative, and the
-    arena that state is made in."""
+    arena that state is made in. ``known`` is what the method knows of the model, or None where it is only planned."""
 
+    layer: int
     pages: Pages
     layout: LayerLayout
     sequences: int
     most: int
     tail: int
     arena: Arena
+    known: Mapping[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
