@@ -5,7 +5,9 @@ is computed."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import os
 import random
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +45,31 @@ def scratch() -> Workspace:
     return Workspace(Arena(64 << 20))
 
 
+# Codecs that have more than a scale and a minimum.
+SCHEMES: dict[str, dict[str, int]] = {
+    "plain": {},
+    "token": {"group": 1 << 10, "affine": True},
+    "residual": {"rank": 2, "outliers": 7, "affine": True},
+    "coupled": {"coupled": 8},
+}
+
+
+def codec_of(scheme: str, bits: int, dim: int, per_channel: bool, wide: int) -> Codec:
+    settings = SCHEMES[scheme] | ({"wide": wide} if scheme == "residual" else {})
+    if bits >= 16 or scheme == "plain":
+        return Codec(bits, dim, per_channel)
+    if scheme == "coupled":
+        settings = {"coupled": next(n for n in (8, 4, 2, 1) if dim % n == 0)}
+    return Codec(bits, dim, per_channel, **settings)  # type: ignore[arg-type]
+
+
+def table_of(codec: Codec, tables: int, kv_heads: int) -> torch.Tensor | None:
+    side = torch.randn(tables, kv_heads, codec.side)
+    if codec.affine:
+        side[..., codec.dim : 2 * codec.dim] = side[..., codec.dim : 2 * codec.dim].abs() + 0.1
+    return side if codec.side else None
+
+
 @dataclass(frozen=True)
 class Case:
     """A store of pages, and how queries look at it."""
@@ -56,6 +83,7 @@ class Case:
     pool: bool = False  # whether there are coded pages in memory
     key_bits: int = 16
     value_bits: int = 16
+    scheme: str = "plain"
     channels: int | None = None  # how many of the keys' channels coded pages have
     file: bool = False
     positions: bool = False
@@ -75,7 +103,10 @@ class Case:
     def codecs(self) -> tuple[Codec, Codec]:
         as_it_is = 8 * self.dtype.itemsize
         bits = [as_it_is if bits >= 16 else bits for bits in (self.key_bits, self.value_bits)]
-        return Codec(bits[0], self.channels or self.key_dim, True), Codec(bits[1], self.value_dim, False)
+        dims, wide = (self.channels or self.key_dim, self.value_dim), self.dtype.itemsize
+        kinds = zip(bits, dims, (True, False), strict=True)
+        keys, values = (codec_of(self.scheme, *kind, wide) for kind in kinds)
+        return keys, values
 
     def scoring(self) -> Scoring:
         torch.manual_seed(self.seed)
@@ -107,6 +138,7 @@ def cases(draw: st.DrawFn) -> Case:
         pool=pool,
         key_bits=draw(st.sampled_from([2, 4, 8, 16])) if codes else 16,
         value_bits=draw(st.sampled_from([2, 4, 8, 16])) if codes else 16,
+        scheme=draw(st.sampled_from(list(SCHEMES))),
         channels=draw(st.none() | st.integers(1, key_dim)) if codes and not shared else None,
         file=file,
         positions=draw(st.booleans()),
@@ -175,9 +207,14 @@ class Store:
             file=self.file.fileno() if self.file else -1,
             keys_at=4096,
             values_at=4096 + file_pages * key_codec.page_bytes,
+            key_side=table_of(key_codec, 1 if key_codec.coupled else SEQUENCES, case.kv_heads),
+            value_side=table_of(value_codec, 1 if value_codec.coupled else SEQUENCES, case.kv_heads),
         )
+        tables = [table.clone() for table in self.pages.tables]
         for sequence in range(SEQUENCES):
             self.pages.reset(sequence)
+        for table, before in zip(self.pages.tables, tables, strict=True):
+            table.copy_(before)
         nothing = torch.empty(0, case.key_dim), torch.empty(0, case.value_dim), torch.empty(0, dtype=torch.int32)
         self.held = [[Tokens(*nothing) for _ in range(case.kv_heads)] for _ in range(SEQUENCES)]
 
@@ -239,8 +276,9 @@ class Store:
         if self.pages.channels is not None:
             channels = self.pages.channels[sequence, head].long()
         key = torch.zeros_like(k)
-        key[:, channels] = _coded(key_codec, dtype, k[:, channels])
-        return key, v if self.case.shared else _coded(value_codec, dtype, v)
+        key_side, value_side = pages_reference._sides(self.pages, sequence, head)
+        key[:, channels] = _coded(key_codec, dtype, k[:, channels], key_side)
+        return key, v if self.case.shared else _coded(value_codec, dtype, v, value_side)
 
     def check(self, sequence: int, tail: int) -> None:
         """Every token holds what it must, and each page is either free or one head's, of which there are as many as are
@@ -342,9 +380,11 @@ class Store:
         head: int,
         behind: tuple[torch.Tensor, torch.Tensor],
         listed: torch.Tensor | None = None,
+        since: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The definition in float64, of one row and key-value head that sees the certain tokens, or those ``listed`` of
-        them, and those ``behind``, its own being the last: out (groups, value_dim), lse (groups), mass (tokens,)."""
+        the ones before ``since`` (default: that are in whole pages), and those ``behind``, its own being the last: out
+        (groups, value_dim), lse (groups), mass (tokens,)."""
         case, scoring, tokens = self.case, self.case.scoring(), self.held[sequence][head]
         own = int(self.pages.tokens[sequence]) + len(behind[0]) - 1
         positions = tokens.positions if case.positions else torch.arange(len(tokens))
@@ -354,7 +394,7 @@ class Store:
         seen = anchors | (positions > own - (scoring.window or math.inf))
         if listed is not None:
             anchors, seen = torch.zeros(2, len(keys), dtype=torch.bool)
-            seen[listed], seen[len(tokens) // PAGE * PAGE :] = True, True
+            seen[listed], seen[len(tokens) // PAGE * PAGE if since is None else since :] = True, True
         heads = slice(head * case.groups, (head + 1) * case.groups)
         q = looking.q[row, heads].double()
         turned = q if looking.anchor_q is None else looking.anchor_q[row, heads].double()
@@ -370,8 +410,8 @@ class Store:
         return weights @ values, lse[:, 0] / math.log(2), weights.sum(0)
 
 
-def _coded(codec: Codec, dtype: torch.dtype, numbers: torch.Tensor) -> torch.Tensor:
-    return pages_reference.decode(codec, dtype, pages_reference.encode(codec, dtype, numbers))
+def _coded(codec: Codec, dtype: torch.dtype, numbers: torch.Tensor, side: torch.Tensor | None) -> torch.Tensor:
+    return pages_reference.decode(codec, dtype, pages_reference.encode(codec, dtype, numbers, side), side)
 
 
 def _bytes(*shape: int) -> torch.Tensor:
@@ -432,9 +472,53 @@ def test_codes_of_a_page_lie_where_the_format_says() -> None:
     assert minima[5].tolist() == [0, 32]
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_offsets_and_factors_of_channels_are_taken_off_before_and_put_back(per_channel: bool) -> None:
+    codec = Codec(4, 40, per_channel, group=40, affine=True)
+    numbers, side = torch.randn(PAGE, 40), torch.cat([torch.randn(40) * 5, torch.rand(40) * 9 + 0.1])
+    plain = Codec(4, 40, per_channel, group=40)
+    expected = pages_reference.decode(plain, torch.bfloat16, pages_reference.encode(plain, torch.bfloat16, numbers))
+    there = numbers * side[40:] + side[:40]
+    found = pages_reference.decode(
+        codec, torch.bfloat16, pages_reference.encode(codec, torch.bfloat16, there, side), side
+    )
+    assert torch.allclose(found, expected * side[40:] + side[:40], atol=1e-3)
+
+
+def test_outliers_are_exact_and_the_others_are_coded_as_if_they_were_not_there() -> None:
+    torch.manual_seed(0)
+    numbers, places = torch.randn(PAGE, 40).bfloat16().float(), torch.tensor([3, 70, 500, 1279])
+    far = numbers.flatten().scatter(0, places, torch.tensor([50.0, -60, 70, -80])).view_as(numbers)
+    with_outliers, without = Codec(2, 40, False, outliers=4), Codec(2, 40, False)
+    decoded = {
+        codec.outliers: pages_reference.decode(
+            codec, torch.bfloat16, pages_reference.encode(codec, torch.bfloat16, far)
+        )
+        for codec in (with_outliers, without)
+    }
+    assert torch.equal(decoded[4].flatten()[places], far.flatten()[places])
+    others = torch.ones(PAGE * 40, dtype=torch.bool)
+    others[places] = False
+    apart = {count: float((found - far).flatten()[others].square().mean()) for count, found in decoded.items()}
+    assert apart[4] < apart[0] / 2
+    assert with_outliers.page_bytes == without.page_bytes + 64  # 16 bytes, in whole lines
+
+
+def test_what_codes_miss_is_kept_along_directions() -> None:
+    """Along all directions there are nothing is missed, but rounding to float16; along more, less."""
+    torch.manual_seed(0)
+    numbers, basis = torch.randn(PAGE, 24), torch.linalg.qr(torch.randn(24, 24)).Q
+    missed = []
+    for rank in (0, 6, 12, 24):
+        codec, side = Codec(2, 24, True, rank=rank), basis[:rank].flatten()
+        page = pages_reference.encode(codec, torch.float32, numbers, side)
+        missed.append(float((pages_reference.decode(codec, torch.float32, page, side) - numbers).square().mean()))
+    assert missed[0] > missed[1] > missed[2] > 1e3 * missed[3]
+
+
 @compiled
 @given(case=cases())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=16, deadline=None)
 def test_compiled_pages_have_the_bits_of_the_reference(level: str, case: Case) -> None:
     stores = []
     for kernels in (level, cpu.REFERENCE):
@@ -674,6 +758,102 @@ def test_rows_see_the_pages_that_were_chosen(level: str, case: Case, threads: in
             torch.testing.assert_close(lse[row, heads].double(), total, rtol=0, atol=2e-5)
             given[1, head, : len(weights)] += weights
     torch.testing.assert_close(mass.double(), given, rtol=0, atol=2e-5)
+
+
+@levels
+@given(case=cases(), threads=st.integers(1, 3), share=st.sampled_from([0.0, 0.05, 0.5, 1.0]), tree=st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_rows_see_the_tokens_that_are_listed(level: str, case: Case, threads: int, share: float, tree: bool) -> None:
+    case = dataclasses.replace(case, window=None, anchors=0)
+    cpu.use(level)
+    cpu.set_threads(threads)
+    store = Store(case)
+    store.grow(1, 900)
+    rows, k, v = store.append(1, 2)
+    if tree:  # two roots
+        rows = Rows(rows.places, torch.tensor([[0, -1], [1, -1]], dtype=torch.int32))
+    lengths = [len(tokens) for tokens in store.held[1]]
+    listed = torch.full((2, case.kv_heads, max(lengths) + 2), -1, dtype=torch.int32)
+    since = torch.zeros(2, case.kv_heads, dtype=torch.int32)
+    for row, head in itertools.product(range(2), range(case.kv_heads)):
+        since[row, head] = lengths[head] - store.random.randint(0, min(40, lengths[head]))
+        some = [i for i in range(int(since[row, head])) if store.random.random() < share]
+        listed[row, head, : len(some)] = torch.tensor(some)
+    looking, (out, lse) = case.looking(2)._replace(listed=listed, since=since), case.results(2)
+    mass = torch.zeros(SEQUENCES, case.kv_heads, TABLE_PAGES * PAGE)
+    given = torch.zeros_like(mass, dtype=torch.double)
+    pages.attend_rows(store.pages, rows, looking, out, lse, scratch(), case.scoring())
+    pages.weigh_rows(store.pages, rows, looking, lse, mass, scratch(), case.scoring())
+    for row, head in itertools.product(range(2), range(case.kv_heads)):
+        own = [row] if tree else list(range(row + 1))
+        some = listed[row, head][listed[row, head] >= 0].long()
+        behind = k[head, own], v[head, own]
+        result, total, weights = store.expected(looking, row, 1, head, behind, some, int(since[row, head]))
+        heads = slice(head * case.groups, (head + 1) * case.groups)
+        torch.testing.assert_close(out[row, heads].double(), result, rtol=0, atol=2e-5)
+        torch.testing.assert_close(lse[row, heads].double(), total, rtol=0, atol=2e-5)
+        given[1, head, : len(weights)] += weights
+    torch.testing.assert_close(mass.double(), given, rtol=0, atol=2e-5)
+
+
+@levels
+@given(case=cases(), threads=st.integers(1, 3), share=st.sampled_from([0.0, 0.6, 1.0]))
+@settings(max_examples=8, deadline=None)
+def test_shares_are_the_softmax_over_the_first_tokens(level: str, case: Case, threads: int, share: float) -> None:
+    cpu.use(level)
+    cpu.set_threads(threads)
+    store = Store(case)
+    store.grow(1, 900)
+    until = torch.tensor([int(len(tokens) * share) for tokens in store.held[1]], dtype=torch.int32)
+    q, found, ws = case.looking(1).q[0], torch.full((case.kv_heads, TABLE_PAGES * PAGE), math.nan), scratch()
+    pages.shares(store.pages, 1, q, until, found, pages.shares_scratch(store.pages, case.heads, ws), case.scoring())
+    for head, count in enumerate(until.tolist()):
+        queries = q[head * case.groups : (head + 1) * case.groups].double()
+        scores = store.held[1][head].k[:count].double() @ queries.T * case.scoring().scale
+        if case.softcap is not None:
+            scores = case.softcap * (scores / case.softcap).tanh()
+        torch.testing.assert_close(found[head, :count].double(), scores.softmax(0).sum(1), rtol=1e-4, atol=1e-6)
+        assert found[head, count:].isnan().all()
+
+
+@compiled
+def test_tokens_that_are_not_there_cannot_be_listed(level: str) -> None:
+    cpu.use(level)
+    case = Case()
+    store = Store(case)
+    store.keep(0, store.run(10), tail=10)
+    looking, (out, lse) = case.looking(1), case.results(1)
+    rows = Rows(torch.tensor([[0, 10]], dtype=torch.int32))
+    for since, some in ((11, [0]), (-1, [0]), (5, [5]), (9, [4, 3]), (9, [3, 3])):
+        listed = torch.full((1, case.kv_heads, 4), -1, dtype=torch.int32)
+        listed[..., : len(some)] = torch.tensor(some)
+        listing = looking._replace(listed=listed, since=torch.full((1, case.kv_heads), since, dtype=torch.int32))
+        with pytest.raises(IndexError):
+            pages.attend_rows(store.pages, rows, listing, out, lse, scratch(), case.scoring())
+
+
+@levels
+def test_of_pages_in_the_file_only_listed_tokens_are_read(level: str) -> None:
+    """Others are made unreadable, in the pages where some are listed too."""
+    cpu.use(level)
+    case = Case(kv_heads=1, dtype=torch.float32, file=True, resident=0)
+    store = Store(case)
+    store.keep(1, store.run(3 * PAGE))
+    p = store.pages
+    listed = [0, 1, 40, 41, 70]
+    for page in range(3):
+        for (at, nbytes), dim in zip(p.file_places(1, 0, page), (case.key_dim, case.value_dim), strict=True):
+            assert nbytes >= PAGE * dim * 4
+            here = [token % PAGE for token in listed if token // PAGE == page]
+            for token in range(PAGE):
+                if token not in range(here[0], here[-1] + 1):
+                    os.pwrite(p.file, b"\xff" * dim * 4, at + token * dim * 4)
+    rows, (out, lse) = store.append(1, 1)[0], case.results(1)
+    looking = case.looking(1)._replace(
+        listed=torch.tensor([[listed]], dtype=torch.int32), since=torch.tensor([[3 * PAGE]], dtype=torch.int32)
+    )
+    pages.attend_rows(p, rows, looking, out, lse, scratch(), case.scoring())
+    assert out.isfinite().all()
 
 
 @levels

@@ -53,7 +53,7 @@ def tolerance(kv: str) -> float:
     """How far logits may be apart, as a share of the largest: sums in another order move a few numbers over the edge
     between two codes, and a few scales over that between two numbers of float16; the more so where few are read."""
     coded = max([share for name, share in (("int8", 2e-4), ("int4", 1e-3), ("int2", 6e-3)) if name in kv], default=0.0)
-    return max(coded * (4 if "quest" in kv else 1), 1e-5)
+    return max(coded * (8 if "recycled" in kv else 4 if "quest" in kv else 1), 1e-5)
 
 
 def check(tiny: Tiny, kv: str, layered: bool) -> None:
@@ -69,9 +69,9 @@ def check(tiny: Tiny, kv: str, layered: bool) -> None:
             return  # rounding decided a vote
         apart.append(float((found - expected).abs().max()))
         token = choose(found, position)
-        # The same token, unless two are as likely as each other.
+        # The same token, unless two are as likely as each other for logits that may be so far apart.
         best, second = offset(expected, position).topk(2).values
-        assert token == choose(expected, position) or float(best - second) < 8 * allowed
+        assert token == choose(expected, position) or float(best - second) < 60 * allowed
         found, expected = run.decode(token), slow.forward([token], decode=True)
     assert statistics.median(apart) < allowed
     assert max(apart) < 30 * allowed

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tightfit.budget.ledger import Arena, Workspace
     from tightfit.kernels.attention import Scoring
     from tightfit.kv.base import LayerLayout, Step
+    from tightfit.kv.fitted import Known
+    from tightfit.kv.lower import LowerStore
+    from tightfit.kv.select.selecting import Selecting, Where
 
 
 class Method:
@@ -47,6 +50,11 @@ class Seen:
     int32; ``counts`` of the n are there in each head. With each query that was observed, from position ``since`` on,
     ``groups`` heads look at a token. ``tokens`` came so far, of which the first ``prompt`` are not generated: they are
     of the last prompt, or came before it. Tokens are in the order of their positions.
+
+    ``keep`` of each head stay, on average; no query sees positions up to ``horizon`` any more. Where both kinds of
+    queries are observed, ``mass`` is from all of them, and ``lately`` (kv_heads, n) from the last ones, those from
+    ``since`` on. ``alike`` (kv_heads, n) float32 is the cosine of each key and the one before it, 0 for the first,
+    where a merger ``compares``.
     """
 
     mass: torch.Tensor
@@ -56,6 +64,10 @@ class Seen:
     since: int
     tokens: int
     prompt: int
+    keep: int
+    horizon: int
+    lately: torch.Tensor | None
+    alike: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class Evictor(Method):
     budget: str = "uniform"
 
     roles: ClassVar[tuple[str, ...]] = ("tokens",)
-    observes: ClassVar[str] = "nothing"  # "all" queries, or the "last" ones, `window` of them
+    observes: ClassVar[str] = "nothing"  # "all" queries, the "last" ones, `window` of them, or "both"
     window: ClassVar[int] = 0
     # How what queries give to a token is put together: its "sum", the "max" that one of them gives, or the "votes": how
     # many give it at least what they would if they looked alike at all tokens that came.
@@ -140,20 +152,100 @@ class Leaving(Protocol):
     @property
     def count(self) -> int: ...
 
+    @property
+    def places(self) -> torch.Tensor:
+        """(n,) int64, ascending: which of the head's tokens they are."""
+
+    def only(self, which: torch.Tensor) -> Leaving:
+        """Those of them that ``which`` (m,) int64 names, ascending."""
+
     def blocks(self) -> Iterator[Tokens]:
         """All of them, in order, some at a time, in scratch memory until the next ones are asked for."""
 
 
+class Judged(NamedTuple):
+    """The tokens of one head as :class:`Seen` had them, (n,) each, after they were judged."""
+
+    stays: torch.Tensor  # (m,) int64, ascending: the places among them of those that stay
+    positions: torch.Tensor
+    mass: torch.Tensor
+    alike: torch.Tensor | None
+    decoding: bool  # they were judged between two tokens that decode, not as part of a prompt
+
+
 @dataclass(frozen=True)
 class Merger(Evictor):
-    """An evictor that puts something of the tokens that are let go of into those that stay."""
+    """An evictor that puts something of the tokens that are let go of into those that stay. It may leave in the arrays
+    of :class:`Seen` what it wants to know again when it merges."""
 
     remembers: ClassVar[int] = 0  # numbers of each layer, sequence and head; they are NaN when a sequence begins
+    compares: ClassVar[bool] = False  # neighbouring keys, when it judges
 
-    def merge(self, staying_: Tokens, leaving: Leaving, memory_: torch.Tensor, ws: Workspace) -> torch.Tensor:
+    def merge(
+        self, staying_: Tokens, leaving: Leaving, judged: Judged, memory_: torch.Tensor, ws: Workspace
+    ) -> torch.Tensor:
         """Changes tokens that stay, and what is remembered (``remembers``,) float32; gives (n,) bool which of them were
         changed, in scratch memory of the enclosing frame. Computes with operations alone: in a dry run it takes its
         scratch and nothing else."""
+        raise NotImplementedError
+
+
+class Tabled(Method):
+    """A method whose codecs may have tables beside the pages, which the first tokens of each sequence decide."""
+
+    queries: ClassVar[int] = 0  # the last ones of a prompt, or of its first chunk, that it wants to see
+
+    def table(self, codec: Codec, numbers: torch.Tensor, q: torch.Tensor, of_keys: bool) -> torch.Tensor:
+        """(kv_heads, codec.side) float32 for keys or values ``numbers`` (kv_heads, n, dim) and queries (m, heads,
+        key_dim)."""
+        raise NotImplementedError
+
+
+class Coder(Tabled):
+    """Codes all tokens of the (first) store but the last ``recent``."""
+
+    bits: ClassVar[int]
+    recent: int
+
+    def codec(self, dim: int, of_keys: bool, as_they_are: int) -> Codec:
+        """How it stores keys or values of ``dim`` features; a number of the cache's own type takes ``as_they_are``
+        bits."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Selector(Method):
+    """Everything that is kept stays, and a token that decodes reads about ``tokens`` of each key-value head; the first
+    ``full`` layers see everything, and prompts do."""
+
+    tokens: int = 512
+    full: int = 2
+
+    roles: ClassVar[tuple[str, ...]] = ("selector",)
+    bounds: ClassVar[bool] = False  # whether pages have bounds of their keys
+
+    def __post_init__(self) -> None:
+        if self.tokens < 32 or self.full < 0:
+            raise UsageError(
+                f"{self.name} cannot read {self.tokens} tokens, and all of them in {self.full} layers",
+                "Give tokens=32 or more, and full=0 or more.",
+            )
+
+    def selects(self, layer: int, layout: LayerLayout) -> bool:
+        """Whether tokens that decode see only some of a layer."""
+        return layer >= self.full and layout.window is None
+
+    def reads(self, tokens: int) -> float:
+        """How many of ``tokens`` that can be chosen among one that decodes reads, on average."""
+        return min(self.tokens, tokens)
+
+    def excludes(self, other: Method) -> str | None:
+        from tightfit.kv.evict.window import Window
+
+        return "chooses among tokens that a window hides" if isinstance(other, Window) else None
+
+    def select(self, where: Where) -> Selecting:
+        """What selects in one layer."""
         raise NotImplementedError
 
 
@@ -193,32 +285,40 @@ class Rest(Method):
 
 
 @dataclass(frozen=True)
-class Demoter(Evictor):
+class Demoter(Evictor, Tabled):
     """An evictor whose tokens are not gone when they leave: they go on in a lower store (:mod:`tightfit.kv.lower`), and
     queries see them there. Layers with a sliding window have none, and keep all that it shows as it is."""
 
     def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
         """How a layer's lower store keeps keys and values; numbers of the cache's own type take ``as_they_are`` bits.
-        If these have fewer features than the layer's, the store's matrices say which (they are zeros when it is
-        made)."""
+        If these have fewer features than the layer's, :meth:`prepare` says which."""
         raise NotImplementedError
+
+    def merges(self, layout: LayerLayout) -> int:
+        """How many neighbouring heads of a layer are one in its lower store: the sum of what they are projected to.
+        They let go of the same tokens."""
+        return 1
+
+    def prepare(self, layer: int, store: LowerStore, known: Known) -> None:
+        """Writes the matrices of a layer's lower store, which has some if it keeps fewer features."""
 
 
 @dataclass(frozen=True)
-class Quantizer(Method):
+class Quantizer(Coder):
     """Codes of few bits for all tokens but the last ``recent`` ones, which stay as they are. ``of`` says whether that
     is for keys, values or both."""
 
     recent: int = 128
     of: str = "both"
 
-    bits: ClassVar[int]
-
     def __post_init__(self) -> None:
         if self.of not in ("both", "keys", "values"):
             raise UsageError(f"{self.name} is not for {self.of!r}", "Use of=keys, of=values or of=both.")
         if self.recent < 0:
             raise UsageError(f"{self.name} cannot leave {self.recent} tokens as they are", "Give recent=0 or more.")
+
+    def codec(self, dim: int, of_keys: bool, as_they_are: int) -> Codec:
+        return Codec(self.bits, dim, per_channel=of_keys)
 
     @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -21,24 +21,25 @@ import torch
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import TightfitError, UsageError
-from tightfit.kernels import attention, ops, pages
+from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn, Turned
 from tightfit.kv.beside import Beside
-from tightfit.kv.cache import as_bytes, place
+from tightfit.kv.cache import as_bytes, numbers, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Rater, Seen
+from tightfit.kv.method import Merger, Rater, Seen, Tabled
 from tightfit.kv.observed import Observed
 from tightfit.kv.rated import Rated
-from tightfit.kv.reserved import Reserved, numbers
+from tightfit.kv.reserved import Reserved
 from tightfit.kv.rest import Resting
+from tightfit.kv.select.selecting import Selecting, Settled, Where
 
 Made = TypeVar("Made")
 
@@ -92,6 +93,7 @@ class PagedCache(BaseCache):
         known: Known = NOTHING,
     ) -> None:
         composition.check(layouts)
+        composition = composition.with_found(known, lambda found: _placed(found, arena))
         self.layouts = layouts
         self.owners = list(range(len(layouts)) if known.owners is None else known.owners)
         self._last = {owner: layer for layer, owner in enumerate(self.owners)}  # the last one that reads an owner's
@@ -116,6 +118,7 @@ class PagedCache(BaseCache):
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
+        self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena))
         self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
         widths = [size.table_pages * PAGE for size in reserved.sizes]
         self.observed: Observed | None = None  # by what tokens are judged
@@ -125,8 +128,9 @@ class PagedCache(BaseCache):
             self.observed = self.rated = Rated(evictor, prepared, *common, gemm_dtype, arena)
         elif evictor is not None and evictor.observes != "nothing":
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
-        self.beside = self._of_owners(lambda layer: self._beside(layer, arena))
+        self.beside = self._of_owners(lambda layer: self._beside(layer, arena, known))
         self._nbytes = arena.used - before
+        self._keep_centroids(known)
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
         self._pruned = [False] * sequences
@@ -151,26 +155,49 @@ class PagedCache(BaseCache):
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
-    def _beside(self, layer: int, arena: Arena) -> list[Beside]:
+    def _beside(self, layer: int, arena: Arena, known: Known) -> list[Beside]:
         """What queries of a layer see beside its pages."""
         found: list[Beside] = []
-        lower, rest = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file), self.composition.rest
+        lower = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file, known)
+        rest = self.composition.rest
         if lower is not None:
             found.append(lower)
         if rest is not None:
             found.append(Resting(rest, layer, self.layouts[layer], self.sequences, arena))
         return found
 
+    def _selecting(self, layer: int, arena: Arena) -> Selecting | None:
+        selector = self.composition.selector
+        if selector is None or not self.reserved.selects(layer):
+            return None
+        most = self.reserved.sizes[layer].table_pages * PAGE
+        return selector.select(Where(self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena))
+
+    @property
+    def _selections(self) -> list[Selecting]:
+        return [found for layer in self.own if (found := self.selecting[layer]) is not None]
+
+    def _keep_centroids(self, known: Known) -> None:
+        """Copies what was fitted into the tables of codecs."""
+        for method, of_keys in ((self.composition.key_codec, True), (self.composition.value_codec, False)):
+            if method is None or method.name not in known.tensors:
+                continue
+            for layer in self.own:
+                kept = self.layers[layer]
+                side, name = (kept.key_side, "keys") if of_keys else (kept.value_side, "values")
+                if side is not None:
+                    side[0] = known.of(method)[f"{name}.{layer}"].flatten(1)
+
     def close(self) -> None:
         if self._file >= 0:
             self._closing()
 
-    def pages_read(self, layer: int, bounded: int) -> int:
-        """Of ``bounded`` pages of a head that can be chosen among, how many a token that decodes reads."""
-        selector = self.composition.selector
-        if selector is None or not self.reserved.selects(layer):
-            return bounded
-        return min(selector.tokens // PAGE, bounded)
+    def chosen(self, layer: int, slot: int = 0) -> list[tuple[int, float]]:
+        """Of each head, among how many tokens the next one chooses, and how many of them it reads on average."""
+        selector, selecting = self.composition.selector, self.selecting[layer]
+        if selector is None or selecting is None:
+            return [(0, 0.0)] * self.layouts[layer].kv_heads
+        return [(among, selector.reads(among)) for among in selecting.among(slot)]
 
     # ---- a step ----
 
@@ -206,20 +233,14 @@ class PagedCache(BaseCache):
         q_: torch.Tensor | None,
         k_: torch.Tensor | None,
         v: torch.Tensor | None,
-        turn: Turn | None,
+        turn: Turn | Turned | None,
         ws: Workspace,
     ) -> Held:
         kept, anchor_q, worth = self.layers[layer], None, None
         if self.rated is not None and q_ is not None and k_ is not None and v is not None:
             worth = self.rated.rate(layer, step, q_, k_, v, ws)
         if turn is not None and q_ is not None:
-            if turn.anchors is not None and self._anchors(layer):
-                anchor_q = ws.empty(*q_.shape)
-                ops.copy_(anchor_q, q_)
-                attention.rotate_(anchor_q, *turn.anchors, turn.interleaved, ws)
-            attention.rotate_(q_, *turn.tables, turn.interleaved, ws)
-            if k_ is not None:
-                attention.rotate_(k_, *turn.tables, turn.interleaved, ws)
+            anchor_q = turn.apply(q_, k_, self._anchors(layer) > 0, ws)
         shared = self._shared.get(self.owners[layer])
         if k_ is None:
             return Held([(each.run, 0) for each in shared or ()], anchor_q)
@@ -255,9 +276,9 @@ class PagedCache(BaseCache):
         shared, sums = self._shared.get(owner), watching is not None or bool(beside)
         if rows:
             with ws.frame():
-                looking = self._looking(layer, Rows(step.places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = ws.empty(rows, heads) if sums else None
                 which = Rows(step.places, step.paths)
+                looking = self._looking(layer, which, q[:rows], _part(held.anchor_q, 0, rows), ws, scoring)
+                lse = ws.empty(rows, heads) if sums else None
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
                 if lse is not None:
                     for each in beside:
@@ -287,18 +308,21 @@ class PagedCache(BaseCache):
                 if watching is not None and lse is not None and given is not None:
                     watching.chunk(kept, segment.slot, run, at, looking, lse, given, ws, scoring)
                 if layer == owner:
-                    self._choose_channels(layer, segment.slot, run, looking.q)
+                    self._look_first(layer, segment.slot, run, looking.q)
                 if layer == self._last[owner]:
-                    self._settle(owner, segment.slot, run, given, ws)
+                    self._settle(owner, segment.slot, run, given, ws, segment.stop >= (segment.length or 0))
 
     def _looking(
-        self, layer: int, rows: Rows, q: torch.Tensor, anchor_q: torch.Tensor | None, ws: Workspace
+        self,
+        layer: int,
+        rows: Rows,
+        q: torch.Tensor,
+        anchor_q: torch.Tensor | None,
+        ws: Workspace,
+        scoring: Scoring,
     ) -> Looking:
-        selector, chosen = self.composition.selector, None
-        if selector is not None and self.reserved.selects(self.owners[layer]):
-            chosen = ws.empty(q.shape[0], self.layouts[layer].kv_heads, selector.tokens // PAGE, dtype=torch.int32)
-            pages.select(self.layers[layer], rows, q, chosen, ws)
-        return Looking(q, anchor_q, self._anchors(layer), chosen)
+        looking, selecting = Looking(q, anchor_q, self._anchors(layer)), self.selecting[layer]
+        return looking if selecting is None else selecting.look(rows, looking, ws, scoring)
 
     def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor | None:
         return None if self.observed is None else self.observed.room(layer, count, ws)
@@ -332,6 +356,8 @@ class PagedCache(BaseCache):
             self.observed.clear(slot)
         for merging in self.merging:
             merging.memory[slot] = math.nan
+        for selecting in self._selections:
+            selecting.reset(slot)
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = self.prompts[slot] = stop
@@ -373,6 +399,9 @@ class PagedCache(BaseCache):
             yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, states)
             for each in self.beside[layer]:
                 yield from each.parts(slot)
+            selecting = self.selecting[layer]
+            if selecting is not None:
+                yield from selecting.parts(slot)
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
@@ -383,7 +412,7 @@ class PagedCache(BaseCache):
                 os.pwritev(self._file, [page], part.at)
             else:
                 get(part)
-        self.tokens[slot] = stop
+        self.tokens[slot] = self.prompts[slot] = stop
         self._begun[slot] = self._pruned[slot] = True
 
     def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
@@ -399,6 +428,8 @@ class PagedCache(BaseCache):
                 self.observed.commit_drafts(slot, order, start, self.layers, self._looking, ws)
         torch._foreach_add_([kept.lengths[slot] for kept in self._stores], len(path))
         self.tokens[slot] += len(path)
+        for selecting in self._selections:
+            selecting.commit(slot, path)
         if int(self.tokens[slot]) % BLOCK == 0 and path:
             for layer in self.own:
                 with ws.frame():
@@ -418,6 +449,7 @@ class PagedCache(BaseCache):
         wanted = 0 if self.observed is None else self.observed.window
         if self.composition.pruner is not None:
             wanted = max(wanted, self.composition.pruner.window)
+        wanted = max([wanted, *(method.queries for method in self.composition.methods if isinstance(method, Tabled))])
         last = min(wanted, count)
         with ws.frame():
             run = self._new_run(layer, count, ws)
@@ -429,7 +461,7 @@ class PagedCache(BaseCache):
                 yield
             finally:
                 self._whole = None
-            self._choose_channels(layer, segment.slot, run, whole.q)
+            self._look_first(layer, segment.slot, run, whole.q)
             self._settle(layer, segment.slot, run, given, ws)
 
     def _watch(
@@ -460,21 +492,30 @@ class PagedCache(BaseCache):
         if observed is None or self.rated is not None or whole.given is None or lse is None:
             return
         if observed.all:
-            observed.chunk(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
-        elif at + count == total:
+            observed.everything(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
+        if observed.last and at + count == total:
             turned = None if looking.anchor_q is None else whole.anchor_q
             last = Looking(whole.q, turned, looking.anchors)
-            observed.chunk(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
+            observed.lately(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
 
-    def _choose_channels(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
-        """The first queries ``q`` (n, heads, key_dim) of a sequence decide which channels of keys stay."""
-        pruner, channels = self.composition.pruner, self.layers[layer].channels
-        if pruner is not None and channels is not None and not ops.is_dry() and not self._pruned[slot]:
-            channels[slot] = pruner.choose(q, run.keys[:, : run.count])
+    def _look_first(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
+        """The first queries ``q`` (n, heads, key_dim) of a sequence and its first tokens decide which channels of keys
+        stay, and what is in the tables of codecs."""
+        if ops.is_dry() or self._pruned[slot]:
+            return
+        composition, kept, lower = self.composition, self.layers[layer], self.lower[layer]
+        if composition.pruner is not None and kept.channels is not None:
+            kept.channels[slot] = composition.pruner.choose(q, run.keys[:, : run.count])
+        _look_up(kept, slot, composition.key_codec, composition.value_codec, run, q)
+        if lower is not None:
+            _look_up(lower.pages, slot, lower.demoter, lower.demoter, run, q)
 
-    def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
-        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
-        kept = self.layers[layer]
+    def _settle(
+        self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace, whole: bool = True
+    ) -> None:
+        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written. ``whole`` says
+        whether the prompt is."""
+        kept, selecting = self.layers[layer], self.selecting[layer]
         heads, tier = self.layouts[layer].kv_heads, self.composition.tier
         resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
 
@@ -487,10 +528,13 @@ class PagedCache(BaseCache):
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
-            for each in self.beside[layer]:
+            for each in self.beside[layer] if ops.is_dry() else ():
                 each.take_most(slot, kept, run, ws)
             keep(run)
+            if selecting is not None:
+                selecting.settled(slot, Settled(run.count, whole), ws)
             return
+        now = Settled(run.count, whole)
         before = kept.lengths[slot].tolist()
         counts = [length + run.count for length in before]
         tokens = int(self.tokens[slot]) + run.count
@@ -507,21 +551,23 @@ class PagedCache(BaseCache):
         too_old = window is not None and oldest <= tokens - window
         too_many = sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit
         if too_old or too_many or (self.evictor is not None and self.evictor.selective):
-            mass, since = torch.zeros(positions.shape), 0
+            alike = self.merging[layer].compare(slot, run, counts, ws) if self.merging else None
+            mass, lately, since = torch.zeros(positions.shape), None, 0
             if self.observed is not None and given is not None:
-                mass, since = self.observed.judged(slot, given, tokens, run.count)
+                mass, lately, since = self.observed.judged(slot, given, tokens, run.count)
             prompt = tokens if run.count else int(self.prompts[slot])
-            indices, left = self._judge(layer, mass, positions, counts, since, tokens, prompt, limit)
+            seen = self._seen(layer, positions, counts, (since, tokens, prompt, limit), (mass, lately, alike))
+            indices, left = self._judge(layer, seen)
             listed = indices
-            horizon = -1 if window is None else tokens - window  # what no query sees any more does not count any more
             with self._writing():
-                for each in self.beside[layer]:
-                    each.take(slot, kept, run, indices, left, positions > horizon, ws)
+                for each in self.beside[layer]:  # what no query sees any more does not count any more
+                    each.take(slot, kept, run, indices, left, positions > seen.horizon, ws)
             if self.merging:
-                listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
+                listed = self.merging[layer].merge(slot, run, (indices, left), seen, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left
             keep(run, listed, torch.tensor(counts, dtype=torch.int32))
+            now = Settled(now.count, whole, indices, left)
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
@@ -529,6 +575,8 @@ class PagedCache(BaseCache):
                     block[:, : indices.shape[1]] = block.gather(1, gather)
         else:
             keep(run)
+        if selecting is not None:
+            selecting.settled(slot, now, ws)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
@@ -556,7 +604,9 @@ class PagedCache(BaseCache):
             mass = torch.zeros(layout.kv_heads, width)
             positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
             limit = self.reserved.limit(layer, width)
-            self._judge(layer, mass, positions, [width] * layout.kv_heads, 0, width, width, limit)
+            counts = [width] * layout.kv_heads
+            arrays = mass, mass.clone(), torch.zeros(positions.shape)
+            self._judge(layer, self._seen(layer, positions, counts, (0, width, width, limit), arrays))
 
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
@@ -567,37 +617,60 @@ class PagedCache(BaseCache):
             return Run(keys, keys[..., : layout.value_dim], count)
         return Run(keys, ws.empty(layout.kv_heads, slots, layout.value_dim, dtype=self.dtype), count)
 
-    def _judge(
+    def _seen(
         self,
         layer: int,
-        mass: torch.Tensor,
         positions: torch.Tensor,
         counts: list[int],
-        since: int,
-        tokens: int,
-        prompt: int,
-        limit: int,
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
-        evictor, window = self.evictor, self.layouts[layer].window
-        width = max(counts)
+        numbers: tuple[int, int, int, int],
+        arrays: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    ) -> Seen:
+        """What a layer's tokens are judged by; ``numbers``: where the queries that judge begin, and how many tokens
+        came, came with prompts, and stay; ``arrays``: ``mass``, ``lately`` and ``alike``."""
+        (since, tokens, prompt, limit), layout, width = numbers, self.layouts[layer], max(counts)
         positions = positions[:, :width]
+        groups = layout.heads // layout.kv_heads * self.owners.count(layer)
+        horizon = -1 if layout.window is None else tokens - layout.window
+        mass, lately, alike = (None if array is None else array[:, :width] for array in arrays)
+        assert mass is not None
+        return Seen(mass, positions, counts, groups, since, tokens, prompt, limit, horizon, lately, alike)
+
+    def _judge(self, layer: int, seen: Seen) -> tuple[torch.Tensor, list[int]]:
+        """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
+        evictor, window, limit = self.evictor, self.layouts[layer].window, seen.keep
         if evictor is None:
-            scores = positions.float()
+            scores = seen.positions.float()
         else:
-            groups = self.layouts[layer].heads // self.layouts[layer].kv_heads * self.owners.count(layer)
-            scores = evictor.scores(Seen(mass[:, :width], positions, counts, groups, since, tokens, prompt))
+            scores = evictor.scores(seen).clone()  # what it was given is left to mergers
             first, last = evictor.protected(limit)
             if window is not None:  # which hides the first tokens sooner or later
                 first, last = 0, first + last
-            for head, count in enumerate(counts):
+            for head, count in enumerate(seen.counts):
                 scores[head, : min(first, count)] = torch.inf
                 scores[head, max(count - last, 0) : count] = torch.inf
-        if window is not None:
-            scores = scores.masked_fill(positions <= tokens - window, -torch.inf)
-        indices, kept = budgets.choose(scores, counts, limit, "uniform" if evictor is None else evictor.budget)
+        scores = scores.masked_fill(seen.positions <= seen.horizon, -torch.inf)
+        indices, kept = budgets.choose(scores, seen.counts, limit, "uniform" if evictor is None else evictor.budget)
         return indices, kept.tolist()
 
 
 def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:
     return None if x is None else x[start:stop]
+
+
+def _look_up(
+    kept: Pages, slot: int, of_keys: Tabled | None, of_values: Tabled | None, run: Run, q: torch.Tensor
+) -> None:
+    """Fills the tables of codecs that a sequence has for itself."""
+    for codec, side, method, of_run in (
+        (kept.key_codec, kept.key_side, of_keys, run.keys),
+        (kept.value_codec, kept.value_side, of_values, run.values),
+    ):
+        if side is not None and method is not None and not codec.coupled:
+            last = q[len(q) - min(method.queries, len(q)) :]
+            side[slot] = method.table(codec, of_run[:, : run.count], last, of_run is run.keys)
+
+
+def _placed(x: torch.Tensor, arena: Arena) -> torch.Tensor:
+    placed = place(arena, tuple(x.shape), x.dtype)
+    placed.copy_(x)
+    return placed

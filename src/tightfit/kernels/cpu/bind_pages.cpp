@@ -24,7 +24,15 @@ using Strided = std::tuple<uintptr_t, size_t, size_t>;          // address, stri
 using Ragged = std::tuple<uintptr_t, uintptr_t, size_t>;        // places, paths, their stride
 using RunOf = std::tuple<uintptr_t, uintptr_t, size_t, size_t>; // keys, values, slots, tokens
 using Scores = std::tuple<size_t, float, size_t, float, uintptr_t>;  // heads, scale, window, softcap, sinks
-using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t, bool>;  // q, anchor_q, anchors, chosen, its pages, certain
+// q, anchor_q, anchors, what is chosen and how many for each head, from which token on all is, whether only what is certain
+using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t, uintptr_t, bool>;
+
+using CodecOf = std::tuple<size_t, size_t, size_t, size_t, size_t, size_t, size_t, size_t, size_t>;  // see codec.py
+
+Codec codec_of(const CodecOf& of) {
+    const auto& [bits, dim, per_channel, group, affine, coupled, rank, outliers, wide] = of;
+    return {bits, dim, per_channel != 0, group, affine != 0, coupled, rank, outliers, wide};
+}
 
 template <class T>
 Block<T> block(const Strided& of) {
@@ -38,7 +46,21 @@ Run run_of(const RunOf& of) {
 }
 Looking looking_of(const Views& of) {
     return {block<const float>(std::get<0>(of)), block<const float>(std::get<1>(of)), std::get<2>(of),
-            at<const int32_t>(std::get<3>(of)), std::get<4>(of), std::get<5>(of)};
+            at<const int32_t>(std::get<3>(of)), std::get<4>(of), at<const int32_t>(std::get<5>(of)), std::get<6>(of)};
+}
+
+// The same of rows that decode, whose listed tokens must be certain ones.
+Looking looking_of(const Views& of, const Pages& pages, const Place* places, size_t rows) {
+    const Looking looking = looking_of(of);
+    for (size_t i = 0; looking.since && i < rows * pages.kv_heads; i++) {
+        const size_t head = pages.at(static_cast<size_t>(places[i / pages.kv_heads].sequence), i % pages.kv_heads);
+        const int32_t* list = looking.chosen + i * looking.listed;
+        bool fits = looking.since[i] >= 0 && looking.since[i] <= pages.lengths[head];
+        for (size_t j = 0; j < looking.listed && list[j] >= 0; j++)
+            fits = fits && list[j] < looking.since[i] && (j == 0 || list[j - 1] < list[j]);
+        if (!fits) throw nb::index_error("tokens that are not in the cache, or not in order");
+    }
+    return looking;
 }
 Paths paths_of(const Ragged& of) { return {at<const int32_t>(std::get<1>(of)), std::get<2>(of), nullptr}; }
 
@@ -80,20 +102,20 @@ void tightfit::bind_pages(nb::module_& m) {
         const auto& [kv_heads, from, to] = shape;
         project(block<const float>(x), rows, heads, at<const float>(matrices), kv_heads, from, to, block<float>(out));
     });
-    m.def("page_bytes", [](size_t bits, size_t dim, bool per_channel) { return Codec{bits, dim, per_channel}.page_bytes(); });
+    m.def("page_bytes", [](const CodecOf& of) { return codec_of(of).page_bytes(); });
     nb::class_<Pages>(m, "Pages")
         .def(nb::new_([](const std::string& kind, const std::tuple<size_t, size_t, size_t, size_t>& sizes,
-                         const std::tuple<size_t, size_t, size_t>& pages, const std::tuple<size_t, size_t, size_t>& codes,
+                         const std::tuple<size_t, size_t, size_t>& pages, const std::tuple<CodecOf, CodecOf>& codecs,
                          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& stores,
                          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& lists,
                          uintptr_t tokens, uintptr_t positions, uintptr_t channels, uintptr_t bounds,
-                         const std::tuple<int, size_t, size_t>& file) {
+                         const std::tuple<int, size_t, size_t>& file,
+                         const std::tuple<uintptr_t, size_t, uintptr_t, size_t>& sides) {
             Pages p{};
             p.kind = kind == "f32" ? Kind::f32 : kind == "f16" ? Kind::f16 : Kind::bf16;
             std::tie(p.sequences, p.kv_heads, p.key_dim, p.value_dim) = sizes;
             std::tie(p.table_pages, p.dense_pages, p.coded_pages) = pages;
-            const auto& [key_bits, value_bits, width] = codes;
-            p.key_codec = {key_bits, width, true}, p.value_codec = {value_bits, p.value_dim, false};
+            p.key_codec = codec_of(std::get<0>(codecs)), p.value_codec = codec_of(std::get<1>(codecs));
             p.keys = at<uint8_t>(std::get<0>(stores)), p.values = at<uint8_t>(std::get<1>(stores));
             p.coded_keys = at<uint8_t>(std::get<2>(stores)), p.coded_values = at<uint8_t>(std::get<3>(stores));
             p.table = at<int32_t>(std::get<0>(lists)), p.lengths = at<int32_t>(std::get<1>(lists));
@@ -103,6 +125,8 @@ void tightfit::bind_pages(nb::module_& m) {
             p.tokens = at<const int32_t>(tokens), p.positions = at<const int32_t>(positions);
             p.channels = at<const int32_t>(channels), p.bounds = at<uint8_t>(bounds);
             std::tie(p.file, p.keys_at, p.values_at) = file;
+            p.key_side = at<const float>(std::get<0>(sides)), p.key_tables = std::get<1>(sides);
+            p.value_side = at<const float>(std::get<2>(sides)), p.value_tables = std::get<3>(sides);
             return p;
         }))
         .def("append", [](const Pages& p, const Ragged& places, size_t count, const Strided& k, const Strided& v,
@@ -117,9 +141,10 @@ void tightfit::bind_pages(nb::module_& m) {
         .def("attend_rows", [](const Pages& p, const Ragged& places, size_t rows, const Views& views, const Strided& out,
                                const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, uintptr_t scratch,
                                size_t threads) {
-            const Place* where = places_of(p, places, rows, std::get<5>(views));
+            const Place* where = places_of(p, places, rows, std::get<6>(views));
+            const Looking looking = looking_of(views, p, where, rows);
             nb::gil_scoped_release release;
-            attend_rows(p, where, paths_of(places), rows, looking_of(views), block<float>(out),
+            attend_rows(p, where, paths_of(places), rows, looking, block<float>(out),
                         {at<float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), at<uint8_t>(scratch), threads);
         })
         .def("attend_scratch", [](const Pages& p, size_t count, size_t heads, bool bf16, size_t threads) {
@@ -140,8 +165,9 @@ void tightfit::bind_pages(nb::module_& m) {
                               const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, int giving, size_t last,
                               const std::tuple<uintptr_t, size_t>& mass, uintptr_t scratch, size_t threads) {
             const Place* where = places_of(p, places, rows);
+            const Looking looking = looking_of(views, p, where, rows);
             nb::gil_scoped_release release;
-            weigh_rows(p, where, paths_of(places), rows, looking_of(views),
+            weigh_rows(p, where, paths_of(places), rows, looking,
                        {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), Giving{giving}, last,
                        {at<float>(std::get<0>(mass)), std::get<1>(mass)}, at<uint8_t>(scratch), threads);
         })
@@ -173,6 +199,17 @@ void tightfit::bind_pages(nb::module_& m) {
         .def("straighten", [](const Pages& p, size_t sequence, uintptr_t path, size_t count) {
             check_sequence(p, sequence);
             straighten(p, sequence, at<const int32_t>(path), count);
+        })
+        .def("shares_scratch", &shares_scratch)
+        .def("shares", [](const Pages& p, size_t sequence, const Strided& q, const Scores& scores, uintptr_t until,
+                          const std::tuple<uintptr_t, size_t>& out, uintptr_t scratch, size_t threads) {
+            check_sequence(p, sequence);
+            for (size_t h = 0; h < p.kv_heads; h++)
+                if (at<const int32_t>(until)[h] < 0 || at<const int32_t>(until)[h] > p.lengths[p.at(sequence, h)])
+                    throw nb::index_error("tokens that are not in the cache");
+            nb::gil_scoped_release release;
+            shares(p, sequence, block<const float>(q), attention_of(scores), at<const int32_t>(until),
+                   {at<float>(std::get<0>(out)), std::get<1>(out)}, at<uint8_t>(scratch), threads);
         })
         .def("select_scratch", &select_scratch)
         .def("select", [](const Pages& p, const Ragged& places, size_t rows, const Strided& q, size_t heads, size_t count,

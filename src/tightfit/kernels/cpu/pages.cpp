@@ -38,6 +38,12 @@ struct Head {
         return p.channels ? p.channels + index * p.key_codec.dim : nullptr;
     }
 
+    const float* key_side() const { return side(p.key_side, p.key_codec, p.key_tables); }
+    const float* value_side() const { return side(p.value_side, p.value_codec, p.value_tables); }
+    const float* side(const float* tables, const Codec& codec, size_t count) const {
+        return tables ? tables + (sequence % count * p.kv_heads + head) * codec.side() : nullptr;
+    }
+
     uint8_t* dense(uint8_t* base, size_t dim, int32_t page) const {
         return base + (sequence * p.dense_pages + static_cast<size_t>(page)) * dense_bytes(p, dim);
     }
@@ -61,6 +67,7 @@ struct Head {
     HeadCache made_pages(bool in_file) const {
         HeadCache cache{p.kind, nullptr, nullptr, 1, p.key_codec.dim, p.value_dim, p.value_dim};
         cache.coded = true, cache.key_codec = p.key_codec, cache.value_codec = p.value_codec;
+        cache.key_side = key_side(), cache.value_side = value_side();
         cache.table = table();
         if (in_file) {
             cache.file = p.file, cache.keys_at = keys_in_file(0), cache.values_at = values_in_file(0);
@@ -73,16 +80,19 @@ struct Head {
         return cache;
     }
 
-    // Adds tokens [from, to), of the list or of `chosen` pages of it, which are stored in up to three ways.
-    void add(size_t from, size_t to, const HeadCache& like, const Queries& queries, Block<const float> q,
-             const int32_t* chosen, size_t count, Stretches& out) const {
+    // Adds tokens [from, to), of all or of those that are chosen `like` has, which are stored in up to three ways.
+    void add(size_t from, size_t to, const HeadCache& like, const Queries& queries, Block<const float> q, size_t count,
+             Stretches& out) const {
+        const auto first = [&](const int32_t* list, size_t number) {  // that is not below `number`
+            return static_cast<size_t>(std::lower_bound(list, list + count, static_cast<int32_t>(number)) - list);
+        };
         const auto below = [&](size_t page) -> size_t {  // tokens in pages below `page`
-            if (!chosen) return page * PAGE;
-            return static_cast<size_t>(std::lower_bound(chosen, chosen + count, static_cast<int32_t>(page)) - chosen) * PAGE;
+            return like.chosen ? first(like.chosen, page) * PAGE : like.tokens ? first(like.tokens, page * PAGE) : page * PAGE;
         };
         const size_t cold_end = below(cold()), coded_end = std::max(below(p.has_codes() ? coded() : 0), cold_end);
         const auto part = [&](HeadCache cache, size_t a, size_t b) {
-            cache.chosen = chosen, cache.path = like.path, cache.committed = like.committed;
+            cache.chosen = like.chosen, cache.tokens = like.tokens;
+            cache.path = like.path, cache.committed = like.committed;
             const bool pruned = cache.coded && p.channels;
             out.add({cache, queries, std::max(from, a), std::min(to, b), q, pruned ? channels() : nullptr});
         };
@@ -113,12 +123,17 @@ struct PageRows final : Source {
         return static_cast<size_t>(places[row].position - p.tokens[places[row].sequence]) + 1;
     }
     const int32_t* chosen(size_t row, size_t head) const {
-        return looking.chosen ? looking.chosen + (row * p.kv_heads + head) * looking.chosen_pages : nullptr;
+        return looking.chosen ? looking.chosen + (row * p.kv_heads + head) * looking.listed : nullptr;
     }
     size_t count(const int32_t* chosen) const {
         size_t n = 0;
-        while (n < looking.chosen_pages && chosen[n] >= 0) n++;
+        while (n < looking.listed && chosen[n] >= 0) n++;
         return n;
+    }
+    size_t unit() const { return looking.since ? 1 : PAGE; }
+    // From this token of a head on a row sees all.
+    size_t since(const Head& head, size_t row) const {
+        return looking.since ? static_cast<size_t>(looking.since[row * p.kv_heads + head.head]) : head.bounded() * PAGE;
     }
     size_t low(const Head& head, size_t row) const {
         const size_t tail = this->tail(row), length = head.length();
@@ -134,7 +149,7 @@ struct PageRows final : Source {
     Seen seen(size_t row, size_t h) const override {
         const Head head = head_of(row, h);
         const size_t end = head.length() + tail(row);
-        if (looking.chosen) return {0, count(chosen(row, h)) * PAGE + end - head.bounded() * PAGE};
+        if (looking.chosen) return {0, count(chosen(row, h)) * unit() + end - since(head, row)};
         return {looking.anchors ? 0 : low(head, row), end};
     }
     void stretches(size_t row, size_t h, size_t from, size_t to, const Queries& queries, Stretches& out) const override {
@@ -145,20 +160,21 @@ struct PageRows final : Source {
         HeadCache like{};
         if (paths.list) like.path = paths[row], like.committed = head.length();
         if (looking.chosen) {
-            const int32_t* pages = chosen(row, h);
-            const size_t listed = count(pages), first = listed * PAGE, skipped = head.bounded() * PAGE;
-            if (from < first) head.add(from, std::min(to, first), like, all, q, pages, listed, out);
-            if (to > first)
-                head.add(std::max(from, first) - first + skipped, to - first + skipped, like, all, q, nullptr, 0, out);
+            const int32_t* list = chosen(row, h);
+            const size_t listed = count(list), first = listed * unit(), skipped = since(head, row);
+            HeadCache some = like;
+            (looking.since ? some.tokens : some.chosen) = list;
+            if (from < first) head.add(from, std::min(to, first), some, all, q, listed, out);
+            if (to > first) head.add(std::max(from, first) - first + skipped, to - first + skipped, like, all, q, 0, out);
             return;
         }
         const size_t anchors = std::min(looking.anchors, head.length() + tail(row));
         if (from < anchors) {
             const Block<const float> turned = looking.anchor_q.data ? looking.anchor_q.from(row, h * groups) : q;
-            head.add(from, std::min(to, anchors), like, all, turned, nullptr, 0, out);
+            head.add(from, std::min(to, anchors), like, all, turned, 0, out);
         }
         const size_t low = std::max({from, anchors, this->low(head, row)});
-        if (low < to) head.add(low, to, like, all, q, nullptr, 0, out);
+        if (low < to) head.add(low, to, like, all, q, 0, out);
     }
 };
 
@@ -183,7 +199,7 @@ struct PagePrefill final : PrefillSource {
         const size_t anchors = std::min(looking.anchors, length);
         Queries all = queries;
         all.all = true;
-        if (anchors > 0) head.add(0, anchors, {}, all, turned, nullptr, 0, out);
+        if (anchors > 0) head.add(0, anchors, {}, all, turned, 0, out);
         const int32_t* positions = p.positions ? p.positions + head.index * p.capacity() : nullptr;
         for (size_t i = 0; i < tokens; i++) {
             const size_t position = static_cast<size_t>(p.tokens[sequence]) + first + i;
@@ -197,7 +213,7 @@ struct PagePrefill final : PrefillSource {
             lows[i] = static_cast<int32_t>(low);
         }
         all.lows = lows;
-        head.add(std::max(anchors, static_cast<size_t>(lows[0])), length, {}, all, q, nullptr, 0, out);
+        head.add(std::max(anchors, static_cast<size_t>(lows[0])), length, {}, all, q, 0, out);
 
         const size_t each = run.slots * itemsize(p.kind), stride = p.shared() ? p.key_dim : p.value_dim;
         if (looking.certain) return;
@@ -226,6 +242,18 @@ void weigh_stretch(const Stretch& stretch, const float* lse, float scale, Giving
 // What a row's softmax divides by, or for votes the weight that is one: that of each of `seen` tokens if they were alike.
 float divisor(float lse, Giving giving, size_t seen) {
     return giving == Giving::votes ? lse - std::log2(static_cast<float>(seen)) : lse;
+}
+
+// What the rows of a stretch of listed tokens give to each, put together in mass[token].
+void weigh_listed(const Stretch& stretch, const float* lse, float scale, Giving giving, float* scratch, float* mass) {
+    for (size_t at = stretch.from; at < stretch.to; at += KEY_BLOCK) {
+        Stretch block = stretch;
+        block.from = at, block.to = std::min(at + KEY_BLOCK, stretch.to);
+        float given[KEY_BLOCK];
+        for (size_t i = at; i < block.to; i++) given[i - at] = mass[stretch.head.token(i)];
+        weigh_stretch(block, lse, scale, giving, scratch, given);
+        for (size_t i = at; i < block.to; i++) mass[stretch.head.token(i)] = given[i - at];
+    }
 }
 
 size_t weigh_floats(const Pages& p, size_t rows) {
@@ -306,8 +334,8 @@ void load_page(const Head& head, size_t j, PageBuffer& buffer) {
     }
     const size_t width = p.key_codec.dim;
     float* out = p.channels ? buffer.pruned : buffer.keys;
-    k.decode(p.key_codec, p.kind, keys, out);
-    if (!p.shared()) k.decode(p.value_codec, p.kind, values, buffer.values);
+    k.decode(p.key_codec, p.kind, keys, head.key_side(), out);
+    if (!p.shared()) k.decode(p.value_codec, p.kind, values, head.value_side(), buffer.values);
     if (!p.channels) return;
     std::fill(buffer.keys, buffer.keys + PAGE * p.key_dim, 0.0f);
     for (size_t t = 0; t < PAGE; t++)
@@ -350,9 +378,9 @@ void store_page(const Head& head, size_t j, Where place, PageBuffer& buffer, siz
         keys = buffer.pruned;
     }
     const bool coded = place == Where::coded;
-    k.encode(p.key_codec, p.kind, keys, coded ? head.code(p.coded_keys, p.key_codec, page) : buffer.stored_keys);
+    k.encode(p.key_codec, p.kind, keys, head.key_side(), coded ? head.code(p.coded_keys, p.key_codec, page) : buffer.stored_keys);
     if (!p.shared())
-        k.encode(p.value_codec, p.kind, buffer.values,
+        k.encode(p.value_codec, p.kind, buffer.values, head.value_side(),
                  coded ? head.code(p.coded_values, p.value_codec, page) : buffer.stored_values);
     if (coded) return;
     write_at(p.file, buffer.stored_keys, p.key_codec.page_bytes(), head.keys_in_file(j));
@@ -582,6 +610,10 @@ void weigh_rows(const Pages& p, const Place* places, const Paths& paths, size_t 
                 source.stretches(row, h, seen.low, seen.end,
                                  {groups, groups, 0, attention.window, attention.softcap * LOG2_E}, stretches);
                 for (const Stretch& stretch : stretches) {
+                    if (stretch.head.tokens) {
+                        weigh_listed(stretch, sums, attention.scale * LOG2_E, giving, own, to);
+                        continue;
+                    }
                     if (!stretch.head.chosen) {
                         weigh_stretch(stretch, sums, attention.scale * LOG2_E, giving, own, to + stretch.from);
                         continue;
@@ -674,6 +706,45 @@ void straighten(const Pages& p, size_t sequence, const int32_t* path, size_t cou
                             p.value_dim * itemsize(p.kind));
         }
     }
+}
+
+size_t shares_scratch(const Pages& p, size_t heads, size_t threads) {
+    const size_t groups = heads / p.kv_heads;
+    return std::min(threads, p.kv_heads) * (weigh_floats(p, groups) + groups * p.capacity()) * sizeof(float);
+}
+
+void shares(const Pages& p, size_t sequence, Block<const float> q, const Attention& attention, const int32_t* until,
+            Rows<float> shares, uint8_t* scratch, size_t threads) {
+    const AttentionKernels& k = attention_kernels();
+    const size_t groups = attention.heads / p.kv_heads, workers = std::min(threads, p.kv_heads);
+    const size_t folding = round_up(fold_scratch(groups, p.key_dim, p.value_dim, true), 16);
+    const size_t each = weigh_floats(p, groups) + groups * p.capacity();
+    Queries queries{groups, groups, 0, attention.window, 0};
+    queries.all = true;
+    parallel_for(workers, workers, [&](size_t worker) {
+        float* own = reinterpret_cast<float*>(scratch) + worker * each;
+        float* query = own + folding;
+        float* scores = own + weigh_floats(p, groups);
+        for (size_t h = worker; h < p.kv_heads; h += workers) {
+            const size_t count = static_cast<size_t>(until[h]);
+            float* out = shares[h];
+            std::fill(out, out + count, 0.0f);
+            Stretches stretches;
+            Head(p, sequence, h).add(0, count, {}, queries, q.from(0, h * groups), 0, stretches);
+            for (const Stretch& stretch : stretches) {
+                load_queries(stretch, groups, attention.scale * LOG2_E, query);
+                k.score(stretch.head, stretch.queries, query, stretch.from, stretch.to, own, scores + stretch.from,
+                        p.capacity());
+            }
+            for (size_t g = 0; g < groups; g++) {
+                float* row = scores + g * p.capacity();
+                const float cap = attention.softcap * LOG2_E;
+                for (size_t i = 0; cap != 0.0f && i < count; i++) row[i] = std::tanh(row[i] / cap) * cap;
+                k.softmax(row, count);
+                for (size_t i = 0; i < count; i++) out[i] += row[i];
+            }
+        }
+    });
 }
 
 size_t select_scratch(const Pages& p, size_t threads) {
