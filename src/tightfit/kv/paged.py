@@ -586,8 +586,8 @@ class PagedCache(BaseCache):
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
-                places = gather[:, None].expand(-1, given.shape[1], -1)
-                given[..., : indices.shape[1]] = given.gather(2, places)
+                for block in given.unbind(1):
+                    block[:, : indices.shape[1]] = block.gather(1, gather)
         else:
             keep(run)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
