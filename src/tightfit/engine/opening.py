@@ -151,7 +151,7 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
                 f"Use --context {spec.context} or less.",
             )
         if kv is not None:
-            owners_for(kv, checkpoint.name, checkpoint.fingerprint, len(spec.layers))
+            owners_for(kv, checkpoint.name, checkpoint.fingerprint, spec.owners)
         opened = Opened(checkpoint, spec, budget, context)
         if how is not None:
             opened.check_experts(how)

@@ -87,12 +87,13 @@ class Shape:
 
 
 def different_layers(checkpoint: Checkpoint, spec: ModelSpec, formats: Sequence[str]) -> list[int]:
-    """The first layer of each kind and way of storing it: the others run just as these do."""
+    """The first layer of each kind and way of storing it, and those that these read: the others run just as these
+    do."""
     first: dict[tuple[object, ...], int] = {}
     for index, (layer, fmt) in enumerate(zip(spec.layers, formats, strict=True)):
         group = group_of(checkpoint, spec, layer_name(index), fmt)
         first.setdefault((layer.kind, *(place.format for place in group.places)), index)
-    return list(first.values())
+    return sorted({*first.values(), *(spec.owners[index] for index in first.values())})
 
 
 def build(
@@ -106,8 +107,8 @@ def build(
     slots: Arena | None = None,
 ) -> tuple[Placement, Decoder, BaseCache]:
     """Weights, decoder and cache of the given layers in their arenas; nothing is read or written. Parameters are all
-    resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts. Layers share
-    keys and values only if all are there."""
+    resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts. Layers that
+    were not trained to share keys and values do so only if all are there."""
     formats = {index: shape.formats[index] for index in layers}
     gemm, kv_type = DTYPES[shape.numerics.gemm], DTYPES[shape.numerics.kv]
     activations = shape.numerics.activations
@@ -124,18 +125,18 @@ def build(
             placement = CachedExperts(checkpoint, spec, placement, experts, slots, plan.experts, (gemm, activations))
     else:
         placement = Resident(checkpoint, spec, shape.outer, formats, gemm, weights, activations)
-    spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
+    spec = spec.part(layers)
     layouts = cache_layouts(spec, shape.context, shape.chunk)
     owners = None
-    if len(layers) == len(shape.formats):
-        owners = owners_for(shape.cache, checkpoint.name, checkpoint.fingerprint, len(layers))
+    if spec.shares or len(layers) == len(shape.formats):
+        owners = owners_for(shape.cache, checkpoint.name, checkpoint.fingerprint, spec.owners)
     cache = make_cache(shape.cache, layouts, shape.context, shape.sequences, kv_type, kv, gemm, shape.chunk, owners)
     return placement, Decoder(spec, placement), cache
 
 
-def _owners(plan: Plan) -> list[int] | None:
+def _owners(plan: Plan, spec: ModelSpec) -> list[int] | None:
     """Of each layer the one whose keys and values it reads; None where each has its own."""
-    return owners_for(plan.cache, plan.model.name, plan.model.fingerprint, len(plan.layers))
+    return owners_for(plan.cache, plan.model.name, plan.model.fingerprint, spec.owners)
 
 
 def head_rows(spec: ModelSpec, plan: Plan) -> int:
@@ -157,7 +158,7 @@ def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     shape = Shape.of(plan)
     cpu.set_threads(plan.threads)  # each of them has scratch
     layers = list(range(len(spec.layers)))  # what some read of others lies in scratch memory
-    if _owners(plan) is None:
+    if _owners(plan, spec) is None:
         layers = different_layers(checkpoint, spec, shape.formats)
     _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), Arena(VIRTUAL))
     ws = Workspace(Arena(VIRTUAL))
@@ -399,7 +400,8 @@ def bits_of(plan: Plan) -> bytes:
         "formats": [plan.outer.format, *(layer.format for layer in plan.layers)],
         "numerics": plan.numerics.model_dump(),
         "cache": plan.cache,
-        "owners": _owners(plan),
+        # Those that a model was trained with are part of it.
+        "owners": owners_for(plan.cache, plan.model.name, plan.model.fingerprint, list(range(len(plan.layers)))),
         "context": None if plan.cache == EXACT else plan.context,  # methods keep shares of it
         "prefill": plan.prefill,
         "chunk": plan.chunk,
@@ -425,5 +427,5 @@ def _prompts_in_memory(plan: Plan, spec: ModelSpec, cache: BaseCache, arena: Are
     if arena is None or kept is None or kept.memory is None:
         return None
     layouts = cache_layouts(spec, plan.context, plan.chunk)
-    largest = entry_nbytes(plan.cache, layouts, plan.context, plan.numerics.kv, plan.chunk, _owners(plan))
+    largest = entry_nbytes(plan.cache, layouts, plan.context, plan.numerics.kv, plan.chunk, _owners(plan, spec))
     return Memory(arena, kept.memory, unit_of(largest, cache.whole_entries))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from tightfit.budget.ledger import Workspace
+from tightfit.kernels import ops
 from tightfit.kernels.attention import Scoring
 
 Move = Callable[[torch.Tensor], None]  # writes a flat uint8 tensor somewhere, or fills it from there
@@ -21,7 +22,8 @@ BLOCK = 32  # tokens that become certain between two moments at which a cache le
 class LayerLayout:
     """What one layer keeps of one sequence: ``slots`` tokens, of which a query sees ``window``.
 
-    ``shared`` values are the first ``value_dim`` features of the keys and take no bytes.
+    ``shared`` values are the first ``value_dim`` features of the keys and take no bytes. With ``past`` a query sees the
+    tokens before its own, without that one.
     """
 
     kv_heads: int
@@ -31,6 +33,7 @@ class LayerLayout:
     shared: bool = False
     window: int | None = None
     heads: int = 1
+    past: bool = False
 
 
 class SegmentLike(Protocol):
@@ -75,9 +78,11 @@ class BaseCache(ABC):
 
     sequences: int
     gemm_dtype: torch.dtype
-    owners: list[int]  # of each layer the one whose keys and values it reads: itself, or an earlier one
+    layouts: list[LayerLayout]
+    owners: list[int]  # of each layer the one whose keys and values it reads: itself, or another one
     anchors = 0  # first tokens that queries see from another position than their own
     whole_entries = False  # whether what is saved is all of a sequence, or what some tokens of it added
+    settled = True  # whether what a step adds stays as it is
 
     def anchor_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """The positions from which queries at ``positions`` look at the anchors."""
@@ -92,10 +97,36 @@ class BaseCache(ABC):
         """The layers that have keys and values of their own."""
         return [layer for layer, owner in enumerate(self.owners) if layer == owner]
 
+    @property
+    def awaited(self) -> set[int]:
+        """The layers whose keys and values are read before they are there, by earlier layers."""
+        return {owner for layer, owner in enumerate(self.owners) if owner > layer}
+
     @contextmanager
     def through(self, step: Step, ws: Workspace) -> Iterator[None]:
-        """Inside, a step goes through all layers in turn."""
+        """Inside, a step goes through all layers in turn. Of what is awaited, a prompt's tokens are zeros at first."""
         yield
+
+    @contextmanager
+    def provisional(self, again: bool) -> Iterator[None]:
+        """Inside, layers are computed that will be computed ``again`` with what they add: it is read until then, and
+        nothing is judged by it."""
+        self.settled = not again
+        try:
+            yield
+        finally:
+            self.settled = True
+
+    def seen(self, layer: int, step: Step, scoring: Scoring, ws: Workspace) -> tuple[torch.Tensor, Scoring]:
+        """The places (n, 2) int32 up to which tokens that decode see a layer, and how: in scratch memory of the
+        enclosing frame where that is the place before their own."""
+        if not self.layouts[layer].past:
+            return step.places, scoring
+        if step.tentative:
+            raise ValueError("what reads a later layer of the token before cannot be computed with it")
+        places = ws.empty(max(step.vector, 1), 2, dtype=torch.int32)
+        ops.places_before(step.places[: step.vector], places[: step.vector])
+        return places, scoring._replace(window=None if scoring.window is None else scoring.window - 1)
 
     @abstractmethod
     def update(
@@ -168,5 +199,6 @@ class BaseCache(ABC):
 
     @contextmanager
     def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:
-        """Inside, the chunks of a whole prompt go through one layer; at the end they are certain there."""
+        """Inside, the chunks of a whole prompt go through one layer; at the end they are certain there. Raises
+        UsageError if layers cannot be computed one after the other."""
         yield

@@ -71,6 +71,8 @@ class Composition:
         for method in self.methods:
             for layout in layouts:
                 reason = method.refusal(layout)
+                if reason is None and layout.past and isinstance(method, Evictor) and method.observes != "nothing":
+                    reason = "its tokens do not see themselves, and what they see is not observed then"
                 if reason is not None:
                     raise UsageError(f"this model cannot use {method.name}: {reason}", "Leave it out.")
 

@@ -162,8 +162,8 @@ class PagedCache(BaseCache):
     def through(self, step: Step, ws: Workspace) -> Iterator[None]:
         """What others read of a prompt's tokens stays in scratch memory until the last of them has."""
         with ws.frame():
-            for owner, last in self._last.items():
-                if last != owner:
+            for owner in self._last:
+                if self.owners.count(owner) > 1:
                     counts = [b - a for _, a, b in step.prefills]
                     self._shared[owner] = [self._new_shared(owner, count, ws) for count in counts]
             try:
@@ -172,7 +172,11 @@ class PagedCache(BaseCache):
                 self._shared = {}
 
     def _new_shared(self, owner: int, count: int, ws: Workspace) -> Shared:
-        return Shared(self._new_run(owner, count, ws), self._received(owner, count, ws) if self.mass else None)
+        run = self._new_run(owner, count, ws)
+        if owner in self.awaited:
+            ops.zero_(run.keys)
+            ops.zero_(run.values)
+        return Shared(run, self._received(owner, count, ws) if self.mass else None)
 
     def update(
         self,
@@ -222,11 +226,12 @@ class PagedCache(BaseCache):
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
         kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
         shared = self._shared.get(owner)
-        if rows:
-            with ws.frame():
-                looking = self._looking(layer, Rows(step.places), q[:rows], _part(held.anchor_q, 0, rows), ws)
+        with ws.frame():
+            places, scoring = self.seen(layer, step, scoring, ws)
+            if rows:
+                looking = self._looking(layer, Rows(places), q[:rows], _part(held.anchor_q, 0, rows), ws)
                 lse = ws.empty(rows, heads) if self.mass else None
-                which = Rows(step.places, step.paths)
+                which = Rows(places, step.paths)
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
                 if lse is not None and step.tentative:
                     self.drafts[layer].put(which, self.tokens, looking, lse, scoring)
@@ -236,10 +241,15 @@ class PagedCache(BaseCache):
                     pages.weigh_rows(kept, which, looking, lse, self.mass[layer], ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             with ws.frame():
+                if self.layouts[layer].past:
+                    first = slice(a, a + 1)
+                    self._attend_first(layer, segment.start, step.places[first], held, q, out, first, ws, scoring)
+                    a += 1
                 looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
                 lse = ws.empty(b - a, heads) if self.mass else None
                 bf16 = self.gemm_dtype == torch.bfloat16
-                pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
+                if a < b:
+                    pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
                 if self._whole is not None:
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
@@ -247,10 +257,32 @@ class PagedCache(BaseCache):
                 if lse is not None:
                     given = self._received(layer, run.count, ws) if given is None else given
                     self._weigh(layer, segment.slot, run, at, looking, lse, given, ws, scoring)
-                if layer == owner:
+                if layer == owner and self.settled:
                     self._choose_channels(layer, segment.slot, run, looking.q)
-                if layer == self._last[owner]:
+                if layer == self._last[owner] and self.settled:
                     self._settle(owner, segment.slot, run, given, ws)
+
+    def _attend_first(
+        self,
+        layer: int,
+        start: int,
+        place: torch.Tensor,
+        held: Held,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        first: slice,
+        ws: Workspace,
+        scoring: Scoring,
+    ) -> None:
+        """The first token of a prompt's chunk where tokens do not see themselves: it sees what is certain."""
+        if start == 0:
+            ops.zero_(out[first])
+            return
+        with ws.frame():
+            before = ws.empty(1, 2, dtype=torch.int32)
+            ops.places_before(place, before)
+            looking = Looking(q[first], _part(held.anchor_q, first.start, first.stop), self._anchors(layer))
+            pages.attend_rows(self.layers[layer], Rows(before), looking, out[first], None, ws, scoring)
 
     def _looking(
         self, layer: int, rows: Rows, q: torch.Tensor, anchor_q: torch.Tensor | None, ws: Workspace
@@ -318,6 +350,8 @@ class PagedCache(BaseCache):
         self._pruned[slot] = True
 
     def room(self, slot: int) -> int:
+        if any(layout.past for layout in self.layouts):
+            return 1
         return min(BLOCK - int(self.tokens[slot]) % BLOCK, self.tail)
 
     def reusable(self, slot: int, common: int) -> int:

@@ -32,6 +32,7 @@ def cache_layouts(spec: ModelSpec, context: int, chunk: int) -> list[LayerLayout
             shared=not isinstance(attention, AttentionSpec),
             window=attention.window,
             heads=attention.heads,
+            past=attention.past,
         )
         for attention in (layer.attention for layer in spec.layers)
     ]
@@ -159,9 +160,25 @@ class Decoder:
         self, x: torch.Tensor, batch: Batch, cache: BaseCache, ropes: dict[RopeSpec, Tables], ws: Workspace
     ) -> None:
         with cache.through(batch, ws):
-            for index, layer in enumerate(self.spec.layers):
-                with self.weights.layer(index) as weights:
-                    self._layer(index, layer, weights, x, batch, cache, ropes, ws)
+            for layers, again in self.spec.stretches:
+                passes = self._passes(batch) if again else 1
+                with ws.frame():
+                    before = ws.empty(*x.shape) if passes > 1 else x
+                    for count in range(passes, 0, -1):
+                        if passes > 1:
+                            source, target = (x, before) if count == passes else (before, x)
+                            ops.copy_(target, source)
+                        with cache.provisional(count > 1):
+                            for index in layers:
+                                with self.weights.layer(index) as weights:
+                                    layer = self.spec.layers[index]
+                                    self._layer(index, layer, weights, x, batch, cache, ropes, ws)
+
+    def _passes(self, batch: Batch) -> int:
+        """How often layers that read a later one are computed: a token needs no more passes than there are tokens
+        before it in its chunk, and what decodes finds all that it reads."""
+        longest = max((stop - start for _, start, stop in batch.prefills), default=1)
+        return longest if self.spec.passes is None else min(longest, self.spec.passes)
 
     def _layer(
         self,

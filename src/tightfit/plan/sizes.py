@@ -266,7 +266,7 @@ class Sizes:
 
     def _owners(self, kv: str) -> list[int] | None:
         """Of each layer the one whose keys and values it reads; None where each has its own."""
-        return owners_for(kv, self.checkpoint.name, self.checkpoint.fingerprint, len(self.spec.layers))
+        return owners_for(kv, self.checkpoint.name, self.checkpoint.fingerprint, self.spec.owners)
 
     def _entry_bytes(self, kv: str, chunk: int) -> int:
         """The most bytes of an entry of the prompt cache."""

@@ -42,16 +42,17 @@ Looking looking_of(const Views& of) {
 }
 Paths paths_of(const Ragged& of) { return {at<const int32_t>(std::get<1>(of)), std::get<2>(of), nullptr}; }
 
-const Place* places_of(const Pages& pages, const Ragged& of, size_t count) {
+// Where tokens are written; or where those stand that `see` pages, which may be at the last token that is certain.
+const Place* places_of(const Pages& pages, const Ragged& of, size_t count, bool see) {
     const Place* places = at<const Place>(std::get<0>(of));
     for (size_t i = 0; i < count; i++) {
         if (places[i].sequence < 0 || static_cast<size_t>(places[i].sequence) >= pages.sequences)
             throw nb::index_error("a sequence outside of the cache");
         const int32_t order = places[i].position - pages.tokens[places[i].sequence];
-        if (order < 0) throw nb::index_error("a token that is in the cache already");
+        if (order < (see ? -1 : 0)) throw nb::index_error("a token that is in the cache already");
         for (size_t h = 0; h < pages.kv_heads; h++) {
             const size_t head = pages.at(static_cast<size_t>(places[i].sequence), h);
-            const size_t page = static_cast<size_t>(pages.lengths[head] + order) / PAGE;
+            const size_t page = static_cast<size_t>(pages.lengths[head] + std::max(order, 0)) / PAGE;
             if (page >= pages.table_pages || pages.table[head * pages.table_pages + page] < 0)
                 throw nb::index_error("more tokens at once than the cache has room for");
         }
@@ -94,7 +95,7 @@ void tightfit::bind_pages(nb::module_& m) {
         }))
         .def("append", [](const Pages& p, const Ragged& places, size_t count, const Strided& k, const Strided& v,
                           size_t threads) {
-            const Place* where = places_of(p, places, count);
+            const Place* where = places_of(p, places, count, false);
             nb::gil_scoped_release release;
             append(p, where, count, block<const float>(k), block<const float>(v), threads);
         })
@@ -104,7 +105,7 @@ void tightfit::bind_pages(nb::module_& m) {
         .def("attend_rows", [](const Pages& p, const Ragged& places, size_t rows, const Views& views, const Strided& out,
                                const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, uintptr_t scratch,
                                size_t threads) {
-            const Place* where = places_of(p, places, rows);
+            const Place* where = places_of(p, places, rows, true);
             nb::gil_scoped_release release;
             attend_rows(p, where, paths_of(places), rows, looking_of(views), block<float>(out),
                         {at<float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), at<uint8_t>(scratch), threads);
@@ -126,7 +127,7 @@ void tightfit::bind_pages(nb::module_& m) {
         .def("weigh_rows", [](const Pages& p, const Ragged& places, size_t rows, const Views& views,
                               const std::tuple<uintptr_t, size_t>& lse, const Scores& scores,
                               const std::tuple<uintptr_t, size_t>& mass, uintptr_t scratch, size_t threads) {
-            const Place* where = places_of(p, places, rows);
+            const Place* where = places_of(p, places, rows, true);
             nb::gil_scoped_release release;
             weigh_rows(p, where, paths_of(places), rows, looking_of(views),
                        {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores),
@@ -164,7 +165,7 @@ void tightfit::bind_pages(nb::module_& m) {
         .def("select_scratch", &select_scratch)
         .def("select", [](const Pages& p, const Ragged& places, size_t rows, const Strided& q, size_t heads, size_t count,
                           uintptr_t chosen, uintptr_t scratch, size_t threads) {
-            const Place* where = places_of(p, places, rows);
+            const Place* where = places_of(p, places, rows, true);
             nb::gil_scoped_release release;
             select(p, where, rows, block<const float>(q), heads, count, at<int32_t>(chosen), at<uint8_t>(scratch), threads);
         });

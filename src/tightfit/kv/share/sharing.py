@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tightfit.budget.machine import cache_folder, remember
 from tightfit.catalog import spec_string
-from tightfit.errors import CheckpointError
+from tightfit.errors import CheckpointError, UsageError
 from tightfit.kv.compose import compose
 from tightfit.kv.share.kvsharer import KVSharer
 
@@ -54,8 +54,13 @@ def write_sharing(fingerprint: str, method: KVSharer, sharing: Sharing) -> Path:
     return remember(sharing_file(fingerprint, method), json.dumps(asdict(sharing)))
 
 
-def owners_for(kv: str, name: str, fingerprint: str, layers: int) -> list[int] | None:
-    """The owners of the layers of a model in a cache of the methods ``kv``; None where each has its own. Raises
-    CheckpointError as :func:`read_sharing` does."""
+def owners_for(kv: str, name: str, fingerprint: str, trained: list[int]) -> list[int] | None:
+    """The owners of the layers of a model in a cache of the methods ``kv``, where it was ``trained`` with some; None
+    where each has its own. Raises CheckpointError as :func:`read_sharing` does, UsageError for a method beside owners
+    that it was trained with."""
     sharer = compose(kv).sharer
-    return None if sharer is None else read_sharing(name, fingerprint, sharer, layers).owners
+    if trained != list(range(len(trained))):
+        if sharer is not None:
+            raise UsageError(f"layers of {name} were trained to share keys and values", "Leave kvsharer out.")
+        return trained
+    return None if sharer is None else read_sharing(name, fingerprint, sharer, len(trained)).owners
