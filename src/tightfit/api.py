@@ -122,25 +122,25 @@ class Model:
     def fit(
         self, kv: str, text: str, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> dict[str, Any]:
-        """Finds with ``text`` which layers share keys and values, and keeps that for this ``kv="kvsharer(...)"``:
-        ``kv``, ``tokens``, ``file``, ``owners`` (of each layer the one whose it reads) and ``similarity`` of the final
-        hidden states to those of the model as it is. ``progress(done, total)`` is called with pairs of layers."""
+        """Finds with ``text`` what the method of ``kv`` must know of the model, and keeps that for its settings:
+        ``kv``, ``file``, ``lines`` that say what was found, and the same as the method's own keys (of kvsharer
+        ``tokens``, ``owners``, of each layer the one whose keys and values it reads, and ``similarity`` of the final
+        hidden states to those of the model as it is)."""
         from tightfit.catalog import spec_string
-        from tightfit.engine.fit import find_sharing
+        from tightfit.engine.fit import Observing
         from tightfit.kv.compose import fitted
-        from tightfit.kv.share.sharing import write_sharing
+        from tightfit.kv.fitted import write_findings
 
-        sharer = fitted(kv)
+        method = fitted(kv)
         tokens = self.tokenizer.encode(text)
-        found = find_sharing(self._generator.engine, self.checkpoint.name, sharer, tokens, progress)
-        file = write_sharing(self.checkpoint.fingerprint, sharer, found)
-        return {
-            "kv": spec_string(sharer),
-            "tokens": found.tokens,
-            "file": str(file),
-            "owners": found.owners,
-            "similarity": found.similarity,
-        }
+
+        def encode(more: str) -> list[int]:
+            return self.tokenizer.encode(more, add_special_tokens=False)
+
+        observed = Observing(self.borrow_engine(), self.checkpoint.name, tokens, encode, self.plan.budget)
+        found = method.fit(observed, progress)
+        file = write_findings(self.checkpoint.fingerprint, method, found)
+        return {"kv": spec_string(method), "file": str(file), "lines": found.lines, **found.report}
 
     def borrow_engine(self) -> Engine:
         """What computes, for measurements that fill its cache by hand while nothing is generated. A conversation that

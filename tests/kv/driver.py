@@ -14,12 +14,15 @@ from transformers import DeepseekV3Config, LlamaConfig, PreTrainedModel, Qwen2Co
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.checkpoints.checkpoint import open_checkpoint
 from tightfit.checkpoints.config import Config
+from tightfit.engine.engine import Engine
+from tightfit.engine.fit import Observing
 from tightfit.kernels import pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Pages
 from tightfit.kv.base import BaseCache, LayerLayout
 from tightfit.kv.cache import Cache
 from tightfit.kv.compose import compose
+from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
@@ -86,6 +89,19 @@ class Tiny:
     def tokens(self, count: int, seed: int = 1) -> list[int]:
         return torch.randint(self.spec.vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % self.spec.vocab_size for letter in text]
+
+    def known(self, kv: str) -> Known:
+        """What the methods of ``kv`` must know of the model, found with a text of random tokens."""
+        tokens, found = self.tokens(600, seed=9), {}
+        for method in compose(kv).fitted:
+            cache = Cache(cache_layouts(self.spec, 512, 64), 1, self.dtype, Arena(ROOM), self.dtype, 64)
+            engine = Engine(self.decoder, cache, Workspace(Arena(ROOM)), 512, 64, 1)
+            observed = Observing(engine, "tiny", tokens, self.encode, ROOM)
+            found[method.name] = method.fit(observed, lambda done, total: None).tensors
+        return Known(tensors=found)
+
     def run(self, kv: str, **settings: Any) -> Run:
         return Run(self, kv, **settings)
 
@@ -102,16 +118,16 @@ class Run:
         sequences: int = 1,
         chunk: int = 64,
         tail: int = 1,
-        owners: Sequence[int] | None = None,
+        known: Known = NOTHING,
     ) -> None:
         self.tiny, self.chunk = tiny, chunk
         self.ws, self.arena = Workspace(Arena(ROOM)), Arena(ROOM)
         layouts, common = cache_layouts(tiny.spec, context, chunk), (sequences, tiny.dtype, self.arena, tiny.dtype)
         methods = [method for method in compose(kv).methods if method.name != "kvsharer"]
         self.cache: BaseCache = (
-            PagedCache(layouts, compose(kv), context, *common, tail=tail, owners=owners)
+            PagedCache(layouts, compose(kv), context, *common, tail=tail, known=known)
             if methods
-            else Cache(layouts, *common, chunk, owners)
+            else Cache(layouts, *common, chunk, known.owners)
         )
         self.lengths = [0] * sequences
 

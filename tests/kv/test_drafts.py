@@ -13,6 +13,7 @@ from tests.kv.driver import Run, Tiny, choose
 from tests.kv.slow_reference import owners
 
 from tightfit.kv.base import BLOCK
+from tightfit.kv.fitted import Known
 from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Segment
 
@@ -133,7 +134,7 @@ def test_drafts_leave_the_same_bits_as_plain_decoding(
     small = tiny(model, dtype)
     tokens = small.tokens(prompt, seed)
     whose = owners(kv, len(small.spec.layers))
-    plain, verified = (small.run(kv, context=CONTEXT, chunk=48, tail=t, owners=whose) for t in (1, tail))
+    plain, verified = (small.run(kv, context=CONTEXT, chunk=48, tail=t, known=Known(whose)) for t in (1, tail))
     layered = layered and kv not in SHARED
     first, same = plain.prefill(tokens, layered=layered), verified.prefill(tokens, layered=layered)
     assert torch.equal(first, same)

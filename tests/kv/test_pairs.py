@@ -9,27 +9,14 @@ from itertools import combinations, combinations_with_replacement
 
 import pytest
 from tests.kv.driver import Tiny, choose, offset
+from tests.kv.settings import DEFINED, METHODS, refused
 from tests.kv.slow_reference import Slow, owners
 
-from tightfit.catalog import all_techniques
 from tightfit.errors import UsageError
 from tightfit.kv.compose import compose
+from tightfit.kv.fitted import Known
 
 PROMPT, DECODED, CHUNK, CONTEXT = 150, 72, 48, 256
-# Settings with which a method has much to do in so few tokens; others have their own.
-SETTINGS = {
-    "window": "window(keep=60)",
-    "h2o": "h2o(keep=72,recent=0.25)",
-    "snapkv": "snapkv(keep=70,window=12)",
-    "d2o": "d2o(keep=70,recent=0.25)",
-    "int8": "int8(recent=16)",
-    "int4": "int4(recent=16)",
-    "int2": "int2(recent=16)",
-    "think": "think(recent=16,window=8)",
-    "quest": "quest(tokens=32,full=1)",
-    "host": "host(resident=32)",
-}
-METHODS = [SETTINGS.get(entry.name, entry.name) for entry in all_techniques() if entry.seam == "kv"]
 MORE = [
     "none",
     "window(keep=60,positions=original,sinks=1)+int4(recent=0)+host(resident=0)",
@@ -43,18 +30,8 @@ MORE = [
 ]
 
 
-def roles(spec: str) -> set[str]:
-    return {role for method in compose(spec).methods for role in method.roles}
-
-
-def refused(one: str, other: str) -> bool:
-    """A role is there once; and a window hides the pages that quest would choose from."""
-    names = {one.partition("(")[0], other.partition("(")[0]}
-    return bool(roles(one) & roles(other)) or names == {"window", "quest"}
-
-
 EVERY = list(combinations_with_replacement(METHODS, 2))
-COMPOSED = [f"{one}+{other}" for one, other in combinations(METHODS, 2) if not refused(one, other)]
+COMPOSED = [f"{one}+{other}" for one, other in combinations(DEFINED, 2) if not refused(one, other)]
 
 
 @pytest.mark.parametrize(("one", "other"), [pair for pair in EVERY if refused(*pair)])
@@ -75,7 +52,7 @@ def tolerance(kv: str) -> float:
 
 def check(tiny: Tiny, kv: str, layered: bool) -> None:
     whose = owners(kv, len(tiny.spec.layers))
-    run, slow = tiny.run(kv, context=CONTEXT, chunk=CHUNK, owners=whose), Slow(tiny, kv, CHUNK, CONTEXT)
+    run, slow = tiny.run(kv, context=CONTEXT, chunk=CHUNK, known=Known(whose)), Slow(tiny, kv, CHUNK, CONTEXT)
     prompt = tiny.tokens(PROMPT)
     found, expected = run.prefill(prompt, layered=layered), slow.prefill(prompt, layered=layered)
     allowed = tolerance(kv) * float(expected.abs().max())
@@ -96,16 +73,16 @@ def check(tiny: Tiny, kv: str, layered: bool) -> None:
             ]
 
 
-@pytest.mark.parametrize("kv", [*METHODS, *COMPOSED, *MORE])
+@pytest.mark.parametrize("kv", [*DEFINED, *COMPOSED, *MORE])
 def test_compositions_give_what_methods_give_one_after_the_other(tiny: Callable[..., Tiny], kv: str) -> None:
     check(tiny("llama"), kv, layered=False)
 
 
-@pytest.mark.parametrize("kv", [kv for kv in (*METHODS, *MORE) if "kvsharer" not in kv])  # refused: layers wait
+@pytest.mark.parametrize("kv", [kv for kv in (*DEFINED, *MORE) if "kvsharer" not in kv])  # refused: layers wait
 def test_layered_compositions_judge_the_whole_prompt(tiny: Callable[..., Tiny], kv: str) -> None:
     check(tiny("llama"), kv, layered=True)
 
 
-@pytest.mark.parametrize("kv", [*METHODS, *MORE])
+@pytest.mark.parametrize("kv", [*DEFINED, *MORE])
 def test_compositions_in_layers_with_sliding_windows(tiny: Callable[..., Tiny], kv: str) -> None:
     check(tiny("sliding"), kv, layered=False)

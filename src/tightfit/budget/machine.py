@@ -158,23 +158,23 @@ def machine_identity(root: Path = Path("/")) -> dict[str, str]:
     }
 
 
-def remember(file: Path, text: str) -> Path:
+def remember(file: Path, content: str | bytes) -> Path:
     """Writes a file of the cache folder, whole or not at all. Raises FileError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, text)
+        write_atomically(file, content)
     except OSError as error:
         hint = "Name a folder of yours with TIGHTFIT_CACHE."
         raise FileError(f"{file} cannot be written: {error.strerror}", hint) from error
     return file
 
 
-def write_atomically(file: Path, text: str) -> None:
+def write_atomically(file: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all."""
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
     try:
-        with os.fdopen(handle, "w") as temporary:
-            temporary.write(text)
+        with os.fdopen(handle, "wb") as temporary:
+            temporary.write(content.encode() if isinstance(content, str) else content)
         os.replace(name, file)
     except BaseException:
         os.unlink(name)

@@ -28,10 +28,10 @@ def fit(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Find which layers of a model can share keys and values.
+    """Find what a method of the cache must know of a model.
 
-    What was found is remembered for `--kv kvsharer` with the same settings. The text should be like what the model will
-    be used for; about two thousand tokens of it are used.
+    What was found is remembered for that method with the same settings. The text should be like what the model will be
+    used for; a few thousand tokens of it are used.
     """
     from tightfit.kv.compose import fitted
 
@@ -47,7 +47,7 @@ def fit(
     with opened.checkpoint:
         with loading() as progress:
             loaded = load_opened(wish, opened, None, progress)
-        with counting("pairs of layers") as progress:
+        with counting("steps") as progress:
             answer = loaded.fit(kv, prompt, progress)
         answer |= {"receipt": loaded.receipt()}
     if json:
@@ -55,10 +55,7 @@ def fit(
         return
     from tightfit.cli.screen import show
 
-    readers = [(layer, owner) for layer, owner in enumerate(answer["owners"]) if layer != owner]
     show(
-        f"{len(readers)} of {len(answer['owners'])} layers read what another keeps: "
-        + ", ".join(f"{layer} that of {owner}" for layer, owner in readers),
-        f"hidden states stay similar to {answer['similarity']:.3f} in {answer['tokens']} tokens",
+        *answer["lines"],
         f"kept in {answer['file']}, for `tightfit run {model} --kv '{answer['kv']}'`",
     )

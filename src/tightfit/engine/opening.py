@@ -21,8 +21,7 @@ from tightfit.engine.request import Requests
 from tightfit.errors import CheckpointError, UsageError
 from tightfit.experts.census import read_census
 from tightfit.experts.policy import Scheme, scheme
-from tightfit.kv.compose import EXACT, compose
-from tightfit.kv.share.sharing import owners_for
+from tightfit.kv.compose import EXACT, compose, known_of
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec, MoeSpec
 from tightfit.plan.schema import OWN, ActivationType, Plan, Preference, PromptCachePlan, Schedule
@@ -151,7 +150,7 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
                 f"Use --context {spec.context} or less.",
             )
         if kv is not None:
-            owners_for(kv, checkpoint.name, checkpoint.fingerprint, spec.owners)
+            known_of(kv, checkpoint.name, checkpoint.fingerprint, spec.owners)
         opened = Opened(checkpoint, spec, budget, context)
         if how is not None:
             opened.check_experts(how)

@@ -33,12 +33,12 @@ from tightfit.experts.store import LEAST_SLOTS, CachedExperts, on_disk
 from tightfit.kernels import cpu, ops
 from tightfit.kernels.layout import TILE_ROWS
 from tightfit.kv.base import BaseCache
-from tightfit.kv.compose import EXACT
+from tightfit.kv.compose import EXACT, compose, known_of
+from tightfit.kv.fitted import Known
 from tightfit.kv.make import entry_nbytes, make_cache
 from tightfit.kv.reuse.disk import Disk
 from tightfit.kv.reuse.memory import Memory, unit_of
 from tightfit.kv.reuse.prompts import PromptCache
-from tightfit.kv.share.sharing import owners_for
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.spec import ModelSpec
@@ -96,6 +96,13 @@ def different_layers(checkpoint: Checkpoint, spec: ModelSpec, formats: Sequence[
     return sorted({*first.values(), *(spec.owners[index] for index in first.values())})
 
 
+def _tried_layers(checkpoint: Checkpoint, spec: ModelSpec, shape: Shape) -> list[int]:
+    """The layers with which a step is tried: one of each kind, or all where the cache tells them apart."""
+    if compose(shape.cache).joined:
+        return list(range(len(spec.layers)))
+    return different_layers(checkpoint, spec, shape.formats)
+
+
 def build(
     checkpoint: Checkpoint,
     spec: ModelSpec,
@@ -127,16 +134,14 @@ def build(
         placement = Resident(checkpoint, spec, shape.outer, formats, gemm, weights, activations)
     spec = spec.part(layers)
     layouts = cache_layouts(spec, shape.context, shape.chunk)
-    owners = None
-    if spec.shares or len(layers) == len(shape.formats):
-        owners = owners_for(shape.cache, checkpoint.name, checkpoint.fingerprint, spec.owners)
-    cache = make_cache(shape.cache, layouts, shape.context, shape.sequences, kv_type, kv, gemm, shape.chunk, owners)
+    known = known_of(shape.cache, checkpoint.name, checkpoint.fingerprint, spec.owners)
+    cache = make_cache(shape.cache, layouts, shape.context, shape.sequences, kv_type, kv, gemm, shape.chunk, known)
     return placement, Decoder(spec, placement), cache
 
 
-def _owners(plan: Plan, spec: ModelSpec) -> list[int] | None:
-    """Of each layer the one whose keys and values it reads; None where each has its own."""
-    return owners_for(plan.cache, plan.model.name, plan.model.fingerprint, spec.owners)
+def _known(plan: Plan, owners: list[int]) -> Known:
+    """What the methods of the cache know of a model that was trained with these owners of keys and values."""
+    return known_of(plan.cache, plan.model.name, plan.model.fingerprint, owners)
 
 
 def head_rows(spec: ModelSpec, plan: Plan) -> int:
@@ -157,9 +162,9 @@ def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     """Bytes of scratch that the largest step of ``plan`` takes, found by running it dry."""
     shape = Shape.of(plan)
     cpu.set_threads(plan.threads)  # each of them has scratch
-    layers = list(range(len(spec.layers)))  # what some read of others lies in scratch memory
-    if _owners(plan, spec) is None:
-        layers = different_layers(checkpoint, spec, shape.formats)
+    layers = _tried_layers(checkpoint, spec, shape)
+    if spec.shares:  # what some read of others lies in scratch memory
+        layers = list(range(len(spec.layers)))
     _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), Arena(VIRTUAL))
     ws = Workspace(Arena(VIRTUAL))
     everyone = [Segment(slot, shape.context - 1, [0], decode=True) for slot in range(shape.sequences)]
@@ -178,13 +183,14 @@ def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
 def rehearse(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     """Bytes of the ``runtime`` account: what is resident beside the arenas once everything has run.
 
-    Runs one layer of each kind, the head and the sampler at their largest sizes, and at the sizes of one token.
+    Runs one layer of each kind, or all where methods of the cache tell them apart, the head and the sampler at their
+    largest sizes, and at the sizes of one token.
     """
     shape = Shape.of(plan)
     cpu.set_threads(plan.threads)
     gc.collect()
     drop_code_pages()
-    layers = different_layers(checkpoint, spec, shape.formats)
+    layers = _tried_layers(checkpoint, spec, shape)
     kv, scratch = Arena(VIRTUAL), Arena(plan.accounts["workspace"])
     _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), kv)
     ws = Workspace(scratch)
@@ -400,8 +406,7 @@ def bits_of(plan: Plan) -> bytes:
         "formats": [plan.outer.format, *(layer.format for layer in plan.layers)],
         "numerics": plan.numerics.model_dump(),
         "cache": plan.cache,
-        # Those that a model was trained with are part of it.
-        "owners": owners_for(plan.cache, plan.model.name, plan.model.fingerprint, list(range(len(plan.layers)))),
+        "known": _known(plan, list(range(len(plan.layers)))).digest,  # owners that it was trained with are its own
         "context": None if plan.cache == EXACT else plan.context,  # methods keep shares of it
         "prefill": plan.prefill,
         "chunk": plan.chunk,
@@ -427,5 +432,6 @@ def _prompts_in_memory(plan: Plan, spec: ModelSpec, cache: BaseCache, arena: Are
     if arena is None or kept is None or kept.memory is None:
         return None
     layouts = cache_layouts(spec, plan.context, plan.chunk)
-    largest = entry_nbytes(plan.cache, layouts, plan.context, plan.numerics.kv, plan.chunk, _owners(plan, spec))
+    known = _known(plan, spec.owners)
+    largest = entry_nbytes(plan.cache, layouts, plan.context, plan.numerics.kv, plan.chunk, known)
     return Memory(arena, kept.memory, unit_of(largest, cache.whole_entries))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import TYPE_CHECKING, TypeVar
 
-from tightfit.catalog import parse, spec_string
+from tightfit.catalog import all_techniques, parse, spec_string
 from tightfit.errors import UsageError
-from tightfit.kv.evict.window import Window
+from tightfit.kv.fitted import Fitted, Known, known_for
 from tightfit.kv.lowrank.think import ThinK
-from tightfit.kv.method import Evictor, Method, Quantizer
+from tightfit.kv.method import Evictor, Method, Quantizer, Rest
 from tightfit.kv.offload.host import Host
 from tightfit.kv.select.quest import Quest
 from tightfit.kv.share.kvsharer import KVSharer
@@ -53,8 +54,18 @@ class Composition:
         return self._only(Host)
 
     @property
-    def sharer(self) -> KVSharer | None:
-        return self._only(KVSharer)
+    def rest(self) -> Rest | None:
+        return self._only(Rest)
+
+    @property
+    def fitted(self) -> list[Fitted]:
+        """Those that must know something of a model."""
+        return [method for method in self.methods if isinstance(method, Fitted)]
+
+    @property
+    def joined(self) -> bool:
+        """Whether layers need each other, or are not alike."""
+        return bool(self.fitted) or any(method.joined for method in self.methods)
 
     @property
     def exact(self) -> bool:
@@ -71,7 +82,8 @@ class Composition:
         for method in self.methods:
             for layout in layouts:
                 reason = method.refusal(layout)
-                if reason is None and layout.past and isinstance(method, Evictor) and method.observes != "nothing":
+                judges = isinstance(method, Evictor) and method.observes != "nothing"
+                if reason is None and layout.past and (judges or isinstance(method, Rest)):
                     reason = "its tokens do not see themselves, and what they see is not observed then"
                 if reason is not None:
                     raise UsageError(f"this model cannot use {method.name}: {reason}", "Leave it out.")
@@ -97,19 +109,35 @@ def compose(text: str) -> Composition:
                     f"{filled[role].name} and {method.name} are both for the {role}", "Leave one of them out."
                 )
             filled[role] = method
-    composition = Composition(tuple(methods))
-    evictor = composition.evictor
-    if composition.selector is not None and isinstance(evictor, Window):
+    for method, other in permutations(methods, 2):
+        reason = method.excludes(other)
+        if reason is not None:
+            raise UsageError(f"{method.name} does not go with {other.name}: it {reason}", "Leave one of them out.")
+    return Composition(tuple(methods))
+
+
+def fitted(text: str) -> Fitted:
+    """The method in a spec string that must know something of a model. Raises UsageError if there is none, or more than
+    one."""
+    found = compose(text).fitted
+    if len(found) != 1:
+        what = "no method has" if not found else f"{' and '.join(method.name for method in found)} each have"
+        known = sorted(entry.name for entry in all_techniques() if issubclass(entry.cls, Fitted))
+        hint = f"Name one of {', '.join(known)}." if not found else "Name one at a time."
+        raise UsageError(f"in {text!r} {what} to know something of a model", hint)
+    return found[0]
+
+
+def known_of(kv: str, name: str, fingerprint: str, owners: list[int]) -> Known:
+    """What the methods of ``kv`` know of the model ``name``, whose layers were trained to read the keys and values of
+    ``owners``. Raises CheckpointError if that was never looked for, UsageError where layers would share twice."""
+    composition = compose(kv)
+    if owners == list(range(len(owners))):
+        return known_for(composition.methods, name, fingerprint, len(owners))
+    if composition.fitted:
+        method = composition.fitted[0].name
         raise UsageError(
-            "quest chooses among all pages, and window hides all but a few of them",
-            "Leave quest out: a window is read whole.",
+            f"layers of {name} were trained to read what others keep, and {method} is not fitted to such",
+            f"Leave {method} out.",
         )
-    return composition
-
-
-def fitted(text: str) -> KVSharer:
-    """The method in a spec string that must know something of a model. Raises UsageError if there is none."""
-    sharer = compose(text).sharer
-    if sharer is None:
-        raise UsageError(f"no method of {text!r} has to know anything of a model", "Only kvsharer does.")
-    return sharer
+    return Known(owners)

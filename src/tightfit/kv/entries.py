@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,10 +19,10 @@ class InFile(NamedTuple):
 
 
 def parts(
-    kept: Pages, slot: int, ahead: int, mass: torch.Tensor | None, memory: torch.Tensor | None
+    kept: Pages, slot: int, ahead: int, mass: torch.Tensor | None, states: Sequence[torch.Tensor]
 ) -> Iterator[torch.Tensor | InFile]:
     """All that a layer keeps of a sequence, as flat uint8 tensors and pages in the file: what tokens received, ``mass``
-    (sequences, kv_heads, n), and what a merger remembers, ``memory`` (sequences, kv_heads, m), with it. ``ahead``
+    (sequences, kv_heads, n), and what methods remember, ``states`` (sequences, ...), with it. ``ahead``
     positions behind the kept tokens are there too.
 
     What comes later follows from what came before, so that the same walk fills a sequence that is restored.
@@ -32,8 +32,8 @@ def parts(
     yield as_bytes(kept.table[slot])
     if kept.channels is not None:
         yield as_bytes(kept.channels[slot])
-    if memory is not None:
-        yield as_bytes(memory[slot])
+    for state in states:
+        yield as_bytes(state[slot])
     for head, length in enumerate(kept.lengths[slot].tolist()):
         if kept.positions is not None:  # those of the next tokens are there too
             yield as_bytes(kept.positions[slot, head, : length + ahead])

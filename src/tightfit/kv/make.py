@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from tightfit.budget.ledger import Arena
 from tightfit.kv.base import BaseCache, LayerLayout
 from tightfit.kv.cache import Cache
 from tightfit.kv.compose import compose
+from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.paged import PagedCache
 
 VIRTUAL = 1 << 38  # address space of an arena that is never written
@@ -25,32 +24,31 @@ def make_cache(
     arena: Arena,
     gemm_dtype: torch.dtype,
     chunk: int,
-    owners: Sequence[int] | None = None,
+    known: Known = NOTHING,
 ) -> BaseCache:
-    """The cache of the methods that ``kv`` names, for prompts of up to ``context`` tokens in chunks of ``chunk``; of
-    each layer ``owners`` says which one's keys and values it reads. Raises UsageError if the model cannot use one of
-    the methods."""
+    """The cache of the methods that ``kv`` names, for prompts of up to ``context`` tokens in chunks of ``chunk``;
+    ``known`` is what they know of the model. Raises UsageError if the model cannot use one of them."""
     composition = compose(kv)
     composition.check(layouts)
     if composition.exact:
-        return Cache(layouts, sequences, dtype, arena, gemm_dtype, chunk, owners)
-    return PagedCache(layouts, composition, context, sequences, dtype, arena, gemm_dtype, owners=owners)
+        return Cache(layouts, sequences, dtype, arena, gemm_dtype, chunk, known.owners)
+    return PagedCache(layouts, composition, context, sequences, dtype, arena, gemm_dtype, known=known)
 
 
 def kv_nbytes(
-    kv: str, layouts: list[LayerLayout], context: int, sequences: int, dtype: str, owners: Sequence[int] | None = None
+    kv: str, layouts: list[LayerLayout], context: int, sequences: int, dtype: str, known: Known = NOTHING
 ) -> int:
     """Bytes that such a cache takes, as its own allocation says."""
     arena = Arena(VIRTUAL)
-    cache = make_cache(kv, layouts, context, sequences, TYPES[dtype], arena, torch.float32, 1, owners)
+    cache = make_cache(kv, layouts, context, sequences, TYPES[dtype], arena, torch.float32, 1, known)
     cache.close()
     return arena.used
 
 
 def entry_nbytes(
-    kv: str, layouts: list[LayerLayout], context: int, dtype: str, chunk: int, owners: Sequence[int] | None = None
+    kv: str, layouts: list[LayerLayout], context: int, dtype: str, chunk: int, known: Known = NOTHING
 ) -> int:
     """The most bytes that what such a cache saves of a prompt takes at the end of a chunk."""
-    cache = make_cache(kv, layouts, context, 1, TYPES[dtype], Arena(VIRTUAL), torch.float32, chunk, owners)
+    cache = make_cache(kv, layouts, context, 1, TYPES[dtype], Arena(VIRTUAL), torch.float32, chunk, known)
     cache.close()
     return cache.largest_entry(chunk)

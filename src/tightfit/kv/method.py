@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from tightfit.budget.ledger import Workspace
+    from tightfit.kernels.attention import Scoring
     from tightfit.kv.base import LayerLayout
 
 
@@ -25,6 +26,11 @@ class Method:
 
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
+    joined: ClassVar[bool] = False  # whether layers need each other: then they are planned together
+
+    def excludes(self, other: Method) -> str | None:
+        """Why it does not go with another method ("it ..."), if it does not."""
+        return None
 
     def refusal(self, layout: LayerLayout) -> str | None:
         """Why it cannot be used on such a layer, if it cannot."""
@@ -110,6 +116,41 @@ class Merger(Evictor):
         """Changes tokens that stay, and what is remembered (``remembers``,) float32; gives (n,) bool which of them were
         changed, in scratch memory of the enclosing frame. Computes with operations alone: in a dry run it takes its
         scratch and nothing else."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rest(Method):
+    """What is let go of still counts: a state of constant size takes it up, and queries look at that too.
+
+    What it gives is folded into attention by the logarithms of what both divide by, to base 2, so it is a part of the
+    softmax like any stretch of tokens."""
+
+    roles: ClassVar[tuple[str, ...]] = ("rest",)
+
+    def remembers(self, layout: LayerLayout) -> int:
+        """How many float32 numbers each sequence and head has as its state; they are 0 when a sequence begins."""
+        raise NotImplementedError
+
+    def take_up(self, layer: int, head: int, leaving: Leaving, memory_: torch.Tensor, ws: Workspace) -> None:
+        """Puts the tokens that a key-value head lets go of into its state (numbers,). Computes with operations alone:
+        in a dry run it takes its scratch and nothing else."""
+        raise NotImplementedError
+
+    def recall(
+        self,
+        layer: int,
+        memory: torch.Tensor,
+        slots: torch.Tensor,
+        q: torch.Tensor,
+        scoring: Scoring,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        ws: Workspace,
+    ) -> None:
+        """Attention of ``q`` (n, heads, key_dim) over the states (sequences, kv_heads, numbers) of their sequences
+        ``slots`` (n,) int32, into ``out`` (n, heads, value_dim) and ``lse`` (n, heads), -inf where there is nothing
+        yet. Computes with operations alone, each row by itself."""
         raise NotImplementedError
 
 

@@ -31,9 +31,11 @@ from tightfit.kv.compose import Composition
 from tightfit.kv.drafts import Drafts
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
+from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Seen
+from tightfit.kv.method import Merger, Rest, Seen
 from tightfit.kv.reserved import Reserved, numbers
+from tightfit.kv.rest import Resting
 
 Made = TypeVar("Made")
 
@@ -83,11 +85,11 @@ class PagedCache(BaseCache):
         arena: Arena,
         gemm_dtype: torch.dtype = torch.float32,
         tail: int = 1,
-        owners: Sequence[int] | None = None,
+        known: Known = NOTHING,
     ) -> None:
         composition.check(layouts)
         self.layouts = layouts
-        self.owners = list(range(len(layouts)) if owners is None else owners)
+        self.owners = list(range(len(layouts)) if known.owners is None else known.owners)
         self._last = {owner: layer for layer, owner in enumerate(self.owners)}  # the last one that reads an owner's
         self.composition = composition
         self.context = context
@@ -107,6 +109,10 @@ class PagedCache(BaseCache):
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
+        self.resting: list[Resting] = []
+        if composition.rest is not None:
+            rest = composition.rest
+            self.resting = self._of_owners(lambda layer: self._resting(rest, layer, arena))
         self.mass: list[torch.Tensor] = []
         self.drafts: list[Drafts] = []
         if self.observes != "nothing":
@@ -135,6 +141,11 @@ class PagedCache(BaseCache):
     def _merging(self, merger: Merger, layer: int, arena: Arena) -> Merging:
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
+
+    def _resting(self, rest: Rest, layer: int, arena: Arena) -> Resting:
+        layout = self.layouts[layer]
+        memory = place(arena, (self.sequences, layout.kv_heads, rest.remembers(layout)), torch.float32)
+        return Resting(rest, layer, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
     def close(self) -> None:
         if self._file >= 0:
@@ -230,14 +241,17 @@ class PagedCache(BaseCache):
             places, scoring = self.seen(layer, step, scoring, ws)
             if rows:
                 looking = self._looking(layer, Rows(places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = ws.empty(rows, heads) if self.mass else None
+                lse = ws.empty(rows, heads) if self.mass or self.resting else None
                 which = Rows(places, step.paths)
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
-                if lse is not None and step.tentative:
+                if self.resting and lse is not None:
+                    slots = step.places[:rows, 0]
+                    self.resting[layer].recall(slots, q[:rows], scoring, out[:rows], lse, ws)
+                if lse is not None and self.mass and step.tentative:
                     self.drafts[layer].put(which, self.tokens, looking, lse, scoring)
                     for slot in set(step.places[:rows, 0].tolist()):
                         self._drafting[slot] = True
-                elif lse is not None:
+                elif lse is not None and self.mass:
                     pages.weigh_rows(kept, which, looking, lse, self.mass[layer], ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             with ws.frame():
@@ -246,15 +260,19 @@ class PagedCache(BaseCache):
                     self._attend_first(layer, segment.start, step.places[first], held, q, out, first, ws, scoring)
                     a += 1
                 looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-                lse = ws.empty(b - a, heads) if self.mass else None
+                lse = ws.empty(b - a, heads) if self.mass or self.resting else None
                 bf16 = self.gemm_dtype == torch.bfloat16
                 if a < b:
                     pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
+                if self.resting and lse is not None:
+                    slots = ws.empty(b - a, dtype=torch.int32)
+                    ops.fill_(slots, segment.slot)
+                    self.resting[layer].recall(slots, looking.q, scoring, out[a:b], lse, ws)
                 if self._whole is not None:
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
                 given = None if shared is None else shared[index].given
-                if lse is not None:
+                if lse is not None and self.mass:
                     given = self._received(layer, run.count, ws) if given is None else given
                     self._weigh(layer, segment.slot, run, at, looking, lse, given, ws, scoring)
                 if layer == owner and self.settled:
@@ -344,6 +362,8 @@ class PagedCache(BaseCache):
             mass[slot] = 0.0
         for merging in self.merging:
             merging.memory[slot] = math.nan
+        for resting in self.resting:
+            resting.memory[slot] = 0.0
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = stop
@@ -378,8 +398,8 @@ class PagedCache(BaseCache):
     def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
         for layer in self.own:
             mass = self.mass[layer] if self.mass else None
-            memory = self.merging[layer].memory if self.merging else None
-            yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, memory)
+            states = [of_layers[layer].memory for of_layers in (self.merging, self.resting) if of_layers]
+            yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, states)
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
@@ -491,6 +511,8 @@ class PagedCache(BaseCache):
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
+            if self.resting:
+                self.resting[layer].take_most(slot, run, ws)
             keep(run)
             return
         before = kept.lengths[slot].tolist()
@@ -510,8 +532,10 @@ class PagedCache(BaseCache):
         if too_old or (sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit):
             indices, left = self._judge(layer, given, positions, counts, tokens, limit)
             listed = indices
+            horizon = -1 if window is None else tokens - window  # what no query sees any more does not count any more
+            if self.resting:
+                self.resting[layer].take_up(slot, run, (indices, left), positions > horizon, ws)
             if self.merging:
-                horizon = -1 if window is None else tokens - window  # what no query sees any more is not merged
                 listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left

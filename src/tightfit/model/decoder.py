@@ -66,9 +66,7 @@ class Decoder:
         self.weights.begin(logits=len(batch.logit_rows) > 0)
         x = ws.empty(batch.size, spec.hidden_size)
         with ws.frame():
-            self.weights.model["embed_tokens"].decode(batch.tokens, x, ws)
-            if spec.embedding_multiplier != 1.0:
-                ops.scale_(x, spec.embedding_multiplier)
+            self.embed(batch.tokens, x, ws)
             ropes = self._ropes((layer.attention.rope for layer in spec.layers), batch, cache, ws)
             self._layers(x, batch, cache, ropes, ws)
         # Taken after the layers' scratch was given back, so that wanting the logits of every row needs no more memory.
@@ -87,14 +85,18 @@ class Decoder:
             part = replace(segment, start=segment.start + a, tokens=segment.tokens[a:b], length=segment.length)
             pieces.append((Batch((part,)), x[a:b]))
         for batch, rows in pieces:
-            self.weights.model["embed_tokens"].decode(batch.tokens, rows, ws)
-            if spec.embedding_multiplier != 1.0:
-                ops.scale_(rows, spec.embedding_multiplier)
+            self.embed(batch.tokens, rows, ws)
         for index in range(len(spec.layers)):
             with self.weights.layer(index) as weights, cache.whole(index, segment, ws):
                 for batch, rows in pieces:
                     self.layer(index, weights, rows, batch, cache, ws)
         return self._selected(x, Batch((segment,)).logit_rows, ws)
+
+    def embed(self, tokens: torch.Tensor, out: torch.Tensor, ws: Workspace) -> None:
+        """What the residual stream ``out`` (n, hidden) begins with at ``tokens`` (n,) int64."""
+        self.weights.model["embed_tokens"].decode(tokens, out, ws)
+        if self.spec.embedding_multiplier != 1.0:
+            ops.scale_(out, self.spec.embedding_multiplier)
 
     def layer(
         self, index: int, weights: Parameters, x: torch.Tensor, batch: Batch, cache: BaseCache, ws: Workspace

@@ -10,11 +10,11 @@ from tightfit.budget.units import format_bytes
 from tightfit.checkpoints.checkpoint import Checkpoint
 from tightfit.errors import UsageError
 from tightfit.experts.store import LEAST_SLOTS, caching_nbytes, expert_count, on_disk
-from tightfit.kv.compose import compose
+from tightfit.kv.compose import compose, known_of
+from tightfit.kv.fitted import Known
 from tightfit.kv.make import entry_nbytes, kv_nbytes
 from tightfit.kv.reuse.disk import OVERHEAD
 from tightfit.kv.reuse.memory import smallest_memory
-from tightfit.kv.share.sharing import owners_for
 from tightfit.model.decoder import cache_layouts
 from tightfit.model.spec import ModelSpec, MoeSpec
 from tightfit.plan.schema import (
@@ -215,7 +215,7 @@ class Sizes:
         if (kv, chunk) not in self._caches:
             c = self.constraints
             layouts = cache_layouts(self.spec, c.context, chunk)
-            self._caches[kv, chunk] = kv_nbytes(kv, layouts, c.context, c.sequences, c.numerics.kv, self._owners(kv))
+            self._caches[kv, chunk] = kv_nbytes(kv, layouts, c.context, c.sequences, c.numerics.kv, self._known(kv))
         return self._caches[kv, chunk]
 
     def no_prompts(self, kv: str, chunk: int) -> UsageError | None:
@@ -264,14 +264,14 @@ class Sizes:
             self._groups[key] = group_of(self.checkpoint, self.spec, name, stored_as)
         return self._groups[key]
 
-    def _owners(self, kv: str) -> list[int] | None:
-        """Of each layer the one whose keys and values it reads; None where each has its own."""
-        return owners_for(kv, self.checkpoint.name, self.checkpoint.fingerprint, self.spec.owners)
+    def _known(self, kv: str) -> Known:
+        """What the methods of a cache know of the model."""
+        return known_of(kv, self.checkpoint.name, self.checkpoint.fingerprint, self.spec.owners)
 
     def _entry_bytes(self, kv: str, chunk: int) -> int:
         """The most bytes of an entry of the prompt cache."""
         if (kv, chunk) not in self._entries:
             c = self.constraints
             layouts = cache_layouts(self.spec, c.context, chunk)
-            self._entries[kv, chunk] = entry_nbytes(kv, layouts, c.context, c.numerics.kv, chunk, self._owners(kv))
+            self._entries[kv, chunk] = entry_nbytes(kv, layouts, c.context, c.numerics.kv, chunk, self._known(kv))
         return self._entries[kv, chunk]

@@ -13,10 +13,10 @@ from tests import tiny_llama
 
 import tightfit
 from tightfit.budget.ledger import ALIGNMENT, Arena, Workspace
+from tightfit.catalog import spec_string
 from tightfit.checkpoints.checkpoint import open_checkpoint
 from tightfit.checkpoints.config import Config
-from tightfit.engine import fit
-from tightfit.engine.fit import find_sharing
+from tightfit.engine.fit import Observing
 from tightfit.engine.start import bits_of
 from tightfit.errors import BudgetError, CheckpointError, UsageError
 from tightfit.kernels import ops
@@ -24,10 +24,11 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kv.base import BaseCache, LayerLayout, Step
 from tightfit.kv.cache import Cache
 from tightfit.kv.compose import compose
+from tightfit.kv.fitted import Findings, Known, findings_file, known_for, read_findings, write_findings
 from tightfit.kv.make import make_cache
 from tightfit.kv.paged import PagedCache
-from tightfit.kv.share.kvsharer import KVSharer
-from tightfit.kv.share.sharing import Sharing, owners_for, read_sharing, sharing_file, write_sharing
+from tightfit.kv.share import kvsharer
+from tightfit.kv.share.kvsharer import SAMPLE, KVSharer
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.families import model_spec
@@ -76,8 +77,8 @@ def cache_of(decoder: Decoder, kv: str, owners: Sequence[int] | None = OWNERS, t
     layouts, arena = cache_layouts(decoder.spec, CONTEXT, CHUNK), Arena(ROOM)
     if tail > 1:
         common = compose(kv), CONTEXT, 1, torch.float32, arena, torch.float32
-        return PagedCache(layouts, *common, tail=tail, owners=owners), arena.used
-    cache = make_cache(kv, layouts, CONTEXT, 1, torch.float32, arena, torch.float32, CHUNK, owners)
+        return PagedCache(layouts, *common, tail=tail, known=Known(owners)), arena.used
+    cache = make_cache(kv, layouts, CONTEXT, 1, torch.float32, arena, torch.float32, CHUNK, Known(owners))
     return cache, arena.used
 
 
@@ -241,9 +242,17 @@ def keys_and_values(model: tightfit.Model, samples: list[list[int]]) -> list[lis
     return sums
 
 
+def observed(model: tightfit.Model, tokens: list[int], budget: int = 1 << 40) -> Observing:
+    return Observing(model.borrow_engine(), "tiny", tokens, model.tokenizer.encode, budget)
+
+
+def find(model: tightfit.Model, method: KVSharer, tokens: list[int]) -> Findings:
+    return method.fit(observed(model, tokens), lambda done, total: None)
+
+
 def test_the_most_dissimilar_layers_share_first(model: tightfit.Model) -> None:
-    tokens = (TOKENS * 2)[: 3 * fit.SAMPLE]
-    samples = [tokens[at : at + fit.SAMPLE] for at in range(0, len(tokens), fit.SAMPLE)]
+    tokens = (TOKENS * 2)[: 3 * SAMPLE]
+    samples = [tokens[at : at + SAMPLE] for at in range(0, len(tokens), SAMPLE)]
     means = keys_and_values(model, samples)
 
     def distance(a: int, b: int) -> float:
@@ -253,44 +262,46 @@ def test_the_most_dissimilar_layers_share_first(model: tightfit.Model) -> None:
     for a, b in sorted(combinations(range(LAYERS), 2), key=lambda pair: -distance(*pair)):
         if left and owners[b] == b:
             owners, left = [owners[a] if owner == b else owner for owner in owners], left - 1
-    engine, tried = model._generator.engine, []
-    found = find_sharing(engine, "tiny", KVSharer(0.6, -1.0), tokens, lambda done, total: tried.append((done, total)))
-    assert found.owners == owners
-    assert found.tokens == len(tokens)
-    assert -1 < found.similarity < 1
+    tried: list[tuple[int, int]] = []
+    found = KVSharer(0.6, -1.0).fit(observed(model, tokens), lambda done, total: tried.append((done, total)))
+    assert found.tensors["owners"].tolist() == found.report["owners"] == owners
+    assert found.report["tokens"] == len(tokens)
+    assert -1 < found.report["similarity"] < 1
     assert tried[0] == (1, 10)
 
 
 def test_pairs_that_change_too_much_are_not_taken(model: tightfit.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, asked = model._generator.engine, []
+    asked: list[list[int]] = []
 
-    def similarity(*_: object) -> float:
-        asked.append(list(engine.cache.owners))
+    def similarity(model: object, samples: object, originals: object, owners: list[int]) -> float:
+        asked.append(owners)
         return 0.9 if len(asked) == 3 else 0.4
 
-    monkeypatch.setattr(fit, "_similarity", similarity)
-    found = find_sharing(engine, "tiny", KVSharer(0.2, 0.5), TOKENS)
-    assert found.owners == asked[2]
-    assert found.similarity == 0.9
+    monkeypatch.setattr(kvsharer, "_similarity", similarity)
+    found = find(model, KVSharer(0.2, 0.5), TOKENS)
+    assert found.report["owners"] == asked[2]
+    assert found.report["similarity"] == 0.9
     assert len(asked) == 3
     with pytest.raises(UsageError, match="only 0 layers of tiny can share"):
-        find_sharing(engine, "tiny", KVSharer(0.2, 0.95), TOKENS)
+        find(model, KVSharer(0.2, 0.95), TOKENS)
 
 
 def test_looking_for_layers_leaves_the_model_as_it_was(model: tightfit.Model) -> None:
     before = model.score(TOKENS)
-    find_sharing(model._generator.engine, "tiny", KVSharer(0.4, -1.0), TOKENS)
+    find(model, KVSharer(0.4, -1.0), TOKENS)
     assert model.score(TOKENS) == before
     with pytest.raises(UsageError, match="the text has 10 tokens"):
-        find_sharing(model._generator.engine, "tiny", KVSharer(), TOKENS[:10])
+        find(model, KVSharer(), TOKENS[:10])
 
 
-def test_a_workspace_that_is_too_small_is_refused(model: tightfit.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = model._generator.engine
-    monkeypatch.setattr(engine, "ws", Workspace(Arena(1 << 12)))
-    with pytest.raises(BudgetError, match="do not fit into the scratch memory") as refused:
-        find_sharing(engine, "tiny", KVSharer(), TOKENS)
-    assert "--chunk" in str(refused.value.hint)
+def test_a_budget_that_leaves_no_room_is_refused(model: tightfit.Model) -> None:
+    with pytest.raises(BudgetError, match="looking at 64 tokens takes") as refused:
+        KVSharer().fit(observed(model, TOKENS, budget=1 << 20), lambda done, total: None)
+    assert "--memory" in str(refused.value.hint)
+
+
+def findings_of(owners: list[int]) -> Findings:
+    return Findings({"owners": torch.tensor(owners)}, {"owners": owners}, [])
 
 
 def test_prompts_that_were_kept_under_other_owners_are_not_found(
@@ -301,7 +312,7 @@ def test_prompts_that_were_kept_under_other_owners_are_not_found(
     checkpoint = open_checkpoint(str(folder))
     names = set()
     for owners in ([0, 0, 2, 3, 4], [0, 1, 0, 3, 4], [0, 1, 0, 3, 4]):
-        write_sharing(checkpoint.fingerprint, KVSharer(), Sharing("tiny", 64, owners, 0.9))
+        write_findings(checkpoint.fingerprint, KVSharer(), findings_of(owners))
         with tightfit.load(str(folder), memory="2GiB", context=CONTEXT, chunk=CHUNK, kv="kvsharer") as loaded:
             assert loaded._generator.engine.cache.owners == owners
             names.add(bits_of(loaded.plan))
@@ -311,17 +322,21 @@ def test_prompts_that_were_kept_under_other_owners_are_not_found(
 
 def test_what_was_found_is_kept_for_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "new"))
-    method, sharing = KVSharer(0.4), Sharing("tiny", 64, [0, 1, 0, 3, 0], 0.75)
-    with pytest.raises(CheckpointError) as never:
-        read_sharing("tiny", "f" * 64, method, LAYERS)
-    assert "tightfit fit MODEL --kv 'kvsharer(share=0.4)' --text FILE" in str(never.value.hint)
-    file = write_sharing("f" * 64, method, sharing)
-    assert read_sharing("tiny", "f" * 64, method, LAYERS) == sharing
-    assert owners_for("int4+kvsharer(share=0.4)", "tiny", "f" * 64, LAYERS) == sharing.owners
-    assert owners_for("int4", "tiny", "f" * 64, LAYERS) is None
+    method, owners, of = KVSharer(0.4), [0, 1, 0, 3, 0], ("tiny", "f" * 64)
+    with pytest.raises(CheckpointError, match="what kvsharer must know of tiny was never looked for") as never:
+        read_findings(*of, method, LAYERS)
+    assert f"tightfit fit MODEL --kv '{spec_string(method)}' --text FILE" in str(never.value.hint)
+    file = write_findings("f" * 64, method, findings_of(owners))
+    assert read_findings(*of, method, LAYERS)["owners"].tolist() == owners
+    assert known_for([method], *of, LAYERS).owners == owners
+    assert known_for([], *of, LAYERS).owners is None
     for other in (KVSharer(), KVSharer(0.4, 0.6)):
-        assert sharing_file("f" * 64, other) != file
-    for text in ("", "[]", '{"model": "tiny", "tokens": 1, "owners": [0, 0, 1, 3, 4], "similarity": 1.0}'):
-        file.write_text(text)
-        with pytest.raises(CheckpointError, match="does not say"):
-            read_sharing("tiny", "f" * 64, method, LAYERS)
+        assert findings_file("f" * 64, other) != file
+    for wrong in ([0, 0, 1, 3, 4], owners[:4], [0, 1, 2, 3, 4]):
+        write_findings("f" * 64, method, findings_of(wrong))
+        with pytest.raises(CheckpointError, match="is not what kvsharer must know"):
+            read_findings(*of, method, LAYERS)
+    for data in (b"", b"[]", file.read_bytes()[:-4]):
+        file.write_bytes(data)
+        with pytest.raises(CheckpointError, match="is not what kvsharer must know"):
+            read_findings(*of, method, LAYERS)

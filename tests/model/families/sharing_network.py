@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+RATE = 5e-3
 VOCAB, HIDDEN, HEADS, KV_HEADS, DIM, FFN = 64, 48, 4, 2, 16, 64
 Kept = dict[int, tuple[Tensor, Tensor]]  # of each layer that has some: keys and values (rows, kv_heads, tokens, dim)
 
@@ -42,6 +43,7 @@ class SharingLlama(nn.Module):
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(VOCAB, HIDDEN)
         self.model.layers = nn.ModuleList(Layer(index in self.owners) for index in range(len(parts)))
+        nn.init.normal_(self.model.embed_tokens.weight, std=0.2)
         self.model.norm = nn.RMSNorm(HIDDEN, 1e-5)
 
     def forward(self, ids: Tensor, passes: int = 9, kept: Kept | None = None) -> tuple[Tensor, Kept]:
@@ -128,31 +130,35 @@ class SharingLlama(nn.Module):
         return folder
 
 
+FOLLOWS = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(7))
+TOKENS = 24
+
+
 def train(network: SharingLlama, steps: int, seed: int = 1) -> float:
-    """Trains on words that come again and again; gives nats per token after the first time."""
+    """Trains on sequences in which a token follows from the one before the last; gives nats per such token."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
     for step in range(steps):
-        ids = repeated(16, generator)
-        loss = repeated_nats(network(ids, 3)[0], ids)
+        ids = woven(16, generator)
+        loss = nats(network(ids, 3)[0], ids)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - step / steps)
+            group["lr"] = RATE * (1 - step / steps)
     with torch.no_grad():
-        ids = repeated(64, generator)
-        return float(repeated_nats(network(ids)[0], ids))
+        ids = woven(64, generator)
+        return float(nats(network(ids)[0], ids))
 
 
-WORD = 5
+def woven(rows: int, generator: torch.Generator) -> Tensor:
+    """Tokens (rows, TOKENS): two walks in turns."""
+    tokens = [torch.randint(VOCAB, (2, rows), generator=generator)]
+    while len(tokens) < TOKENS // 2:
+        tokens.append(FOLLOWS[tokens[-1]])
+    return torch.cat(tokens).T.contiguous()
 
 
-def repeated(rows: int, generator: torch.Generator, times: int = 4) -> Tensor:
-    """Tokens (rows, times * WORD): in each row one word, again and again."""
-    return torch.randint(VOCAB, (rows, WORD), generator=generator).repeat(1, times)
-
-
-def repeated_nats(logits: Tensor, ids: Tensor) -> Tensor:
-    return functional.cross_entropy(logits[:, WORD - 1 : -1].flatten(0, 1), ids[:, WORD:].flatten())
+def nats(logits: Tensor, ids: Tensor) -> Tensor:
+    return functional.cross_entropy(logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests import tiny_llama
 from tests.kv.driver import Run, Tiny
-from tests.model.families.sharing_network import DIM, KV_HEADS, SharingLlama, repeated, train
+from tests.model.families.sharing_network import DIM, KV_HEADS, VOCAB, SharingLlama, train, woven
 from tests.model.test_families import SIZES
 from tests.parity.harness import ROOM
 
+import tightfit
 from tightfit.budget.ledger import ALIGNMENT, Arena
 from tightfit.checkpoints.checkpoint import open_checkpoint
 from tightfit.checkpoints.config import Config
 from tightfit.errors import CheckpointError, UsageError
-from tightfit.kv.compose import compose
+from tightfit.kv.compose import compose, known_of
+from tightfit.kv.fitted import Known
 from tightfit.kv.make import kv_nbytes
 from tightfit.kv.paged import PagedCache
-from tightfit.kv.share.sharing import owners_for
+from tightfit.model.batch import Segment
 from tightfit.model.decoder import Decoder, cache_layouts
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec
 from tightfit.plan.schema import OWN
 from tightfit.weights.placement.resident import Resident
 
-LCKV, MIX = "0_3_3_3_4", "0_1s_1s_0_1s"
+LCKV, MIX = "0_2_2_3", "0_1s_1s_0_1s"
+STEPS = 150
 LAYOUTS = {
     "LCKV, a warm-up layer at both ends": SharingLlama(LCKV),
     "LCKV, all layers read the last": SharingLlama("3_3_3_3"),
@@ -50,7 +55,7 @@ def decoder_of(network: SharingLlama, folder: Path, **config: Any) -> Tiny:
 
 
 def run(tiny: Tiny, kv: str = "none", **settings: Any) -> Run:
-    return Run(tiny, kv, owners=tiny.spec.owners, **settings)
+    return Run(tiny, kv, known=Known(tiny.spec.owners), **settings)
 
 
 @torch.no_grad()
@@ -93,39 +98,37 @@ def test_passes_come_to_what_one_token_after_the_other_gives(tmp_path: Path) -> 
     assert (ours(run(fewer), tokens, 30) - one_by_one).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(("layout", "least"), [(LCKV, 0.4), (MIX, 0.1)])
+@pytest.mark.parametrize(("layout", "most"), [(LCKV, 0.75), (MIX, 0.25)])
 def test_a_trained_one_works_and_its_cache_has_the_bytes_of_its_own_layers(
-    tmp_path: Path, layout: str, least: float
+    tmp_path: Path, layout: str, most: float
 ) -> None:
     """What it learned is there when it decodes; exactly its layers with keys of their own take bytes, of a window as
     much as a window and a chunk."""
     network = SharingLlama(layout)
-    train(network, 80)
+    assert train(network, STEPS) < 0.5 < 4.1 < math.log(VOCAB)  # nats, and those of who knows nothing
     tiny = decoder_of(network, tmp_path)
-    [word] = repeated(1, torch.Generator().manual_seed(3), times=1).tolist()
+    [tokens] = woven(1, torch.Generator().manual_seed(3)).tolist()
     running = run(tiny)
-    logits, found = running.prefill(word * 2), []
-    for _ in range(10):
+    logits, found = running.prefill(tokens[:12]), []
+    for _ in range(12):
         found.append(int(logits.argmax()))
         logits = running.decode(found[-1])
-    assert found == word * 2
+    assert sum(a == b for a, b in zip(found, tokens[12:], strict=True)) >= 10
 
     context, chunk = 512, 64
     token_bytes = 2 * KV_HEADS * DIM * 4
     own = [layer for layer, owner in enumerate(network.owners) if layer == owner]
     expected = sum(token_bytes * (network.window - 1 + chunk if network.slides[layer] else context) for layer in own)
     layouts = cache_layouts(tiny.spec, context, chunk)
-    taken = kv_nbytes("none", layouts, context, 1, "float32", tiny.spec.owners)
+    taken = kv_nbytes("none", layouts, context, 1, "float32", Known(tiny.spec.owners))
     assert expected <= taken <= expected + 2 * len(own) * ALIGNMENT
-    assert taken < (least + 0.1) * token_bytes * context * len(network.owners)
+    assert taken <= most * 1.01 * token_bytes * context * len(network.owners)
 
 
 @pytest.mark.parametrize("layout", [LCKV, MIX])
 def test_bits_do_not_depend_on_other_sequences(tmp_path: Path, layout: str) -> None:
     """A step may decode one sequence while another's prompt goes through layers several times."""
     tiny = decoder_of(SharingLlama(layout), tmp_path)
-    from tightfit.model.batch import Segment
-
     tokens = tiny.tokens(24)
     alone, both = run(tiny, sequences=2), run(tiny, sequences=2)
     for each in (alone, both):
@@ -138,7 +141,9 @@ def test_bits_do_not_depend_on_other_sequences(tmp_path: Path, layout: str) -> N
     assert torch.equal(logits[0], expected)
 
 
-@pytest.mark.parametrize("kv", ["int8(recent=32)", "window(keep=48)", "think(prune=0.1)+int8(recent=32)", "quest(full=0)"])
+@pytest.mark.parametrize(
+    "kv", ["int8(recent=32)", "window(keep=48)", "think(prune=0.1)+int8(recent=32)", "quest(full=0)"]
+)
 @pytest.mark.parametrize("layout", [LCKV, MIX])
 def test_methods_hold_what_such_layers_keep(tmp_path: Path, layout: str, kv: str) -> None:
     """Close to the exact cache where a method loses little: here for prompts within what stays."""
@@ -150,18 +155,17 @@ def test_methods_hold_what_such_layers_keep(tmp_path: Path, layout: str, kv: str
     assert (close - exact).abs().max() < 0.1 * exact.std()
 
 
-def test_saved_prompts_go_on_with_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv", ["none", "int8(recent=0)"])
+def test_saved_prompts_go_on_with_the_same_bits(tmp_path: Path, kv: str) -> None:
     tiny = decoder_of(SharingLlama(LCKV), tmp_path)
-    tokens = tiny.tokens(40)
-    for kv in ("none", "int8(recent=0)"):
-        first, second = run(tiny, kv, chunk=32), run(tiny, kv, chunk=32)
-        first.prefill(tokens[:32])
-        parts: list[torch.Tensor] = []
-        first.cache.save(0, 0, 32, lambda part: parts.append(part.clone()))
-        second.cache.restore(0, 0, 32, lambda part: part.copy_(parts.pop(0)))
-        second.lengths[0] = 32
-        assert torch.equal(first.prefill(tokens[32:]), second.prefill(tokens[32:]))
-        assert torch.equal(first.decode(3), second.decode(3))
+    tokens, parts = tiny.tokens(40), []
+    first, second = run(tiny, kv, chunk=32), run(tiny, kv, chunk=32)
+    first.prefill(tokens[:32])
+    first.cache.save(0, 0, 32, lambda part: parts.append(part.clone()))
+    second.cache.restore(0, 0, 32, lambda part: part.copy_(parts.pop(0)))  # type: ignore[arg-type,return-value]
+    second.lengths[0] = 32
+    assert torch.equal(first.prefill(tokens[32:]), second.prefill(tokens[32:]))
+    assert torch.equal(first.decode(3), second.decode(3))
 
 
 def test_what_such_layers_cannot_do_is_refused(tmp_path: Path) -> None:
@@ -176,8 +180,8 @@ def test_what_such_layers_cannot_do_is_refused(tmp_path: Path) -> None:
             run(tiny, kv).prefill(tiny.tokens(8), layered=True)
     with pytest.raises(UsageError, match="do not see themselves"):
         compose("h2o").check(cache_layouts(tiny.spec, 64, 16))
-    with pytest.raises(UsageError, match="trained to share"):
-        owners_for("kvsharer", "tiny", "", tiny.spec.owners)
+    with pytest.raises(UsageError, match="trained to read what others keep"):
+        known_of("kvsharer", "tiny", "", tiny.spec.owners)
 
 
 def test_drafts_are_verified_where_layers_read_earlier_ones(tmp_path: Path) -> None:
@@ -208,11 +212,26 @@ def test_layouts_that_cannot_be_are_refused(layer_types: str, message: str) -> N
 
 def test_a_part_of_a_model_keeps_who_reads_whom() -> None:
     """Plans rehearse one layer of each kind, with those that it reads."""
-    spec = model_spec(Config(SIZES | {"model_type": "lckv-llama", "num_hidden_layers": 5, "layer_types": LCKV}, "t"), [])
+    values = SIZES | {"model_type": "lckv-llama", "num_hidden_layers": 5, "layer_types": "0_3_3_3_4"}
+    spec = model_spec(Config(values, "test"), [])
     assert spec.stretches == ((range(1), False), (range(1, 4), True), (range(4, 5), False))
     part: ModelSpec = spec.part([0, 1, 3])
-    assert part.owners == [0, 2, 2] and part.passes == spec.passes == 9
+    assert part.owners == [0, 2, 2]
+    assert part.passes == spec.passes == 9
     assert part.stretches == ((range(1), False), (range(1, 3), True))
+
+
+def test_planned_and_run_inside_a_budget(tmp_path: Path) -> None:
+    folder = tiny_llama.write(tmp_path, layers=4, model_type="lckv-llama", layer_types="0_2_2_3")
+    reserved = {}
+    for kv in ("none", "int8(recent=32)"):
+        with tightfit.load(str(folder), "1GiB", context=128, chunk=16, kv=kv) as model:
+            assert model.generate("once upon a time " * 4, max_new_tokens=8)
+            reserved[kv] = model.receipt()["accounts"]["kv"]["reserved_bytes"]
+    with tightfit.load(str(tiny_llama.write(tmp_path, layers=4)), "1GiB", context=128, chunk=16) as model:
+        model.generate("once", max_new_tokens=2)
+        every = model.receipt()["accounts"]["kv"]["reserved_bytes"]
+    assert reserved["none"] < 0.8 * every
 
 
 def test_the_paged_cache_keeps_one_copy(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops
 from tightfit.kernels.pages import Pages, Run
-from tightfit.kv.merge.tokens import TokensAt
+from tightfit.kv.merge.tokens import TokensAt, leaving
 from tightfit.kv.method import Merger, Tokens
 
 
@@ -38,13 +38,11 @@ class Merging:
         for head, count in enumerate(staying[1]):
             total = int(kept.lengths[slot, head]) + run.count
             places = indices[head, :count].long()
-            leaves = seen[head, :total].clone()
-            leaves[places] = False
-            if not leaves.any():
+            going = leaving(kept, slot, head, run, places, seen[head])
+            if not len(going):
                 continue
             with ws.frame():
-                leaving = leaves.nonzero()[:, 0]
-                tokens, changed = self._head(slot, head, run, places, leaving, ws)
+                tokens, changed = self._head(slot, head, run, places, going, ws)
                 which = changed.nonzero()[:, 0]
                 behind = slice(run.count, run.count + len(which))
                 for of_run, merged in zip((run.keys, run.values), tokens, strict=True):
@@ -65,10 +63,10 @@ class Merging:
         head: int,
         run: Run,
         places: torch.Tensor,
-        leaving: torch.Tensor,
+        going: torch.Tensor,
         ws: Workspace,
     ) -> tuple[Tokens, torch.Tensor]:
-        """The tokens at ``places`` (m,) int64 of a head, ascending, after those at ``leaving`` (n,) were merged into
+        """The tokens at ``places`` (m,) int64 of a head, ascending, after those at ``going`` (n,) were merged into
         them, and which of them were changed."""
         kept = self.pages
         values = None if kept.shared else ws.empty(len(places), kept.values.shape[3])
@@ -78,6 +76,6 @@ class Merging:
                 if whole is not None and part is not None:
                     ops.copy_(whole[at : at + len(part)], part)
             at += len(block.keys)
-        from_there = TokensAt(kept, slot, head, run, leaving, ws)
+        from_there = TokensAt(kept, slot, head, run, going, ws)
         changed = self.merger.merge(staying, from_there, self.memory[slot, head], ws)
         return staying, changed

@@ -15,6 +15,14 @@ from tightfit.kv.method import Tokens
 READ_AT_ONCE = 256  # tokens of a head that are read into float32 to merge them
 
 
+def leaving(pages: Pages, sequence: int, head: int, run: Run, places: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Of a head's tokens and of a run behind them those that do not stay at ``places`` (m,) int64, if they are ``seen``
+    (n,) bool by queries to come: their places (k,) int64."""
+    leaves = seen[: int(pages.lengths[sequence, head]) + run.count].clone()
+    leaves[places] = False
+    return leaves.nonzero()[:, 0]
+
+
 @dataclass(frozen=True)
 class TokensAt:
     """Tokens of a head and of a run behind it, at ``places`` (n,) int64, ascending."""

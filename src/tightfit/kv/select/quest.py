@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
+from tightfit.kv.evict.window import Window
 from tightfit.kv.method import Method
 
 
@@ -37,3 +38,6 @@ class Quest(Method):
                 f"quest cannot read {self.tokens} tokens, and all of them in {self.full} layers",
                 "Give tokens=32 or more, and full=0 or more.",
             )
+
+    def excludes(self, other: Method) -> str | None:
+        return "chooses among pages that a window hides" if isinstance(other, Window) else None

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
-from tightfit.kv.method import Method
+from tightfit.kv.fitted import Findings, Fitted, Observed, Progress
 
 if TYPE_CHECKING:
+    import torch
+
     from tightfit.kv.base import LayerLayout
+
+SAMPLE = 64  # tokens of a part of the text, each computed from the first position on
+SAMPLES = 30
 
 
 @technique(
@@ -22,14 +29,15 @@ if TYPE_CHECKING:
     calibration="a text (`tightfit fit`)",
 )
 @dataclass(frozen=True)
-class KVSharer(Method):
+class KVSharer(Fitted):
     """A share ``share`` of the layers, rounded to whole ones, computes and keeps no keys and values of its own, and
     reads those of an earlier layer.
 
-    Which ones is found by `tightfit fit` (:mod:`tightfit.engine.fit`): pairs of layers from the most to the least
-    dissimilar, each kept if the final hidden states stay closer to the original ones than ``threshold``, a cosine.
-    Only layers with the same shapes, rotation and window can share. What methods judge tokens by is summed over the
-    layers that read them; think chooses channels by the queries of the layer that computes them.
+    Which ones is found by `tightfit fit`: keys and values of each layer are averaged over parts of a text, pairs of
+    layers are tried from the largest Euclidean distance to the smallest, and the later one reads the earlier one's if
+    the final hidden states stay closer to the original ones than ``threshold``, a cosine, until as many share as are
+    wanted. Only layers with the same shapes, rotation and window can share. What methods judge tokens by is summed over
+    the layers that read them; think chooses channels by the queries of the layer that computes them.
     """
 
     share: float = 0.25
@@ -51,3 +59,71 @@ class KVSharer(Method):
 
     def refusal(self, layout: LayerLayout) -> str | None:
         return "each layer of latent attention makes other keys of its latents" if layout.shared else None
+
+    def fit(self, model: Observed, progress: Progress) -> Findings:
+        samples = model.samples(SAMPLE, SAMPLES)
+        layers = len(model.layouts)
+        wanted = self.wanted(layers)
+        means = [_means([(sample.turned()[1], sample.v) for sample in each]) for each in model.layers(samples)]
+        originals = [model.hidden(sample) for sample in samples]
+        pairs = [
+            (a, b)
+            for a, b in combinations(range(layers), 2)
+            if model.kinds[a] is not None and model.kinds[a] == model.kinds[b]
+        ]
+        pairs.sort(key=lambda pair: -_distance(means[pair[0]], means[pair[1]]))
+        found, similarity, shared = list(range(layers)), 1.0, 0
+        for tried, (earlier, later) in enumerate(pairs):
+            if shared == wanted:
+                break
+            if found[later] == later:
+                # Layers that read the later one's read what that reads from now on.
+                owners = [found[earlier] if owner == later else owner for owner in found]
+                reached = _similarity(model, samples, originals, owners)
+                if reached > self.threshold:
+                    found, similarity, shared = owners, reached, shared + 1
+            progress(tried + 1, len(pairs))
+        if shared < wanted:
+            raise UsageError(
+                f"only {shared} layers of {model.name} can share above a cosine of {self.threshold:g}, "
+                f"{wanted} are wanted",
+                "Ask for a smaller share, or a lower threshold.",
+            )
+        tokens = sum(len(sample) for sample in samples)
+        readers = [f"{layer} that of {owner}" for layer, owner in enumerate(found) if layer != owner]
+        lines = [
+            f"{len(readers)} of {layers} layers read what another keeps: {', '.join(readers)}",
+            f"hidden states stay similar to {similarity:.3f} in {tokens} tokens",
+        ]
+        import torch
+
+        report = {"tokens": tokens, "owners": found, "similarity": similarity}
+        return Findings({"owners": torch.tensor(found)}, report, lines)
+
+    def check(self, tensors: Mapping[str, torch.Tensor], layers: int) -> bool:
+        owners = tensors["owners"].tolist()
+        fits = len(owners) == layers and all(0 <= owner <= layer for layer, owner in enumerate(owners))
+        fits = fits and all(owners[owner] == owner for owner in owners)
+        return fits and sum(owner != layer for layer, owner in enumerate(owners)) == self.wanted(layers)
+
+
+def _means(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (tokens, kv_heads, dim) of a layer, averaged over texts of the same length."""
+    keys, values = (sum(both[1:], both[0].clone()) / len(both) for both in zip(*samples, strict=True))
+    return keys, values
+
+
+def _distance(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Between the mean keys and values of two layers: the mean over tokens and heads."""
+    return sum(float((a - b).norm(dim=-1).mean()) for a, b in zip(one, other, strict=True)) / 2
+
+
+def _similarity(model: Observed, samples: list[list[int]], originals: list[torch.Tensor], owners: list[int]) -> float:
+    """The mean cosine of final hidden states with the original ones, each of a whole part of the text."""
+    from torch.nn.functional import cosine_similarity
+
+    total = 0.0
+    for sample, original in zip(samples, originals, strict=True):
+        hidden = model.hidden(sample, owners)
+        total += float(cosine_similarity(hidden.flatten(), original.flatten(), dim=0))
+    return total / len(samples)

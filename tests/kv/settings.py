@@ -1,0 +1,36 @@
+"""Methods of the cache with settings with which they have much to do in a few hundred tokens."""
+
+from __future__ import annotations
+
+from tests.kv.slow_reference import KNOWN
+
+from tightfit.catalog import all_techniques
+from tightfit.errors import UsageError
+from tightfit.kv.compose import compose
+
+SETTINGS = {
+    "window": "window(keep=60)",
+    "h2o": "h2o(keep=72,recent=0.25)",
+    "snapkv": "snapkv(keep=70,window=12)",
+    "d2o": "d2o(keep=70,recent=0.25)",
+    "int8": "int8(recent=16)",
+    "int4": "int4(recent=16)",
+    "int2": "int2(recent=16)",
+    "think": "think(recent=16,window=8)",
+    "quest": "quest(tokens=32,full=1)",
+    "host": "host(resident=32)",
+}
+# Methods that do not go with these, and say why. All others do.
+REFUSED: dict[str, set[str]] = {}
+METHODS = [SETTINGS.get(entry.name, entry.name) for entry in all_techniques() if entry.seam == "kv"]
+DEFINED = [spec for spec in METHODS if spec.partition("(")[0] in KNOWN]  # those that the slow reference defines
+OTHERS = [spec for spec in METHODS if spec not in DEFINED]
+
+
+def refused(*specs: str) -> bool:
+    """Whether methods do not go together."""
+    try:
+        compose("+".join(specs))
+    except UsageError:
+        return True
+    return False
