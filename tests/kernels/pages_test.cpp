@@ -226,7 +226,7 @@ void check_rows(Store& store, size_t sequence, size_t threads) {
         attend_rows(store.pages, places.data(), paths, count, looking, {out.data(), heads * c.value_dim, c.value_dim},
                     {lse.data(), heads}, attention, scratch.get(), threads);
         Bytes other(weigh_scratch(store.pages, count, heads, threads));
-        weigh_rows(store.pages, places.data(), paths, count, looking, {lse.data(), heads}, attention,
+        weigh_rows(store.pages, places.data(), paths, count, looking, {lse.data(), heads}, attention, Giving::sum, PAGE,
                    {mass.data(), capacity}, other.get(), threads);
     };
     {

@@ -539,6 +539,54 @@ def test_tokens_of_a_run_see_what_is_kept_and_the_run(level: str, case: Case, th
 
 
 @levels
+@given(case=cases(), giving=st.sampled_from(["max", "votes"]), last=st.integers(1, PAGE), threads=st.integers(1, 3))
+@settings(max_examples=12, deadline=None)
+def test_what_tokens_are_given_is_put_together_in_other_ways_than_sums(
+    level: str, case: Case, giving: str, last: int, threads: int
+) -> None:
+    """From what each of the queries gives alone, which the tests above know."""
+    case = dataclasses.replace(case, groups=1)
+    cpu.use(level)
+    cpu.set_threads(threads)
+    store, n = Store(case), 5
+    store.grow(1)
+    before, capacity = int(store.pages.tokens[1]), TABLE_PAGES * PAGE
+    run, (rows, _, _) = store.run(n), store.append(1, n)
+    looking, (out, lse) = case.looking(n), case.results(n)
+
+    def decoding(which: slice, giving: str, mass_: torch.Tensor) -> None:
+        some = Rows(rows.places[which].contiguous())
+        only = PAGE if giving == "sum" else last
+        pages.weigh_rows(store.pages, some, part(looking, which), lse[which], mass_, scratch(), scoring, giving, only)
+
+    def prefilling(which: slice, giving: str, mass_: torch.Tensor) -> None:
+        seen = part(looking, which)
+        pages.weigh(store.pages, 1, run, which.start, seen, lse[which], mass_[1], scratch(), scoring, giving)
+
+    scoring, every = case.scoring(), list(range(n))
+    pages.attend_rows(store.pages, rows, looking, out, lse, scratch(), scoring)
+    of_block = [row for row in every if (before + row) % PAGE >= PAGE - last]
+    for weigh, counting in ((decoding, of_block), (prefilling, every)):
+        found = torch.zeros(SEQUENCES, case.kv_heads, capacity)
+        each = torch.zeros(n, *found.shape)
+        weigh(slice(0, n), giving, found)
+        for row in counting:
+            weigh(slice(row, row + 1), "sum", each[row])
+        if giving == "max":
+            torch.testing.assert_close(found, each.amax(0))
+            continue
+        seen = torch.arange(before + 1, before + n + 1).clamp(max=case.window or capacity)
+        shares = each * seen.view(-1, 1, 1, 1)
+        close = ((shares - 1).abs() < 1e-3).sum(0)  # a vote that rounding decides
+        assert ((found - (shares >= 1).sum(0)).abs() <= close).all()
+
+
+def part(looking: Looking, which: slice) -> Looking:
+    turned = None if looking.anchor_q is None else looking.anchor_q[which]
+    return looking._replace(q=looking.q[which], anchor_q=turned)
+
+
+@levels
 @given(case=cases(), data=st.data())
 @settings(max_examples=12, deadline=None)
 def test_a_node_of_a_tree_gets_what_plain_decoding_of_its_path_does(

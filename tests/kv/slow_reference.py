@@ -19,7 +19,19 @@ from tightfit.kv.compose import compose
 from tightfit.kv.method import Method
 
 PAGE = 32
-KNOWN = {"window", "h2o", "snapkv", "int8", "int4", "int2", "think", "quest", "host", "d2o", "kvsharer"}
+# What evictors judge by: how many last queries (0: all), and what becomes of what these give to a token.
+JUDGES = {
+    "window": (0, "sum"),
+    "h2o": (0, "sum"),
+    "d2o": (0, "sum"),
+    "snapkv": (None, "sum"),  # a setting
+    "tova": (1, "sum"),
+    "scissorhands": (None, "votes"),
+    "corm": (None, "votes"),
+    "morphkv": (None, None),
+    "scope": (32, "sum"),
+}
+KNOWN = {*JUDGES, "int8", "int4", "int2", "think", "quest", "host", "kvsharer"}
 
 
 @dataclass
@@ -29,7 +41,8 @@ class Token:
     position: int
     key: torch.Tensor  # (dim,), turned; what reading it back gives
     value: torch.Tensor
-    mass: float = 0.0  # attention that it received, summed over the heads of its group
+    # Of queries that are observed their positions (n,), and what the heads of its group gave (n, groups).
+    given: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
 @dataclass
@@ -44,9 +57,10 @@ class Head:
 class Slow:
     """One sequence of a model with rotary embeddings in a cache of the composition ``kv``."""
 
-    def __init__(self, tiny: Tiny, kv: str, chunk: int, context: int) -> None:
+    def __init__(self, tiny: Tiny, kv: str, chunk: int, context: int, rounding: float = 0.0) -> None:
         self.model, config = tiny.theirs, tiny.theirs.config
-        self.chunk, self.context, self.count = chunk, context, 0
+        self.chunk, self.context, self.count, self.prompt = chunk, context, 0, 0
+        self.rounding, self.close = rounding, False  # whether a vote was as close as this share of what it needs
         self.dim = config.head_dim if hasattr(config, "head_dim") else config.hidden_size // config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.groups = config.num_attention_heads // self.kv_heads
@@ -60,14 +74,21 @@ class Slow:
         unknown = set(methods) - KNOWN
         if unknown:
             raise NotImplementedError(f"write down here what {', '.join(unknown)} means")
-        evictors = ("window", "h2o", "snapkv", "d2o")
-        self.window, self.h2o, self.snapkv, self.d2o = (methods.get(name) for name in evictors)
-        self.evictor = next((methods[name] for name in evictors if name in methods), None)
+        self.window, self.h2o, self.snapkv, self.d2o = (methods.get(n) for n in ("window", "h2o", "snapkv", "d2o"))
+        self.evictor = next((methods[name] for name in JUDGES if name in methods), None)
+        self.last, self.fold = (0, "sum") if self.evictor is None else JUDGES[self.evictor.name]
+        self.last = self.evictor.window if self.last is None else self.last
+        self.fold = self.evictor.fusion if self.fold is None else self.fold
+        self.starts = [0]  # positions at which blocks of queries begin that are still remembered, the last ones first
         self.think, self.quest = methods.get("think"), methods.get("quest")
         quantizers = [methods[name] for name in ("int8", "int4", "int2") if name in methods]
         self.key_bits = next((q.bits for q in quantizers if q.of != "values"), None)
         self.value_bits = next((q.bits for q in quantizers if q.of != "keys"), None)
         self.recent = max((method.recent for method in (*quantizers, self.think) if method), default=None)
+
+    def kept(self) -> list[list[list[int]]]:
+        """The positions that each head of each layer keeps."""
+        return [[[token.position for token in head.tokens] for head in heads] for heads in self.layers]
 
     # ---- the model ----
 
@@ -81,6 +102,9 @@ class Slow:
     def forward(self, tokens: Sequence[int], decode: bool) -> torch.Tensor:
         """Logits (vocab,) after the last of ``tokens``."""
         model, n = self.model.model, len(tokens)
+        if not decode:
+            self.prompt = self.count + n
+            self.remember([self.count + n - i for i in range(PAGE, min(n, self.last) + PAGE, PAGE)], n)
         x = model.embed_tokens(torch.tensor(tokens))
         for index, layer in enumerate(model.layers):
             normed, attention = layer.input_layernorm(x), layer.self_attn
@@ -97,10 +121,8 @@ class Slow:
         if decode and self.count % PAGE == 0:
             for index in self.own:
                 self.settle(index, self.count)
-                heads = self.layers[index]
-                if self.snapkv:  # these queries have judged
-                    for token in (token for head in heads for token in head.tokens):
-                        token.mass = 0.0
+        if not decode or self.count % PAGE == 0:
+            self.remember([self.count])
         return self.model.lm_head(model.norm(x[-1]))
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -139,7 +161,7 @@ class Slow:
                 hidden |= (positions <= own.view(-1, 1) - reach) & ~is_sink
             weights = scores.masked_fill(hidden[:, None], -math.inf).softmax(-1)  # (n, groups, tokens)
             out[:, group] = weights @ values
-            self.observe(seen, weights, decode, first=self.owners[layer] == layer)
+            self.observe(seen, own, weights, decode)
         if not decode and self.think and self.layers[layer][0].channels is None:
             self.prune(layer, q, k)
         return out
@@ -153,15 +175,38 @@ class Slow:
 
     # ---- methods ----
 
-    def observe(self, seen: list[Token], weights: torch.Tensor, decode: bool, first: bool) -> None:
-        """Notes what tokens receive; ``first`` says that no other layer has looked at them in this step."""
-        if self.snapkv and not decode:
-            if len(weights) >= self.snapkv.window and first:
-                for token in seen:
-                    token.mass = 0.0
-            weights = weights[-self.snapkv.window :]
-        for token, mass in zip(seen, weights.sum((0, 1)).tolist(), strict=True):
-            token.mass += mass
+    def remember(self, starts: list[int], chunk: int = 0) -> None:
+        """Blocks of queries begin at ``starts``, if they are those of a chunk, its last ones; older ones than are ever
+        needed are forgotten."""
+        starts = [max(start, self.count + chunk - self.last, self.count) for start in starts] if chunk else starts
+        older = [] if chunk >= self.last else [start for start in self.starts if not chunk or start < self.count]
+        self.starts = [*starts, *older][: 1 if self.last == 1 else math.ceil(self.last / PAGE) + 1]
+
+    def observe(self, seen: list[Token], own: torch.Tensor, weights: torch.Tensor, decode: bool) -> None:
+        """Notes what tokens receive of queries at ``own`` (n,)."""
+        if self.last:
+            # Of a block of 32 tokens that are generated its last queries count.
+            own = own[own % PAGE + self.last >= PAGE] if decode else own[-self.last :]
+            weights = weights[len(weights) - len(own) :]
+        for token, given in zip(seen, weights.unbind(-1), strict=True):
+            token.given.append((own, given))
+
+    def mass(self, token: Token, count: int, window: int | None) -> float:
+        """What a token received from the queries by which it is judged, when ``count`` tokens came."""
+        positions, given = (torch.cat(parts) for parts in zip(*token.given, strict=True))
+        given = given[positions >= self.since(count)]
+        positions = positions[positions >= self.since(count)]
+        if self.fold == "votes":
+            seen = (positions + 1).clamp(max=window or self.context).view(-1, 1)
+            self.close |= bool(((given * seen - 1).abs() < self.rounding).any())
+            return float((given * seen >= 1).sum())
+        return float(given.amax()) if self.fold == "max" and len(given) else float(given.sum())
+
+    def since(self, count: int) -> int:
+        """The position of the first query by which tokens are judged: of as few blocks as have so many."""
+        if not self.last:
+            return 0
+        return max((start for start in self.starts if count - start >= self.last), default=min(self.starts))
 
     def prune(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
         """ThinK: channels by the norms of the last queries and of the keys."""
@@ -195,11 +240,12 @@ class Slow:
         total, adaptive = sum(map(len, heads)), self.evictor is not None and self.evictor.budget == "adakv"
         too_many = total > limit * len(heads) if adaptive else max(map(len, heads)) > limit
         too_old = window is not None and heads[0][0].position <= count - window
-        if not too_many and not too_old:
+        selective = self.evictor is not None and self.evictor.name in ("corm", "scope")
+        if not too_many and not too_old and not selective:
             return [list(range(len(tokens))) for tokens in heads]
         ranked = []  # (score, place) of each head, best first
-        for tokens in heads:
-            scores = self.scores(tokens, count, limit, window)
+        for head in range(len(heads)):
+            scores = self.scores(layer, head, count, limit)
             ranked.append(sorted(((-score, place) for place, score in enumerate(scores) if score > -math.inf)))
         if not adaptive:
             return [sorted(place for _, place in rank[:limit]) for rank in ranked]
@@ -260,23 +306,42 @@ class Slow:
 
     def protected(self, keep: int) -> tuple[int, int]:
         """How many of the first and the last of ``keep`` tokens stay in any case."""
-        if self.window:
-            return self.window.sinks, max(keep - self.window.sinks, 1)
-        if self.h2o or self.d2o:
-            return 0, int(keep * self.evictor.recent)
-        return 0, self.snapkv.window if keep == 1 else min(self.snapkv.window, max(keep - 1, 1))
+        name, settings = self.evictor.name, self.evictor
+        if name == "window":
+            return settings.sinks, max(keep - settings.sinks, 1)
+        if name in ("h2o", "d2o"):
+            return 0, int(keep * settings.recent)
+        if name == "tova":
+            return 0, 0
+        last = settings.recent if name in ("scissorhands", "scope") else settings.window
+        if name == "scope":
+            return 0, min(last, keep)
+        return 0, last if keep == 1 and name == "snapkv" else min(last, max(keep - 1, 1))
 
-    def scores(self, tokens: list[Token], count: int, limit: int, window: int | None) -> list[float]:
-        if self.window or self.evictor is None:
+    def scores(self, layer: int, head: int, count: int, limit: int) -> list[float]:
+        heads, window = [head.tokens for head in self.layers[layer]], self.windows[layer]
+        name, tokens = None if self.evictor is None else self.evictor.name, heads[head]
+        masses = [0.0] * len(tokens) if name in (None, "window") else [self.mass(t, count, window) for t in tokens]
+        scores = masses
+        if name in (None, "window"):
             scores = [float(token.position) for token in tokens]
-        elif self.h2o or self.d2o:
-            normalize = self.h2o is not None and self.h2o.normalize
-            scores = [token.mass / ((count - token.position) if normalize else 1) for token in tokens]
-        else:
+        elif name == "h2o" and self.h2o.normalize:
+            scores = [mass / (count - token.position) for mass, token in zip(masses, tokens, strict=True)]
+        elif name == "snapkv":
             judged = max(len(tokens) - self.snapkv.window, 0)
-            masses = [token.mass if place < judged else 0.0 for place, token in enumerate(tokens)]
+            masses = [mass if place < judged else 0.0 for place, mass in enumerate(masses)]
             half = self.snapkv.kernel // 2
             scores = [sum(masses[max(i - half, 0) : i + half + 1]) / self.snapkv.kernel for i in range(len(masses))]
+        elif name == "tova":
+            scores = [sum(self.mass(tokens[i], count, window) for tokens in heads) for i in range(len(tokens))]
+        elif name == "scissorhands":  # minus how often it was not important
+            readers = self.groups * self.owners.count(layer)
+            queries = [count - max(token.position, self.since(count)) for token in tokens]
+            scores = [mass - readers * n for mass, n in zip(masses, queries, strict=True)]
+        elif name == "corm":
+            scores = [mass or -math.inf for mass in masses]
+        elif name == "scope":
+            scores = self.scope([token.position for token in tokens], masses, count)
         first, last = (0, 0) if self.evictor is None else self.protected(limit)
         if window is not None:
             first, last = 0, first + last
@@ -286,6 +351,25 @@ class Slow:
             if window is not None and token.position <= count - window:
                 scores[place] = -math.inf
         return scores
+
+    def scope(self, positions: list[int], masses: list[float], count: int) -> list[float]:
+        """Scores that are minus infinity beyond the budgets of the prompt and of what is generated."""
+        settings, prompt = self.evictor, sum(position < self.prompt for position in positions)
+        if count == self.prompt:
+            judged, half, most = prompt - settings.recent, settings.kernel // 2, settings.keep - settings.output
+            masses = [mass if place < judged else 0.0 for place, mass in enumerate(masses)]
+            masses = [sum(masses[max(i - half, 0) : i + half + 1]) / settings.kernel for i in range(len(masses))]
+            prompt = 0
+        elif settings.update == "slide" or (settings.update == "discontinuous" and count % settings.every):
+            most = settings.output
+        else:
+            spare = settings.every - PAGE if settings.update == "discontinuous" else 0
+            most = min(settings.recent + (count - self.prompt) // settings.step, settings.output - spare)
+        rest = range(prompt, len(masses))
+        order = sorted(rest, key=lambda place: -masses[place] if place < len(masses) - settings.recent else -math.inf)
+        stay = {*range(prompt), *order[: int(most)]}
+        scores = [math.inf] * prompt + masses[prompt:]
+        return [score if place in stay else -math.inf for place, score in enumerate(scores)]
 
     def store(self, head: Head, same: int) -> None:
         """Writes whole pages in fewer channels and bits, all but those of the last tokens; the first ``same`` pages are

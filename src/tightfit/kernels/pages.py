@@ -22,6 +22,9 @@ from tightfit.kernels.codec import PAGE as PAGE
 from tightfit.kernels.codec import Codec as Codec
 
 EVERYTHING = 1 << 62
+# How what queries give to a token is put together: its sum, the most that one gives, or how many give it at least what
+# they would if they looked alike at all tokens that the model lets them see.
+GIVINGS = ("sum", "max", "votes")
 
 
 @dataclass(eq=False)
@@ -227,11 +230,15 @@ def weigh_rows(
     mass_: torch.Tensor,
     ws: Workspace,
     scoring: Scoring,
+    giving: str = "sum",
+    last: int = PAGE,
 ) -> None:
-    """Adds to ``mass`` (sequences, kv_heads, capacity) what the rows of :func:`attend_rows` give to each token."""
+    """Puts together in ``mass`` (sequences, kv_heads, ...), whose heads begin with as many numbers as they can have
+    tokens, what the rows of :func:`attend_rows` give to each token: one of :data:`GIVINGS`. Only the ``last`` of each
+    32 places of a sequence count."""
     count, heads, _ = looking.q.shape
     if not cpu.available():
-        _run(reference.weigh_rows, pages, rows, looking, lse, mass_, scoring)
+        _run(reference.weigh_rows, pages, rows, looking, lse, mass_, scoring, giving, last)
         return
     _call(
         ws,
@@ -242,6 +249,8 @@ def weigh_rows(
         _views(pages, looking),
         _rows(lse),
         (heads, *scoring.arguments()),
+        GIVINGS.index(giving),
+        last,
         (mass_.data_ptr(), mass_.stride(1)),
     )
 
@@ -256,12 +265,13 @@ def weigh(
     mass_: torch.Tensor,
     ws: Workspace,
     scoring: Scoring,
+    giving: str = "sum",
 ) -> None:
-    """Adds to ``mass`` (kv_heads, tokens) what the tokens of :func:`attend` give: to those that are certain, then to
-    those of the run."""
+    """Puts together in ``mass`` (kv_heads, tokens) what the tokens of :func:`attend` give to those that are certain,
+    then to those of the run: one of :data:`GIVINGS`."""
     count, heads, _ = looking.q.shape
     if not cpu.available():
-        _run(reference.weigh, pages, sequence, run, start, looking, lse, mass_, scoring)
+        _run(reference.weigh, pages, sequence, run, start, looking, lse, mass_, scoring, giving)
         return
     _call(
         ws,
@@ -274,6 +284,7 @@ def weigh(
         _views(pages, looking),
         _rows(lse),
         (heads, *scoring.arguments()),
+        GIVINGS.index(giving),
         (mass_.data_ptr(), mass_.stride(0)),
     )
 

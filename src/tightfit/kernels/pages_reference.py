@@ -289,10 +289,20 @@ def _fold(view: _View, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         lse.copy_((top + total.log2()).view(lse.shape))
 
 
-def _weigh(view: _View, lse: torch.Tensor, mass_: torch.Tensor) -> None:
-    """Adds to ``mass`` (tokens,) what queries with ``lse`` (n, groups) give."""
+def _weigh(view: _View, lse: torch.Tensor, mass_: torch.Tensor, giving: str) -> None:
+    """Puts together in ``mass`` (tokens,) what queries with ``lse`` (n, groups) give."""
+    n, groups = lse.shape
+    seen = view.pages.tokens[view.sequence] + view.first + 1 + torch.arange(n).repeat_interleave(groups).view(-1, 1)
+    if view.scoring.window is not None:
+        seen = seen.clamp(max=view.scoring.window)
     for scores, _, places in view.blocks():
-        mass_[places] += (scores - lse.reshape(-1, 1)).exp2().sum(0)
+        weights = (scores - lse.reshape(-1, 1)).exp2()
+        if giving == "sum":
+            mass_[places] += weights.sum(0)
+        elif giving == "max":
+            mass_[places] = mass_[places].maximum(weights.amax(0))
+        else:
+            mass_[places] += (weights * seen >= 1).sum(0)
 
 
 def append(pages: Pages, rows: Rows, k: torch.Tensor, v: torch.Tensor | None) -> None:
@@ -333,11 +343,21 @@ def attend(
 
 
 def weigh_rows(
-    pages: Pages, rows: Rows, looking: Looking, lse: torch.Tensor, mass_: torch.Tensor, scoring: Scoring
+    pages: Pages,
+    rows: Rows,
+    looking: Looking,
+    lse: torch.Tensor,
+    mass_: torch.Tensor,
+    scoring: Scoring,
+    giving: str,
+    last: int,
 ) -> None:
     groups = lse.shape[1] // pages.table.shape[1]
+    counts = (rows.places[:, 1] % PAGE + last >= PAGE).tolist()
     for row, head, view in _views_of_rows(pages, rows, looking, scoring):
-        _weigh(view, lse[row : row + 1, head * groups : (head + 1) * groups], mass_[view.sequence, head])
+        if counts[row]:
+            of_head = lse[row : row + 1, head * groups : (head + 1) * groups]
+            _weigh(view, of_head, mass_[view.sequence, head].view(-1), giving)
 
 
 def weigh(
@@ -349,11 +369,12 @@ def weigh(
     lse: torch.Tensor,
     mass_: torch.Tensor,
     scoring: Scoring,
+    giving: str,
 ) -> None:
     groups = lse.shape[1] // pages.table.shape[1]
     for head in range(pages.table.shape[1]):
         view = _view_of_run(pages, sequence, head, run, start, looking, scoring)
-        _weigh(view, lse[:, head * groups : (head + 1) * groups], mass_[head])
+        _weigh(view, lse[:, head * groups : (head + 1) * groups], mass_[head], giving)
 
 
 # ---- what is kept ----

@@ -22,7 +22,7 @@ def parts(
     kept: Pages, slot: int, ahead: int, mass: torch.Tensor | None, states: Sequence[torch.Tensor]
 ) -> Iterator[torch.Tensor | InFile]:
     """All that a layer keeps of a sequence, as flat uint8 tensors and pages in the file: what tokens received, ``mass``
-    (sequences, kv_heads, n), and what methods remember, ``states`` (sequences, ...), with it. ``ahead``
+    (sequences, kv_heads, blocks, n), and what methods remember, ``states`` (sequences, ...), with it. ``ahead``
     positions behind the kept tokens are there too.
 
     What comes later follows from what came before, so that the same walk fills a sequence that is restored.
@@ -38,7 +38,8 @@ def parts(
         if kept.positions is not None:  # those of the next tokens are there too
             yield as_bytes(kept.positions[slot, head, : length + ahead])
         if mass is not None:
-            yield as_bytes(mass[slot, head, :length])
+            for block in mass[slot, head]:
+                yield as_bytes(block[:length])
         if kept.bounds is not None:
             yield as_bytes(kept.bounds[slot, head, : int(kept.bounded[slot, head])])
         yield from _pages_of(kept, slot, head, -(-length // PAGE))

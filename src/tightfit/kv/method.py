@@ -41,15 +41,20 @@ class Method:
 class Seen:
     """What an evictor may judge tokens by, of one layer and sequence.
 
-    ``mass`` (kv_heads, n) float32 is the attention that each token received from the queries that were observed, summed
-    over the heads of its group; ``positions`` (kv_heads, n) int32; ``counts`` of the n are there in each head, and
-    ``tokens`` came so far. Tokens are in the order of their positions.
+    ``mass`` (kv_heads, n) float32 is the attention that each token received from the queries that were observed, put
+    together over them and over the heads of its group as the evictor's ``fold`` says; ``positions`` (kv_heads, n)
+    int32; ``counts`` of the n are there in each head. With each query that was observed, from position ``since`` on,
+    ``groups`` heads look at a token. ``tokens`` came so far, of which the first ``prompt`` are not generated: they are
+    of the last prompt, or came before it. Tokens are in the order of their positions.
     """
 
     mass: torch.Tensor
     positions: torch.Tensor
     counts: list[int]
+    groups: int
+    since: int
     tokens: int
+    prompt: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,11 @@ class Evictor(Method):
     roles: ClassVar[tuple[str, ...]] = ("tokens",)
     observes: ClassVar[str] = "nothing"  # "all" queries, or the "last" ones, `window` of them
     window: ClassVar[int] = 0
+    # How what queries give to a token is put together: its "sum", the "max" that one of them gives, or the "votes": how
+    # many give it at least what they would if they looked alike at all tokens that came.
+    fold: ClassVar[str] = "sum"
     anchors: ClassVar[int] = 0
+    selective: ClassVar[bool] = False  # whether it may keep fewer than `keep`: it judges whenever tokens are certain
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -85,7 +94,8 @@ class Evictor(Method):
         return 0, 0
 
     def scores(self, seen: Seen) -> torch.Tensor:
-        """(kv_heads, n) float32: those with the highest stay. It may write to ``seen.mass``."""
+        """(kv_heads, n) float32: those with the highest stay, and none with minus infinity. It may write to
+        ``seen.mass``."""
         raise NotImplementedError
 
 

@@ -26,14 +26,14 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
-from tightfit.kv.cache import place
+from tightfit.kv.cache import as_bytes, place
 from tightfit.kv.compose import Composition
-from tightfit.kv.drafts import Drafts
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.merge.merging import Merging
 from tightfit.kv.method import Merger, Rest, Seen
+from tightfit.kv.observed import Observed
 from tightfit.kv.reserved import Reserved, numbers
 from tightfit.kv.rest import Resting
 
@@ -98,7 +98,6 @@ class PagedCache(BaseCache):
         self.gemm_dtype = gemm_dtype
         self.tail = tail
         self.evictor = evictor = composition.evictor
-        self.observes = "nothing" if evictor is None else evictor.observes
         self.anchors = 0 if evictor is None else evictor.anchors
         self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners)
         self._file = -1 if composition.tier is None else composition.tier.open()
@@ -113,15 +112,11 @@ class PagedCache(BaseCache):
         if composition.rest is not None:
             rest = composition.rest
             self.resting = self._of_owners(lambda layer: self._resting(rest, layer, arena))
-        self.mass: list[torch.Tensor] = []
-        self.drafts: list[Drafts] = []
-        if self.observes != "nothing":
-            shapes = [
-                (sequences, layout.kv_heads, size.table_pages * PAGE)
-                for layout, size in zip(layouts, reserved.sizes, strict=True)
-            ]
-            self.mass = self._of_owners(lambda layer: place(arena, shapes[layer], torch.float32))
-            self.drafts = [Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
+        self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
+        self.observed: Observed | None = None
+        if evictor is not None and evictor.observes != "nothing":
+            widths = [size.table_pages * PAGE for size in reserved.sizes]
+            self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
         self._nbytes = arena.used - before
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
@@ -187,7 +182,7 @@ class PagedCache(BaseCache):
         if owner in self.awaited:
             ops.zero_(run.keys)
             ops.zero_(run.values)
-        return Shared(run, self._received(owner, count, ws) if self.mass else None)
+        return Shared(run, self._received(owner, count, ws))
 
     def update(
         self,
@@ -236,23 +231,24 @@ class PagedCache(BaseCache):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
         kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
+        observed = self.observed
         shared = self._shared.get(owner)
         with ws.frame():
             places, scoring = self.seen(layer, step, scoring, ws)
             if rows:
                 looking = self._looking(layer, Rows(places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = ws.empty(rows, heads) if self.mass or self.resting else None
+                lse = ws.empty(rows, heads) if observed is not None or self.resting else None
                 which = Rows(places, step.paths)
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
                 if self.resting and lse is not None:
                     slots = step.places[:rows, 0]
                     self.resting[layer].recall(slots, q[:rows], scoring, out[:rows], lse, ws)
-                if lse is not None and self.mass and step.tentative:
-                    self.drafts[layer].put(which, self.tokens, looking, lse, scoring)
+                if observed is not None and lse is not None and step.tentative:
+                    observed.drafts[layer].put(which, self.tokens, looking, lse, scoring)
                     for slot in set(step.places[:rows, 0].tolist()):
                         self._drafting[slot] = True
-                elif lse is not None and self.mass:
-                    pages.weigh_rows(kept, which, looking, lse, self.mass[layer], ws, scoring)
+                elif observed is not None and lse is not None:
+                    observed.rows(layer, kept, which, looking, lse, ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             with ws.frame():
                 if self.layouts[layer].past:
@@ -260,7 +256,7 @@ class PagedCache(BaseCache):
                     self._attend_first(layer, segment.start, step.places[first], held, q, out, first, ws, scoring)
                     a += 1
                 looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-                lse = ws.empty(b - a, heads) if self.mass or self.resting else None
+                lse = ws.empty(b - a, heads) if observed is not None or self.resting else None
                 bf16 = self.gemm_dtype == torch.bfloat16
                 if a < b:
                     pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
@@ -272,9 +268,9 @@ class PagedCache(BaseCache):
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
                 given = None if shared is None else shared[index].given
-                if lse is not None and self.mass:
-                    given = self._received(layer, run.count, ws) if given is None else given
-                    self._weigh(layer, segment.slot, run, at, looking, lse, given, ws, scoring)
+                if observed is not None and lse is not None:
+                    given = observed.room(layer, run.count, ws) if given is None else given
+                    observed.chunk(kept, segment.slot, run, at, looking, lse, given, ws, scoring)
                 if layer == owner and self.settled:
                     self._choose_channels(layer, segment.slot, run, looking.q)
                 if layer == self._last[owner] and self.settled:
@@ -311,30 +307,8 @@ class PagedCache(BaseCache):
             pages.select(self.layers[layer], rows, q, chosen, ws)
         return Looking(q, anchor_q, self._anchors(layer), chosen)
 
-    def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor:
-        """Zeros (kv_heads, tokens), for what the certain tokens and ``count`` others receive."""
-        given = ws.empty(self.layouts[layer].kv_heads, self.reserved.sizes[layer].table_pages * PAGE + count)
-        ops.zero_(given)
-        return given
-
-    def _weigh(
-        self,
-        layer: int,
-        slot: int,
-        run: Run,
-        at: int,
-        looking: Looking,
-        lse: torch.Tensor,
-        given_: torch.Tensor,
-        ws: Workspace,
-        scoring: Scoring,
-    ) -> None:
-        """Adds to ``given`` what the queries that are observed look at."""
-        first = 0
-        if self.observes == "last" and self.evictor is not None:
-            first = max(len(looking.q) - self.evictor.window, 0)
-        part = Looking(looking.q[first:], _part(looking.anchor_q, first, None), looking.anchors)
-        pages.weigh(self.layers[layer], slot, run, at + first, part, lse[first:], given_, ws, scoring)
+    def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor | None:
+        return None if self.observed is None else self.observed.room(layer, count, ws)
 
     # ---- tokens that are certain ----
 
@@ -358,16 +332,19 @@ class PagedCache(BaseCache):
         self.tokens[slot] = 0
         for kept in self._stores:
             kept.reset(slot)
-        for mass in self.mass:
-            mass[slot] = 0.0
+        self.prompts[slot] = 0
+        if self.observed is not None:
+            self.observed.clear(slot)
         for merging in self.merging:
             merging.memory[slot] = math.nan
         for resting in self.resting:
             resting.memory[slot] = 0.0
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
-        self.tokens[slot] = stop
+        self.tokens[slot] = self.prompts[slot] = stop
         self._pruned[slot] = True
+        if self.observed is not None:
+            self.observed.advance(slot, stop, stop - start)
 
     def room(self, slot: int) -> int:
         if any(layout.past for layout in self.layouts):
@@ -396,8 +373,11 @@ class PagedCache(BaseCache):
                 put(part)
 
     def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
+        yield as_bytes(self.prompts[slot : slot + 1])
+        if self.observed is not None:
+            yield as_bytes(self.observed.since[slot])
         for layer in self.own:
-            mass = self.mass[layer] if self.mass else None
+            mass = None if self.observed is None else self.observed.mass[layer]
             states = [of_layers[layer].memory for of_layers in (self.merging, self.resting) if of_layers]
             yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, states)
 
@@ -414,18 +394,23 @@ class PagedCache(BaseCache):
         self._begun[slot] = self._pruned[slot] = True
 
     def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
-        if self.drafts and self._drafting[slot]:
-            self._commit_drafts(slot, path, ws)
-        elif list(path) != list(range(len(path))):
+        drafted, self._drafting[slot] = self._drafting[slot], False
+        if drafted or list(path) != list(range(len(path))):
+            order = torch.tensor(path, dtype=torch.int32)
             for kept in self._stores:
-                pages.straighten(kept, slot, torch.tensor(path, dtype=torch.int32))
+                pages.straighten(kept, slot, order)
+            if drafted and path and self.observed is not None:
+                start = int(self.tokens[slot])
+                self.observed.commit_drafts(slot, order, start, self.layers, self._looking, ws)
         torch._foreach_add_([kept.lengths[slot] for kept in self._stores], len(path))
         self.tokens[slot] += len(path)
         if int(self.tokens[slot]) % BLOCK == 0 and path:
             for layer in self.own:
                 with ws.frame():
-                    given = self._received(layer, 0, ws) if self.mass else None
+                    given = self._received(layer, 0, ws)
                     self._settle(layer, slot, self._new_run(layer, 0, ws), given, ws)
+            if self.observed is not None:
+                self.observed.advance(slot, int(self.tokens[slot]), 0)
 
     @contextmanager
     def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:
@@ -434,15 +419,15 @@ class PagedCache(BaseCache):
                 "layers that share keys and values with methods that let go of some are computed chunk by chunk",
                 "Leave --prefill layered out, or kvsharer.",
             )
-        layout, count, evictor = self.layouts[layer], len(segment.tokens), self.evictor
-        wanted = evictor.window if evictor is not None and self.observes == "last" else 0
+        layout, count = self.layouts[layer], len(segment.tokens)
+        wanted = 0 if self.observed is None else self.observed.window
         if self.composition.pruner is not None:
             wanted = max(wanted, self.composition.pruner.window)
         last = min(wanted, count)
         with ws.frame():
             run = self._new_run(layer, count, ws)
             q, anchor_q = ws.empty(2, last, layout.heads, layout.key_dim)
-            given = self._received(layer, count, ws) if self.mass else None
+            given = self._received(layer, count, ws)
             whole = Whole(run, segment.start, last, q, anchor_q, ws.empty(last, layout.heads), given)
             self._whole = whole
             try:
@@ -476,14 +461,15 @@ class PagedCache(BaseCache):
                 ops.copy_(whole.anchor_q[rows], looking.anchor_q[first:])
             if lse is not None:
                 ops.copy_(whole.lse[rows], lse[first:])
-        if whole.given is None or lse is None:
+        observed, kept = self.observed, self.layers[layer]
+        if observed is None or whole.given is None or lse is None:
             return
-        if self.observes == "all":
-            pages.weigh(self.layers[layer], slot, run, at, looking, lse, whole.given, ws, scoring)
+        if observed.all:
+            observed.chunk(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
         elif at + count == total:
             turned = None if looking.anchor_q is None else whole.anchor_q
             last = Looking(whole.q, turned, looking.anchors)
-            self._weigh(layer, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
+            observed.chunk(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
 
     def _choose_channels(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
         """The first queries ``q`` (n, heads, key_dim) of a sequence decide which channels of keys stay."""
@@ -523,14 +509,19 @@ class PagedCache(BaseCache):
         for head, length in enumerate(before):
             positions[head, :length] = kept.positions[slot, head, :length]
             positions[head, length : length + run.count] = torch.arange(tokens - run.count, tokens)
-            if given is not None and self._remembers(run.count):
-                given[head, :length] += self.mass[layer][slot, head, :length]
+        if self.observed is not None and given is not None:
+            self.observed.recall(layer, slot, given, before, tokens, run.count)
         window = self.layouts[layer].window
         # The next query stands at `tokens`, and sees itself too.
         oldest = min((int(positions[head, 0]) for head in range(heads) if counts[head]), default=tokens)
         too_old = window is not None and oldest <= tokens - window
-        if too_old or (sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit):
-            indices, left = self._judge(layer, given, positions, counts, tokens, limit)
+        too_many = sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit
+        if too_old or too_many or (self.evictor is not None and self.evictor.selective):
+            mass, since = torch.zeros(positions.shape), 0
+            if self.observed is not None and given is not None:
+                mass, since = self.observed.judged(slot, given, tokens, run.count)
+            prompt = tokens if run.count else int(self.prompts[slot])
+            indices, left = self._judge(layer, mass, positions, counts, since, tokens, prompt, limit)
             listed = indices
             horizon = -1 if window is None else tokens - window  # what no query sees any more does not count any more
             if self.resting:
@@ -543,18 +534,16 @@ class PagedCache(BaseCache):
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
-                given[:, : indices.shape[1]] = given.gather(1, gather)
+                each = gather[:, None].expand(-1, given.shape[1], -1)
+                given[..., : indices.shape[1]] = given.gather(2, each)
         else:
             keep(run)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
             kept.positions[slot, head, length : length + len(ahead)] = ahead  # where the next tokens will be
-            if given is not None:
-                mass = self.mass[layer][slot, head]
-                mass[:] = 0.0
-                if self.observes == "all" or run.count:  # else the last queries were judged, and others come
-                    mass[:length] = given[head, :length]
+        if self.observed is not None and given is not None:
+            self.observed.keep(layer, slot, given, counts)
 
     def rehearse(self, count: int) -> None:
         for layer, layout in enumerate(self.layouts):
@@ -562,10 +551,10 @@ class PagedCache(BaseCache):
             if kept is None:
                 continue
             width = kept.shape[2] + count
-            given = torch.zeros(layout.kv_heads, width)
+            mass = torch.zeros(layout.kv_heads, width)
             positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
             limit = self.reserved.limit(layer, width)
-            self._judge(layer, given, positions, [width] * layout.kv_heads, width, limit)
+            self._judge(layer, mass, positions, [width] * layout.kv_heads, 0, width, width, limit)
 
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
@@ -576,18 +565,15 @@ class PagedCache(BaseCache):
             return Run(keys, keys[..., : layout.value_dim], count)
         return Run(keys, ws.empty(layout.kv_heads, slots, layout.value_dim, dtype=self.dtype), count)
 
-    def _remembers(self, count: int) -> bool:
-        """Whether tokens keep what they received before: where all queries count, and where a chunk has fewer than are
-        observed."""
-        return self.observes == "all" or (self.evictor is not None and 0 <= count < self.evictor.window)
-
     def _judge(
         self,
         layer: int,
-        given: torch.Tensor | None,
+        mass: torch.Tensor,
         positions: torch.Tensor,
         counts: list[int],
+        since: int,
         tokens: int,
+        prompt: int,
         limit: int,
     ) -> tuple[torch.Tensor, list[int]]:
         """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
@@ -597,8 +583,8 @@ class PagedCache(BaseCache):
         if evictor is None:
             scores = positions.float()
         else:
-            mass = torch.zeros(positions.shape) if given is None else given[:, :width].clone()
-            scores = evictor.scores(Seen(mass, positions, counts, tokens))
+            groups = self.layouts[layer].heads // self.layouts[layer].kv_heads * self.owners.count(layer)
+            scores = evictor.scores(Seen(mass[:, :width], positions, counts, groups, since, tokens, prompt))
             first, last = evictor.protected(limit)
             if window is not None:  # which hides the first tokens sooner or later
                 first, last = 0, first + last
@@ -609,27 +595,6 @@ class PagedCache(BaseCache):
             scores = scores.masked_fill(positions <= tokens - window, -torch.inf)
         indices, kept = budgets.choose(scores, counts, limit, "uniform" if evictor is None else evictor.budget)
         return indices, kept.tolist()
-
-    def _commit_drafts(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
-        """The tentative tokens of ``path`` become the first ones, and what they looked at is noted."""
-        self._drafting[slot] = False
-        order = torch.tensor(path, dtype=torch.int32)
-        start = int(self.tokens[slot])
-        places = torch.tensor([(slot, start + index) for index in range(len(path))], dtype=torch.int32).view(-1, 2)
-        for layer, kept in enumerate(self.layers):
-            if layer == self.owners[layer]:
-                pages.straighten(kept, slot, order)
-        if not path:
-            return
-        # Where layers share what tokens received, it is summed up in the order in which they decode: token by token.
-        shared = len(set(self.owners)) < len(self.owners)
-        for part in torch.arange(len(path)).split(1 if shared else len(path)):
-            for layer, (kept, drafts) in enumerate(zip(self.layers, self.drafts, strict=True)):
-                with ws.frame():
-                    rows, which = Rows(places[part]), order[part]
-                    looking = self._looking(layer, rows, drafts.q[slot, which], drafts.turned(slot, which), ws)
-                    lse, scoring = drafts.lse[slot, which], drafts.scoring
-                    pages.weigh_rows(kept, rows, looking, lse, self.mass[layer], ws, scoring)
 
 
 def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:

@@ -155,7 +155,8 @@ def test_tokens_are_judged_by_all_layers_that_read_them(decoder: Decoder) -> Non
         logits(decoder, cache, verify=tail)
         assert isinstance(cache, PagedCache)
         for owner, readers in ((0, 3), (1, 2)):
-            given = cache.mass[owner].sum()
+            assert cache.observed is not None
+            given = cache.observed.mass[owner].sum()
             torch.testing.assert_close(given, torch.tensor(float(readers * heads * len(TOKENS))), rtol=1e-3, atol=0)
 
 

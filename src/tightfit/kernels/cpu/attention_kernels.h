@@ -549,7 +549,7 @@ void fold(const HeadCache& head, const Queries& queries, const float* q, size_t 
 
 template <class Isa, class T>
 void weigh_keys(const HeadCache& head, const Queries& queries, const float* q, size_t block, size_t from, size_t to,
-                const float* lse, float* scores, float* mass) {
+                const float* lse, Giving giving, float* scores, float* mass) {
     constexpr size_t LANES = Isa::LANES;
     const Ahead none{reinterpret_cast<const char*>(head.keys), false};
     score_block<Isa, T, VECTORS>(head, queries.rows, q, block, from, to, scores, none);
@@ -565,20 +565,24 @@ void weigh_keys(const HeadCache& head, const Queries& queries, const float* q, s
         }
         const auto base = Isa::broadcast(lse[r]);
         for (size_t i = begin; i < end; i += LANES) Isa::store(row + i, exp2<Isa>(Isa::sub(Isa::load(row + i), base)));
-        for (size_t i = low; i < high; i++) mass[i - from] += row[i - block];
+        const float* weights = row - block;
+        float* to_token = mass - from;
+        if (giving == Giving::sum) for (size_t i = low; i < high; i++) to_token[i] += weights[i];
+        else if (giving == Giving::most) for (size_t i = low; i < high; i++) to_token[i] = std::max(to_token[i], weights[i]);
+        else for (size_t i = low; i < high; i++) to_token[i] += weights[i] >= 1.0f;
     }
 }
 
 template <class Isa>
 void weigh_tokens(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to,
-                  const float* lse, float* scratch, float* mass) {
+                  const float* lse, Giving giving, float* scratch, float* mass) {
     float* pages = scratch + queries.rows * KEY_BLOCK;
     for_blocks<Isa>(head, from, to, pages, [&](const HeadCache& loaded, size_t block, size_t first, size_t end) {
         float* at = mass + first - from;
         switch (loaded.kind) {
-            case Kind::f16: return weigh_keys<Isa, F16>(loaded, queries, q, block, first, end, lse, scratch, at);
-            case Kind::bf16: return weigh_keys<Isa, BF16>(loaded, queries, q, block, first, end, lse, scratch, at);
-            default: return weigh_keys<Isa, float>(loaded, queries, q, block, first, end, lse, scratch, at);
+            case Kind::f16: return weigh_keys<Isa, F16>(loaded, queries, q, block, first, end, lse, giving, scratch, at);
+            case Kind::bf16: return weigh_keys<Isa, BF16>(loaded, queries, q, block, first, end, lse, giving, scratch, at);
+            default: return weigh_keys<Isa, float>(loaded, queries, q, block, first, end, lse, giving, scratch, at);
         }
     });
 }

@@ -425,8 +425,8 @@ public:
         }
     }
 
-    // mass[i] += what the rows give to token from + i, if `lse` is what their softmaxes divide by.
-    void give(size_t from, size_t to, const float* lse, float* mass) {
+    // As AttentionKernels' `weigh`.
+    void give(size_t from, size_t to, const float* lse, Giving giving, float* mass) {
         configure();
         for (const size_t first = from; from < to;) {
             const Range range(from, to);
@@ -446,7 +446,12 @@ public:
                 for (size_t token = range.from; token < range.to; token++) {
                     const float* at = scores(set) + (token - range.block) * WIDTH;
                     const __m512 score = Avx512::load_part(at, WIDTH);
-                    mass[token - first] += Avx512::sum(exp2<Avx512>(_mm512_sub_ps(score, _mm512_load_ps(sums))));
+                    const __m512 weights = exp2<Avx512>(_mm512_sub_ps(score, _mm512_load_ps(sums)));
+                    float& to_token = mass[token - first];
+                    if (giving == Giving::sum) to_token += Avx512::sum(weights);
+                    else if (giving == Giving::most) to_token = std::max(to_token, _mm512_reduce_max_ps(weights));
+                    else to_token += static_cast<float>(
+                        __builtin_popcount(_mm512_cmp_ps_mask(weights, _mm512_set1_ps(1.0f), _CMP_GE_OQ)));
                 }
             }
         }
@@ -643,10 +648,10 @@ void amx_fold(const HeadCache& head, const Queries& queries, const float* q, siz
 }
 
 void amx_weigh(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, const float* lse,
-               float* scratch, float* mass) {
-    if (!multiplies(head)) return avx512_attention_kernels.weigh(head, queries, q, from, to, lse, scratch, mass);
-    if (queries.rows <= 8) Fold<8>(head, queries, q, scratch, Folded{}).give(from, to, lse, mass);
-    else Fold<16>(head, queries, q, scratch, Folded{}).give(from, to, lse, mass);
+               Giving giving, float* scratch, float* mass) {
+    if (!multiplies(head)) return avx512_attention_kernels.weigh(head, queries, q, from, to, lse, giving, scratch, mass);
+    if (queries.rows <= 8) Fold<8>(head, queries, q, scratch, Folded{}).give(from, to, lse, giving, mass);
+    else Fold<16>(head, queries, q, scratch, Folded{}).give(from, to, lse, giving, mass);
 }
 
 }  // namespace tightfit

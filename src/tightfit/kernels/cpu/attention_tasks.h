@@ -81,10 +81,10 @@ struct AttentionKernels {
     // fold_scratch() numbers. `next` are the keys that this thread will want afterwards, or null.
     void (*fold)(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to,
                  const uint8_t* next, float* scratch, const Folded& folded);
-    // mass[i] += what the rows give to token i of [from, to), if `lse` (rows) is the logarithm to base 2 of the sum of all
-    // that each row's softmax adds up.
+    // Puts together in mass[i] what the rows give to token i of [from, to), if `lse` (rows) is the logarithm to base 2 of
+    // the sum of all that each row's softmax adds up. A vote is for a weight of 1 or more: there `lse` is lowered.
     void (*weigh)(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to,
-                  const float* lse, float* scratch, float* mass);
+                  const float* lse, Giving giving, float* scratch, float* mass);
     // The numbers of page `page` of coded keys or values, token by token.
     void (*decode)(const Codec& codec, Kind kind, const uint8_t* page, float* out);
     // The page of `numbers`.
@@ -191,7 +191,7 @@ extern const AttentionKernels amx_attention_kernels;
 void amx_fold(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to,
               const uint8_t* next, float* scratch, const Folded& folded);
 void amx_weigh(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, const float* lse,
-               float* scratch, float* mass);
+               Giving giving, float* scratch, float* mass);
 
 // Attention with products in bfloat16 on AMX tiles. The rows that are folded at once, at most, and their scratch:
 size_t amx_prefill_rows(size_t key_dim, size_t value_dim);

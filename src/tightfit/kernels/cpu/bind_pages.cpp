@@ -125,21 +125,21 @@ void tightfit::bind_pages(nb::module_& m) {
             return weigh_scratch(p, rows, heads, threads);
         })
         .def("weigh_rows", [](const Pages& p, const Ragged& places, size_t rows, const Views& views,
-                              const std::tuple<uintptr_t, size_t>& lse, const Scores& scores,
+                              const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, int giving, size_t last,
                               const std::tuple<uintptr_t, size_t>& mass, uintptr_t scratch, size_t threads) {
             const Place* where = places_of(p, places, rows, true);
             nb::gil_scoped_release release;
             weigh_rows(p, where, paths_of(places), rows, looking_of(views),
-                       {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores),
+                       {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), Giving{giving}, last,
                        {at<float>(std::get<0>(mass)), std::get<1>(mass)}, at<uint8_t>(scratch), threads);
         })
         .def("weigh", [](const Pages& p, size_t sequence, const RunOf& run, size_t start, size_t count, const Views& views,
-                         const std::tuple<uintptr_t, size_t>& lse, const Scores& scores,
+                         const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, int giving,
                          const std::tuple<uintptr_t, size_t>& mass, uintptr_t scratch, size_t threads) {
             check_sequence(p, sequence);
             nb::gil_scoped_release release;
             weigh(p, sequence, run_of(run), start, count, looking_of(views),
-                  {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores),
+                  {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), Giving{giving},
                   {at<float>(std::get<0>(mass)), std::get<1>(mass)}, at<uint8_t>(scratch), threads);
         })
         .def("keep_scratch", &keep_scratch)

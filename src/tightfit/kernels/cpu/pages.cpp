@@ -1,6 +1,7 @@
 #include "pages.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cerrno>
 #include <cstdlib>
 #include <numeric>
@@ -211,12 +212,17 @@ struct PagePrefill final : PrefillSource {
 
 // ---- what tokens are given ----
 
-// mass[token - from] += what the rows of a stretch give to each of its tokens.
-void weigh_stretch(const Stretch& stretch, const float* lse, float scale, float* scratch, float* mass) {
+// Puts together in mass[token - from] what the rows of a stretch give to each of its tokens.
+void weigh_stretch(const Stretch& stretch, const float* lse, float scale, Giving giving, float* scratch, float* mass) {
     const size_t rows = stretch.queries.rows;
     float* q = scratch + round_up(fold_scratch(rows, stretch.head.key_dim, stretch.head.value_dim, true), 16);
     load_queries(stretch, rows, scale, q);
-    attention_kernels().weigh(stretch.head, stretch.queries, q, stretch.from, stretch.to, lse, scratch, mass);
+    attention_kernels().weigh(stretch.head, stretch.queries, q, stretch.from, stretch.to, lse, giving, scratch, mass);
+}
+
+// What a row's softmax divides by, or for votes the weight that is one: that of each of `seen` tokens if they were alike.
+float divisor(float lse, Giving giving, size_t seen) {
+    return giving == Giving::votes ? lse - std::log2(static_cast<float>(seen)) : lse;
 }
 
 size_t weigh_floats(const Pages& p, size_t rows) {
@@ -524,13 +530,19 @@ size_t weigh_scratch(const Pages& p, size_t rows, size_t heads, size_t threads) 
 }
 
 void weigh_rows(const Pages& p, const Place* places, const Paths& paths, size_t rows, const Looking& looking,
-                Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads) {
+                Rows<const float> lse, const Attention& attention, Giving giving, size_t last, Rows<float> mass,
+                uint8_t* scratch, size_t threads) {
     const PageRows source(p, places, paths, looking, attention.heads, attention.window);
     const size_t groups = source.groups, each = weigh_floats(p, groups), workers = std::min(threads, p.kv_heads);
     parallel_for(workers, workers, [&](size_t worker) {
         float* own = reinterpret_cast<float*>(scratch) + worker * each;
+        float* sums = own + each - round_up(groups, 16);
         for (size_t h = worker; h < p.kv_heads; h += workers)
             for (size_t row = 0; row < rows; row++) {
+                const auto position = static_cast<size_t>(places[row].position);
+                if (position % PAGE + last < PAGE) continue;
+                for (size_t g = 0; g < groups; g++)
+                    sums[g] = divisor(lse[row][h * groups + g], giving, std::min(position + 1, attention.window));
                 const auto sequence = static_cast<size_t>(places[row].sequence);
                 float* to = mass[sequence * p.kv_heads + h];
                 const Source::Seen seen = source.seen(row, h);
@@ -538,15 +550,15 @@ void weigh_rows(const Pages& p, const Place* places, const Paths& paths, size_t 
                 source.stretches(row, h, seen.low, seen.end,
                                  {groups, groups, 0, attention.window, attention.softcap * LOG2_E}, stretches);
                 for (const Stretch& stretch : stretches) {
-                    const float* sums = lse[row] + h * groups;
                     if (!stretch.head.chosen) {
-                        weigh_stretch(stretch, sums, attention.scale * LOG2_E, own, to + stretch.from);
+                        weigh_stretch(stretch, sums, attention.scale * LOG2_E, giving, own, to + stretch.from);
                         continue;
                     }
                     for (size_t at = stretch.from; at < stretch.to; at += PAGE) {  // each page in its own place
                         Stretch page = stretch;
                         page.from = at, page.to = std::min(at + PAGE, stretch.to);
-                        weigh_stretch(page, sums, attention.scale * LOG2_E, own, to + stretch.head.listed(at / PAGE) * PAGE);
+                        weigh_stretch(page, sums, attention.scale * LOG2_E, giving, own,
+                                      to + stretch.head.listed(at / PAGE) * PAGE);
                     }
                 }
             }
@@ -554,10 +566,12 @@ void weigh_rows(const Pages& p, const Place* places, const Paths& paths, size_t 
 }
 
 void weigh(const Pages& p, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
-           Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads) {
+           Rows<const float> lse, const Attention& attention, Giving giving, Rows<float> mass, uint8_t* scratch,
+           size_t threads) {
     const PagePrefill source(p, sequence, run, start, looking, attention.heads, attention.window);
     const size_t groups = source.groups, at_once = std::min(count, std::max(WEIGHED_ROWS / groups, size_t(1)));
     const size_t each = weigh_floats(p, at_once * groups), workers = std::min(threads, p.kv_heads);
+    const size_t first = static_cast<size_t>(p.tokens[sequence]) + start;  // the position of the first of them
     parallel_for(workers, workers, [&](size_t worker) {
         float* own = reinterpret_cast<float*>(scratch) + worker * each;
         float* sums = own + each - 2 * round_up(at_once * groups, 16);
@@ -566,11 +580,13 @@ void weigh(const Pages& p, size_t sequence, const Run& run, size_t start, size_t
             const size_t length = Head(p, sequence, h).length();
             for (size_t at = 0; at < count; at += at_once) {
                 const size_t tokens = std::min(at_once, count - at), rows = tokens * groups;
-                for (size_t r = 0; r < rows; r++) sums[r] = lse[at + r / groups][h * groups + r % groups];
+                for (size_t r = 0; r < rows; r++)
+                    sums[r] = divisor(lse[at + r / groups][h * groups + r % groups], giving,
+                                      std::min(first + at + r / groups + 1, attention.window));
                 Stretches stretches;
                 source.stretches(at, h, {rows, groups, 0, attention.window, attention.softcap * LOG2_E}, lows, stretches);
                 for (const Stretch& stretch : stretches)
-                    weigh_stretch(stretch, sums, attention.scale * LOG2_E, own,
+                    weigh_stretch(stretch, sums, attention.scale * LOG2_E, giving, own,
                                   mass[h] + stretch.from + (stretch.head.table ? 0 : length));
             }
         }

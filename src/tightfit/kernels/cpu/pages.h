@@ -122,13 +122,20 @@ size_t attend_scratch(const Pages& pages, size_t count, size_t heads, bool bf16,
 void attend(const Pages& pages, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
             Block<float> out, Rows<float> lse, const Attention& attention, bool bf16, uint8_t* scratch, size_t threads);
 
-// mass (kv_heads, stride of `mass`) += what each token is given by `count` rows that decode, or by as many tokens of the
-// run from `start` on; tokens of the run are counted behind those that are certain. `mass` starts with the sequence.
+// How what rows give to a token is put together: its sum, the most that one of them gives, or how many give it at least
+// what they would if they looked alike at all tokens up to their own.
+enum class Giving { sum, most, votes };
+
+// Puts together in `mass` (kv_heads, stride of `mass`) what each token is given by `count` rows that decode, or by as many
+// tokens of the run from `start` on; tokens of the run are counted behind those that are certain. Of rows that decode only
+// those count that are among the `last` of each PAGE places. `mass` starts with the sequence.
 size_t weigh_scratch(const Pages& pages, size_t rows, size_t heads, size_t threads);
 void weigh_rows(const Pages& pages, const Place* places, const Paths& paths, size_t rows, const Looking& looking,
-                Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads);
+                Rows<const float> lse, const Attention& attention, Giving giving, size_t last, Rows<float> mass,
+                uint8_t* scratch, size_t threads);
 void weigh(const Pages& pages, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
-           Rows<const float> lse, const Attention& attention, Rows<float> mass, uint8_t* scratch, size_t threads);
+           Rows<const float> lse, const Attention& attention, Giving giving, Rows<float> mass, uint8_t* scratch,
+           size_t threads);
 
 // What happens to a sequence when tokens become certain: those of `run` are added, all but counts[head] `indices` (kv_heads,
 // stride) are let go, if that is not null, all but the last `recent` are coded page by page where pages have codes, and all

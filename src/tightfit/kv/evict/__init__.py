@@ -1,5 +1,5 @@
 """Methods that let go of tokens."""
 
-from tightfit.kv.evict import h2o, snapkv, window
+from tightfit.kv.evict import corm, h2o, morphkv, scissorhands, scope, snapkv, tova, window
 
-__all__ = ["h2o", "snapkv", "window"]
+__all__ = ["corm", "h2o", "morphkv", "scissorhands", "scope", "snapkv", "tova", "window"]

@@ -27,8 +27,8 @@ class SnapKV(Evictor):
 
     The paper scores once, when the whole prompt is there (the ``layered`` schedule), and keeps everything that is
     generated. In chunks, the last queries of each chunk score what is there (with those of the chunk before, where a
-    chunk is shorter than the window), and what is generated is judged in blocks of 32 tokens by its own queries, so
-    that the cache never grows.
+    chunk is shorter than the window), and what is generated is judged after every 32 tokens by the last ``window``
+    queries, so that the cache never grows.
     """
 
     window: int = 64  # type: ignore[misc]

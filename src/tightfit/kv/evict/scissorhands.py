@@ -1,0 +1,53 @@
+"""What keeps being important."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from tightfit.catalog import technique
+from tightfit.errors import UsageError
+from tightfit.kv.method import Evictor, Seen
+
+if TYPE_CHECKING:
+    import torch
+
+
+@technique(
+    seam="kv",
+    name="scissorhands",
+    paper="https://arxiv.org/abs/2305.17118",
+    exact=False,
+    summary="recent tokens, and of the rest those that recent queries looked at less than on average the fewest times",
+)
+@dataclass(frozen=True)
+class Scissorhands(Evictor):
+    """Of all but the ``recent`` tokens those go that a history of ``window`` queries most often found unimportant, as
+    it gave them less than if it had looked alike at all tokens that came. How much a query gives beyond that does not
+    count, but for how many it is important: what is so for some will be for others.
+
+    Each head of a group has a vote (the paper has a key for each head). The paper lets go of half of what is kept at
+    once when the cache is full; here that happens in blocks of 32 tokens, and the history is the last blocks of 32
+    queries that have ``window`` of them.
+    """
+
+    recent: int = 32
+    window: int = 128  # type: ignore[misc]
+
+    observes: ClassVar[str] = "last"
+    fold: ClassVar[str] = "votes"
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.recent < 0:
+            raise UsageError(
+                f"scissorhands cannot use a window of {self.window} and {self.recent} recent tokens",
+                "Give a window of 1 or more, and recent=0 or more.",
+            )
+        super().__post_init__()
+
+    def protected(self, keep: int) -> tuple[int, int]:
+        return 0, min(self.recent, max(keep - 1, 1))
+
+    def scores(self, seen: Seen) -> torch.Tensor:
+        queries = seen.tokens - seen.positions.clamp(min=seen.since)  # that could see a token
+        return seen.mass - (queries * seen.groups)
