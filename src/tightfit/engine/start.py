@@ -136,6 +136,8 @@ def build(
     layouts = cache_layouts(spec, shape.context, shape.chunk)
     known = known_of(shape.cache, checkpoint.name, checkpoint.fingerprint, spec.owners)
     cache = make_cache(shape.cache, layouts, shape.context, shape.sequences, kv_type, kv, gemm, shape.chunk, known)
+    if cache.reads:
+        cache.resolve(partial(checkpoint.tokenizer().encode, add_special_tokens=False))
     return placement, Decoder(spec, placement), cache
 
 

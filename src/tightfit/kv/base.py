@@ -151,6 +151,18 @@ class BaseCache(ABC):
         """Attention of the step's tokens, ``q`` (n, heads, key_dim), into ``out`` (n, heads, value_dim). Prompt tokens
         are certain afterwards."""
 
+    @property
+    def reads(self) -> bool:
+        """Whether methods go by what tokens there are."""
+        return False
+
+    def resolve(self, encode: Callable[[str], list[int]]) -> None:  # noqa: B027
+        """Finds the tokens that methods look for, whose texts ``encode`` knows. Raises UsageError for texts that are
+        not one token."""
+
+    def told(self, slot: int, start: int, tokens: Sequence[int]) -> None:  # noqa: B027
+        """These tokens of a sequence are computed next, from place ``start`` on."""
+
     @abstractmethod
     def begin(self, slot: int, start: int) -> None:
         """The next tokens of a sequence come at ``start``: what was kept from there on is forgotten."""

@@ -11,7 +11,7 @@ from tightfit.catalog import all_techniques, parse, spec_string
 from tightfit.errors import UsageError
 from tightfit.kv.fitted import Fitted, Known, known_for
 from tightfit.kv.lowrank.think import ThinK
-from tightfit.kv.method import Evictor, Method, Quantizer, Rest
+from tightfit.kv.method import Evictor, Method, Quantizer, Reads, Rest
 from tightfit.kv.offload.host import Host
 from tightfit.kv.select.quest import Quest
 from tightfit.kv.share.kvsharer import KVSharer
@@ -56,6 +56,11 @@ class Composition:
     @property
     def rest(self) -> Rest | None:
         return self._only(Rest)
+
+    @property
+    def reads(self) -> Reads | None:
+        """The one that goes by what tokens there are."""
+        return self._only(Reads)
 
     @property
     def fitted(self) -> list[Fitted]:

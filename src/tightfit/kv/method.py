@@ -6,7 +6,7 @@ Nothing here imports torch when it is imported: spec strings are read before any
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
@@ -37,6 +37,17 @@ class Method:
         return None
 
 
+class Reads(Method):
+    """A method that goes by what tokens there are: they are told to the cache, and it acts at each with which something
+    ends, not at every 32. So no token can be tentative beside others."""
+
+    marks: ClassVar[tuple[str, ...]]  # settings that name tokens: texts of one token each, or #NUMBER, with | between
+
+    def ends(self, marks: Mapping[str, frozenset[int]], token: int) -> bool:
+        """Whether something ends with a token, so that the next ones see something else."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Seen:
     """What an evictor may judge tokens by, of one layer and sequence.
@@ -45,7 +56,8 @@ class Seen:
     together over them and over the heads of its group as the evictor's ``fold`` says; ``positions`` (kv_heads, n)
     int32; ``counts`` of the n are there in each head. With each query that was observed, from position ``since`` on,
     ``groups`` heads look at a token. ``tokens`` came so far, of which the first ``prompt`` are not generated: they are
-    of the last prompt, or came before it. Tokens are in the order of their positions.
+    of the last prompt, or came before it. Tokens are in the order of their positions. What they are is ``read`` for
+    methods that go by that.
     """
 
     mass: torch.Tensor
@@ -55,6 +67,15 @@ class Seen:
     since: int
     tokens: int
     prompt: int
+    read: Read | None = None
+
+
+class Read(NamedTuple):
+    """``ids`` (tokens,) int32 of all tokens that came; ``marks`` are those that a method looks for, by the names of its
+    settings."""
+
+    ids: torch.Tensor
+    marks: Mapping[str, frozenset[int]]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tightfit.kernels import attention, ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, SegmentLike, Step, Turn
 from tightfit.kv.cache import as_bytes, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.entries import InFile, parts
@@ -34,6 +34,7 @@ from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.merge.merging import Merging
 from tightfit.kv.method import Merger, Rest, Seen
 from tightfit.kv.observed import Observed
+from tightfit.kv.reading import Encode, Reading
 from tightfit.kv.reserved import Reserved, numbers
 from tightfit.kv.rest import Resting
 
@@ -99,12 +100,20 @@ class PagedCache(BaseCache):
         self.tail = tail
         self.evictor = evictor = composition.evictor
         self.anchors = 0 if evictor is None else evictor.anchors
+        if composition.reads is not None and self.own != list(range(len(layouts))):
+            raise UsageError(
+                f"{composition.reads.name} lets go of tokens of a layer before others would have read them",
+                "Use it without layers that share keys and values.",
+            )
         self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners)
         self._file = -1 if composition.tier is None else composition.tier.open()
         self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
         before = arena.used
         self.tokens = numbers(arena, sequences)
         self.layers = self._of_owners(lambda layer: reserved.pages(layer, arena, dtype, self.tokens, self._file))
+        self.reading = (
+            None if composition.reads is None else Reading(composition.reads, context, sequences, tail, arena)
+        )
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
@@ -152,6 +161,20 @@ class PagedCache(BaseCache):
         if selector is None or not self.reserved.selects(layer):
             return bounded
         return min(selector.tokens // PAGE, bounded)
+
+    # ---- what tokens there are ----
+
+    @property
+    def reads(self) -> bool:
+        return self.reading is not None
+
+    def resolve(self, encode: Encode) -> None:
+        if self.reading is not None:
+            self.reading.resolve(encode)
+
+    def told(self, slot: int, start: int, tokens: Sequence[int]) -> None:
+        if self.reading is not None:
+            self.reading.told(slot, start, tokens)
 
     # ---- a step ----
 
@@ -230,14 +253,13 @@ class PagedCache(BaseCache):
         if isinstance(self.evictor, Window):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
-        kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
-        observed = self.observed
-        shared = self._shared.get(owner)
+        kept, rows, observed = self.layers[layer], step.vector, self.observed
+        shared = self._shared.get(self.owners[layer])
         with ws.frame():
             places, scoring = self.seen(layer, step, scoring, ws)
             if rows:
                 looking = self._looking(layer, Rows(places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = ws.empty(rows, heads) if observed is not None or self.resting else None
+                lse = ws.empty(rows, q.shape[1]) if observed is not None or self.resting else None
                 which = Rows(places, step.paths)
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
                 if self.resting and lse is not None:
@@ -250,37 +272,64 @@ class PagedCache(BaseCache):
                 elif observed is not None and lse is not None:
                     observed.rows(layer, kept, which, looking, lse, ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
-            with ws.frame():
-                if self.layouts[layer].past:
-                    first = slice(a, a + 1)
-                    self._attend_first(layer, segment.start, step.places[first], held, q, out, first, ws, scoring)
-                    a += 1
-                looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-                lse = ws.empty(b - a, heads) if observed is not None or self.resting else None
-                bf16 = self.gemm_dtype == torch.bfloat16
-                if a < b:
-                    pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
-                if self.resting and lse is not None:
-                    slots = ws.empty(b - a, dtype=torch.int32)
-                    ops.fill_(slots, segment.slot)
-                    self.resting[layer].recall(slots, looking.q, scoring, out[a:b], lse, ws)
-                if self._whole is not None:
-                    self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
-                    continue
-                given = None if shared is None else shared[index].given
-                if observed is not None and lse is not None:
-                    given = observed.room(layer, run.count, ws) if given is None else given
-                    observed.chunk(kept, segment.slot, run, at, looking, lse, given, ws, scoring)
-                if layer == owner and self.settled:
-                    self._choose_channels(layer, segment.slot, run, looking.q)
-                if layer == self._last[owner] and self.settled:
-                    self._settle(owner, segment.slot, run, given, ws)
+            given = None if shared is None else shared[index].given
+            if self.reading is None or ops.is_dry():
+                self._attend_prompt(layer, segment, (a, b), run, at, held, q, out, given, ws, scoring)
+                continue
+            for first, stop in self.reading.stretches(segment.slot, segment.start, b - a):
+                self.tokens[segment.slot] = segment.start + first
+                which = a + first, a + stop
+                self._attend_prompt(layer, segment, which, run.part(first, stop), 0, held, q, out, given, ws, scoring)
+            self.tokens[segment.slot] = segment.start
+
+    def _attend_prompt(
+        self,
+        layer: int,
+        segment: SegmentLike,
+        rows: tuple[int, int],
+        run: Run,
+        at: int,
+        held: Held,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        given: torch.Tensor | None,
+        ws: Workspace,
+        scoring: Scoring,
+    ) -> None:
+        """Attention of ``rows`` of a step, which are the tokens from ``at`` on of a run; what the run adds is certain
+        then, unless others read it or more of the prompt comes first."""
+        kept, owner, observed = self.layers[layer], self.owners[layer], self.observed
+        (a, b), slot = rows, segment.slot
+        with ws.frame():
+            if self.layouts[layer].past:
+                first = slice(a, a + 1)
+                before = (slot, segment.start - 1)
+                self._attend_first(layer, before, held, q, out, first, ws, scoring)
+                a += 1
+            looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
+            lse = ws.empty(b - a, q.shape[1]) if observed is not None or self.resting else None
+            bf16 = self.gemm_dtype == torch.bfloat16
+            if a < b:
+                pages.attend(kept, slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
+            if self.resting and lse is not None:
+                slots = ws.empty(b - a, dtype=torch.int32)
+                ops.fill_(slots, slot)
+                self.resting[layer].recall(slots, looking.q, scoring, out[a:b], lse, ws)
+            if self._whole is not None:
+                self._watch(layer, slot, self._whole, run, at, looking, lse, ws, scoring)
+                return
+            if observed is not None and lse is not None:
+                given = observed.room(layer, run.count, ws) if given is None else given
+                observed.chunk(kept, slot, run, at, looking, lse, given, ws, scoring)
+            if layer == owner and self.settled:
+                self._choose_channels(layer, slot, run, looking.q)
+            if layer == self._last[owner] and self.settled:
+                self._settle(owner, slot, run, given, ws)
 
     def _attend_first(
         self,
         layer: int,
-        start: int,
-        place: torch.Tensor,
+        before: tuple[int, int],
         held: Held,
         q: torch.Tensor,
         out: torch.Tensor,
@@ -288,15 +337,14 @@ class PagedCache(BaseCache):
         ws: Workspace,
         scoring: Scoring,
     ) -> None:
-        """The first token of a prompt's chunk where tokens do not see themselves: it sees what is certain."""
-        if start == 0:
+        """The first token of a prompt's chunk where tokens do not see themselves: it sees what is certain, up to the
+        sequence and place ``before``."""
+        if before[1] < 0:
             ops.zero_(out[first])
             return
-        with ws.frame():
-            before = ws.empty(1, 2, dtype=torch.int32)
-            ops.places_before(place, before)
-            looking = Looking(q[first], _part(held.anchor_q, first.start, first.stop), self._anchors(layer))
-            pages.attend_rows(self.layers[layer], Rows(before), looking, out[first], None, ws, scoring)
+        looking = Looking(q[first], _part(held.anchor_q, first.start, first.stop), self._anchors(layer))
+        seen = Rows(torch.tensor([before], dtype=torch.int32))
+        pages.attend_rows(self.layers[layer], seen, looking, out[first], None, ws, scoring)
 
     def _looking(
         self, layer: int, rows: Rows, q: torch.Tensor, anchor_q: torch.Tensor | None, ws: Workspace
@@ -347,7 +395,7 @@ class PagedCache(BaseCache):
             self.observed.advance(slot, stop, stop - start)
 
     def room(self, slot: int) -> int:
-        if any(layout.past for layout in self.layouts):
+        if self.reads or any(layout.past for layout in self.layouts):
             return 1
         return min(BLOCK - int(self.tokens[slot]) % BLOCK, self.tail)
 
@@ -374,6 +422,8 @@ class PagedCache(BaseCache):
 
     def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
         yield as_bytes(self.prompts[slot : slot + 1])
+        if self.reading is not None:
+            yield as_bytes(self.reading.ids[slot])
         if self.observed is not None:
             yield as_bytes(self.observed.since[slot])
         for layer in self.own:
@@ -402,18 +452,27 @@ class PagedCache(BaseCache):
             if drafted and path and self.observed is not None:
                 start = int(self.tokens[slot])
                 self.observed.commit_drafts(slot, order, start, self.layers, self._looking, ws)
+        if self.reading is not None:
+            self.reading.commit(slot, int(self.tokens[slot]), path)
         torch._foreach_add_([kept.lengths[slot] for kept in self._stores], len(path))
         self.tokens[slot] += len(path)
-        if int(self.tokens[slot]) % BLOCK == 0 and path:
+        tokens = int(self.tokens[slot])
+        ends = self.reading is not None and self.reading.ends(slot, tokens - 1)
+        if path and (tokens % BLOCK == 0 or ends):
             for layer in self.own:
                 with ws.frame():
                     given = self._received(layer, 0, ws)
                     self._settle(layer, slot, self._new_run(layer, 0, ws), given, ws)
             if self.observed is not None:
-                self.observed.advance(slot, int(self.tokens[slot]), 0)
+                self.observed.advance(slot, tokens, 0)
 
     @contextmanager
     def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:
+        if self.composition.reads is not None:
+            raise UsageError(
+                f"{self.composition.reads.name} sees of a prompt what it would see token by token, in any schedule",
+                "Leave --prefill layered out.",
+            )
         if self.own != list(range(len(self.owners))):
             raise UsageError(
                 "layers that share keys and values with methods that let go of some are computed chunk by chunk",
@@ -521,7 +580,7 @@ class PagedCache(BaseCache):
             if self.observed is not None and given is not None:
                 mass, since = self.observed.judged(slot, given, tokens, run.count)
             prompt = tokens if run.count else int(self.prompts[slot])
-            indices, left = self._judge(layer, mass, positions, counts, since, tokens, prompt, limit)
+            indices, left = self._judge(layer, slot, mass, positions, counts, since, tokens, prompt, limit)
             listed = indices
             horizon = -1 if window is None else tokens - window  # what no query sees any more does not count any more
             if self.resting:
@@ -552,9 +611,9 @@ class PagedCache(BaseCache):
                 continue
             width = kept.shape[2] + count
             mass = torch.zeros(layout.kv_heads, width)
-            positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
+            positions = torch.arange(width, dtype=torch.int32).clamp(max=self.context - 1).repeat(layout.kv_heads, 1)
             limit = self.reserved.limit(layer, width)
-            self._judge(layer, mass, positions, [width] * layout.kv_heads, 0, width, width, limit)
+            self._judge(layer, 0, mass, positions, [width] * layout.kv_heads, 0, width, width, limit)
 
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
@@ -568,6 +627,7 @@ class PagedCache(BaseCache):
     def _judge(
         self,
         layer: int,
+        slot: int,
         mass: torch.Tensor,
         positions: torch.Tensor,
         counts: list[int],
@@ -580,11 +640,12 @@ class PagedCache(BaseCache):
         evictor, window = self.evictor, self.layouts[layer].window
         width = max(counts)
         positions = positions[:, :width]
+        read = None if self.reading is None else self.reading.seen(slot, tokens)
         if evictor is None:
             scores = positions.float()
         else:
             groups = self.layouts[layer].heads // self.layouts[layer].kv_heads * self.owners.count(layer)
-            scores = evictor.scores(Seen(mass[:, :width], positions, counts, groups, since, tokens, prompt))
+            scores = evictor.scores(Seen(mass[:, :width], positions, counts, groups, since, tokens, prompt, read))
             first, last = evictor.protected(limit)
             if window is not None:  # which hides the first tokens sooner or later
                 first, last = 0, first + last

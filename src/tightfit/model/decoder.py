@@ -64,6 +64,9 @@ class Decoder:
         the order of ``batch.logit_rows``, in scratch memory of the enclosing frame."""
         spec = self.spec
         self.weights.begin(logits=len(batch.logit_rows) > 0)
+        if cache.reads and not ops.is_dry():
+            for segment in batch.segments:
+                cache.told(segment.slot, segment.start, segment.tokens)
         x = ws.empty(batch.size, spec.hidden_size)
         with ws.frame():
             self.embed(batch.tokens, x, ws)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ class SharingLlama(nn.Module):
         parts = layer_types.split("_")
         self.owners = [int(part.rstrip("s")) for part in parts]
         self.slides = [part.endswith("s") for part in parts]
+        self.allowed: Callable[[Tensor], Tensor] | None = None  # (rows, tokens, tokens) bool of ids: who may see whom
+        self._allowed: Tensor | None = None
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(VOCAB, HIDDEN)
         self.model.layers = nn.ModuleList(Layer(index in self.owners) for index in range(len(parts)))
@@ -50,6 +53,7 @@ class SharingLlama(nn.Module):
         """Logits (rows, tokens, vocabulary) of tokens ``ids`` (rows, tokens) behind those of which ``kept`` is there,
         and what is kept then. Layers that read later ones are computed ``passes`` times, with zeros at first."""
         before = kept or {}
+        self._allowed = None if self.allowed is None else self.allowed(ids)[:, None]
         start = next((k.shape[2] for k, _ in before.values()), 0)
         rows, count = ids.shape
         x = self.model.embed_tokens(ids)
@@ -89,6 +93,8 @@ class SharingLlama(nn.Module):
         seen = there < own if self.nodiag or owner > index else there <= own
         if self.slides[index]:
             seen = seen & (there > own - self.window)
+        if self._allowed is not None:
+            seen = seen & self._allowed
         weights = (q @ k.transpose(2, 3) * DIM**-0.5).masked_fill(~seen, -torch.inf).softmax(-1)
         attended = weights.nan_to_num(0.0) @ v  # the first token may see nothing
         x = x + attention.o_proj(attended.transpose(1, 2).flatten(2))
@@ -130,16 +136,32 @@ class SharingLlama(nn.Module):
         return folder
 
 
-FOLLOWS = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(7))
+WORDS = 12  # tokens 1 to 12: few are learned soon
+FOLLOWS = 1 + torch.cat([torch.zeros(1).long(), torch.randperm(WORDS, generator=torch.Generator().manual_seed(7))])
 TOKENS = 24
+Make = Callable[[int, torch.Generator], Tensor]
+Nats = Callable[[Tensor, Tensor], Tensor]
 
 
-def train(network: SharingLlama, steps: int, seed: int = 1) -> float:
-    """Trains on sequences in which a token follows from the one before the last; gives nats per such token."""
+def woven(rows: int, generator: torch.Generator) -> Tensor:
+    """Tokens (rows, TOKENS): two walks in turns, so that a token follows from the one before the last."""
+    tokens = [torch.randint(1, WORDS + 1, (2, rows), generator=generator)]
+    while len(tokens) < TOKENS // 2:
+        tokens.append(FOLLOWS[tokens[-1]])
+    return torch.cat(tokens).T.contiguous()
+
+
+def nats(logits: Tensor, ids: Tensor) -> Tensor:
+    """Per token that follows from others."""
+    return functional.cross_entropy(logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())
+
+
+def train(network: SharingLlama, steps: int, make: Make = woven, nats: Nats = nats, seed: int = 1) -> float:
+    """Trains with what ``make`` gives, (rows, tokens); gives nats per token in other such."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
     for step in range(steps):
-        ids = woven(16, generator)
+        ids = make(16, generator)
         loss = nats(network(ids, 3)[0], ids)
         optimizer.zero_grad()
         loss.backward()
@@ -148,17 +170,5 @@ def train(network: SharingLlama, steps: int, seed: int = 1) -> float:
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1 - step / steps)
     with torch.no_grad():
-        ids = woven(64, generator)
+        ids = make(64, generator)
         return float(nats(network(ids)[0], ids))
-
-
-def woven(rows: int, generator: torch.Generator) -> Tensor:
-    """Tokens (rows, TOKENS): two walks in turns."""
-    tokens = [torch.randint(VOCAB, (2, rows), generator=generator)]
-    while len(tokens) < TOKENS // 2:
-        tokens.append(FOLLOWS[tokens[-1]])
-    return torch.cat(tokens).T.contiguous()
-
-
-def nats(logits: Tensor, ids: Tensor) -> Tensor:
-    return functional.cross_entropy(logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())
