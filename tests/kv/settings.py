@@ -18,6 +18,7 @@ SETTINGS = {
     "corm": "corm(keep=70,window=24)",
     "morphkv": "morphkv(keep=70,window=24)",
     "scope": "scope(keep=70,output=30,recent=12)",
+    "tim": "tim(open=#3,conclude=#17,close=#40,keep=200)",
     "anchor": "anchor(at=#3,keep=200)",
     "int8": "int8(recent=16)",
     "int4": "int4(recent=16)",

@@ -19,11 +19,21 @@ BLOCK = 32  # tokens that become certain between two moments at which a cache le
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """How keys turn with positions: pairs of features by so many radians for each, neighbours if ``interleaved``, else
+    those of the two halves."""
+
+    frequencies: tuple[float, ...] = ()
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class LayerLayout:
     """What one layer keeps of one sequence: ``slots`` tokens, of which a query sees ``window``.
 
     ``shared`` values are the first ``value_dim`` features of the keys and take no bytes. With ``past`` a query sees the
-    tokens before its own, without that one.
+    tokens before its own, without that one. ``rotation`` is None where it depends on the length of a sequence, or keys
+    are not only turned.
     """
 
     kv_heads: int
@@ -34,6 +44,7 @@ class LayerLayout:
     window: int | None = None
     heads: int = 1
     past: bool = False
+    rotation: Rotation | None = None
 
 
 class SegmentLike(Protocol):
@@ -59,6 +70,10 @@ class Step(Protocol):
     def vector(self) -> int: ...
     @property
     def prefills(self) -> Sequence[tuple[Any, int, int]]: ...
+    @property
+    def segments(self) -> Sequence[Any]: ...
+    @property
+    def ranges(self) -> Sequence[tuple[int, int]]: ...
 
 
 class Turn(NamedTuple):
@@ -83,6 +98,10 @@ class BaseCache(ABC):
     anchors = 0  # first tokens that queries see from another position than their own
     whole_entries = False  # whether what is saved is all of a sequence, or what some tokens of it added
     settled = True  # whether what a step adds stays as it is
+
+    def standing(self, step: Step, positions: torch.Tensor) -> torch.Tensor:
+        """Where the tokens of a step stand that are at ``positions`` (tokens,) of their sequences."""
+        return positions
 
     def anchor_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """The positions from which queries at ``positions`` look at the anchors."""

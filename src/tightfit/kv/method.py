@@ -120,6 +120,34 @@ class Evictor(Method):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Structured(Evictor, Reads):
+    """An evictor that keeps tokens for what they are; ``keep`` is the most, then the oldest go."""
+
+    selective: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.budget != "uniform":
+            raise UsageError(
+                f"{self.name} has no scores that budget={self.budget} could go by", "Leave the budget out."
+            )
+        super().__post_init__()
+
+    @property
+    def reuses(self) -> bool:
+        """Whether what comes next stands right behind what is kept, and that is turned to where it then stands."""
+        return False
+
+    def stays(self, read: Read) -> torch.Tensor:
+        """(tokens,) bool: which of all tokens that came may be kept."""
+        raise NotImplementedError
+
+    def scores(self, seen: Seen) -> torch.Tensor:
+        assert seen.read is not None
+        stays = self.stays(seen.read)[seen.positions.long()]
+        return seen.positions.float().masked_fill(~stays, -math.inf)
+
+
 class Tokens(NamedTuple):
     """Keys (n, key_dim) and values (n, value_dim) of one head in float32. No values where they are part of the keys."""
 

@@ -32,11 +32,12 @@ from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Rest, Seen
+from tightfit.kv.method import Merger, Rest, Seen, Structured
 from tightfit.kv.observed import Observed
 from tightfit.kv.reading import Encode, Reading
 from tightfit.kv.reserved import Reserved, numbers
 from tightfit.kv.rest import Resting
+from tightfit.kv.turning import Turning
 
 Made = TypeVar("Made")
 
@@ -114,6 +115,9 @@ class PagedCache(BaseCache):
         self.reading = (
             None if composition.reads is None else Reading(composition.reads, context, sequences, tail, arena)
         )
+        self.turning: list[Turning] = []
+        if isinstance(evictor, Structured) and evictor.reuses:
+            self.turning = self._of_owners(self._turning)
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
@@ -146,6 +150,11 @@ class PagedCache(BaseCache):
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
+    def _turning(self, layer: int) -> Turning:
+        rotation = self.layouts[layer].rotation
+        assert rotation is not None
+        return Turning(self.layers[layer], rotation, self.reserved.sizes[layer].table_pages * PAGE)
+
     def _resting(self, rest: Rest, layer: int, arena: Arena) -> Resting:
         layout = self.layouts[layer]
         memory = place(arena, (self.sequences, layout.kv_heads, rest.remembers(layout)), torch.float32)
@@ -175,6 +184,22 @@ class PagedCache(BaseCache):
     def told(self, slot: int, start: int, tokens: Sequence[int]) -> None:
         if self.reading is not None:
             self.reading.told(slot, start, tokens)
+
+    def standing(self, step: Step, positions: torch.Tensor) -> torch.Tensor:
+        if not self.turning or self.reading is None or not isinstance(self.evictor, Structured):
+            return positions
+        positions = positions.clone()
+        for segment, (a, b) in zip(step.segments, step.ranges, strict=True):
+            kept = self.layers[0]
+            assert kept.positions is not None
+            listed = kept.positions[segment.slot, 0, : int(kept.lengths[segment.slot, 0])].long()
+            for first, stop in self.reading.stretches(segment.slot, segment.start, b - a):
+                positions[a + first : a + stop] = len(listed) + torch.arange(stop - first)
+                tokens = segment.start + stop
+                listed = torch.cat([listed, torch.arange(segment.start + first, tokens)])
+                stays = self.evictor.stays(self.reading.seen(segment.slot, tokens))
+                listed = listed[stays[listed]][-self.reserved.limit(0, tokens) :]
+        return positions
 
     # ---- a step ----
 
@@ -273,14 +298,30 @@ class PagedCache(BaseCache):
                     observed.rows(layer, kept, which, looking, lse, ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             given = None if shared is None else shared[index].given
-            if self.reading is None or ops.is_dry():
+            if self.reading is None:
                 self._attend_prompt(layer, segment, (a, b), run, at, held, q, out, given, ws, scoring)
+                continue
+            if ops.is_dry():  # a stretch may be the whole chunk
+                with ws.frame():
+                    part = self._part(layer, run, 0, b - a, ws)
+                    self._attend_prompt(layer, segment, (a, b), part, 0, held, q, out, given, ws, scoring)
                 continue
             for first, stop in self.reading.stretches(segment.slot, segment.start, b - a):
                 self.tokens[segment.slot] = segment.start + first
                 which = a + first, a + stop
-                self._attend_prompt(layer, segment, which, run.part(first, stop), 0, held, q, out, given, ws, scoring)
+                with ws.frame():
+                    part = self._part(layer, run, first, stop, ws)
+                    self._attend_prompt(layer, segment, which, part, 0, held, q, out, given, ws, scoring)
             self.tokens[segment.slot] = segment.start
+
+    def _part(self, layer: int, run: Run, start: int, stop: int, ws: Workspace) -> Run:
+        """Some tokens of a run, with room behind them where some may be turned."""
+        if not self.turning:
+            return run.part(start, stop)
+        part = self._new_run(layer, stop - start, ws)
+        ops.copy_(part.keys[:, : stop - start], run.keys[:, start:stop])
+        ops.copy_(part.values[:, : stop - start], run.values[:, start:stop])
+        return part
 
     def _attend_prompt(
         self,
@@ -554,6 +595,8 @@ class PagedCache(BaseCache):
         if kept.positions is None or ops.is_dry():
             if kept.positions is not None:
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
+            if self.turning:
+                self.turning[layer].take_most(slot, run, ws)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
             if self.resting:
@@ -588,6 +631,9 @@ class PagedCache(BaseCache):
             if self.merging:
                 listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
+            if self.turning:
+                listed = self.turning[layer].turn(slot, run, indices, left, ws)
+                run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left
             keep(run, listed, torch.tensor(counts, dtype=torch.int32))
             gather = indices.long().clamp(max=positions.shape[1] - 1)
@@ -618,7 +664,8 @@ class PagedCache(BaseCache):
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
         layout = self.layouts[layer]
-        slots = max(count, 1) + (self.reserved.sizes[layer].table_pages * PAGE if self.merging else 0)
+        more = self.reserved.sizes[layer].table_pages * PAGE if self.merging or self.turning else 0
+        slots = max(count, 1) + more
         keys = ws.empty(layout.kv_heads, slots, layout.key_dim, dtype=self.dtype)
         if layout.shared:
             return Run(keys, keys[..., : layout.value_dim], count)

@@ -9,14 +9,14 @@ import torch
 
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import cpu, ops
-from tightfit.kv.base import BaseCache, LayerLayout
+from tightfit.kv.base import BaseCache, LayerLayout, Rotation
 from tightfit.kv.cache import window_slots
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.latent import latent_attention
 from tightfit.model.moe import moe
 from tightfit.model.parts import attention, mlp
-from tightfit.model.rope import Tables, tables
-from tightfit.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
+from tightfit.model.rope import Tables, frequencies, tables
+from tightfit.model.spec import AttentionSpec, LatentAttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
 from tightfit.weights.formats.base import Matrix, Split
 from tightfit.weights.placement.base import Parameters, Placement
 
@@ -33,9 +33,20 @@ def cache_layouts(spec: ModelSpec, context: int, chunk: int) -> list[LayerLayout
             window=attention.window,
             heads=attention.heads,
             past=attention.past,
+            rotation=_rotation(attention),
         )
         for attention in (layer.attention for layer in spec.layers)
     ]
+
+
+def _rotation(attention: AttentionSpec | LatentAttentionSpec) -> Rotation | None:
+    """How the keys of a layer turn with positions, whatever the length of their sequence."""
+    rope = attention.rope
+    if rope is None:
+        return Rotation()
+    if not isinstance(attention, AttentionSpec) or rope.parameters.rope_type in ("dynamic", "longrope"):
+        return None
+    return Rotation(tuple(frequencies(rope, 0)[0].tolist()), rope.interleaved)
 
 
 @dataclass(frozen=True)
@@ -113,8 +124,10 @@ class Decoder:
     def _ropes(
         self, kinds: Iterable[RopeSpec | None], batch: Batch, cache: BaseCache, ws: Workspace
     ) -> dict[RopeSpec, Tables]:
-        anchored = cache.anchor_positions if cache.anchors else None
-        return {rope: tables(rope, batch, ws, anchored) for rope in dict.fromkeys(kinds) if rope is not None}
+        positions = batch.positions if ops.is_dry() else cache.standing(batch, batch.positions)
+        anchors = cache.anchor_positions(positions) if cache.anchors else None
+        ropes = [rope for rope in dict.fromkeys(kinds) if rope is not None]
+        return {rope: tables(rope, batch, ws, positions, anchors) for rope in ropes}
 
     def _selected(self, x: torch.Tensor, rows: torch.Tensor, ws: Workspace) -> torch.Tensor:
         """The normalised hidden states of ``rows`` (n,) int64."""
