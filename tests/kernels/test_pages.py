@@ -5,7 +5,9 @@ is computed."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import os
 import random
 import tempfile
 from collections.abc import Iterator
@@ -342,9 +344,11 @@ class Store:
         head: int,
         behind: tuple[torch.Tensor, torch.Tensor],
         listed: torch.Tensor | None = None,
+        since: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The definition in float64, of one row and key-value head that sees the certain tokens, or those ``listed`` of
-        them, and those ``behind``, its own being the last: out (groups, value_dim), lse (groups), mass (tokens,)."""
+        the ones before ``since`` (default: that are in whole pages), and those ``behind``, its own being the last: out
+        (groups, value_dim), lse (groups), mass (tokens,)."""
         case, scoring, tokens = self.case, self.case.scoring(), self.held[sequence][head]
         own = int(self.pages.tokens[sequence]) + len(behind[0]) - 1
         positions = tokens.positions if case.positions else torch.arange(len(tokens))
@@ -354,7 +358,7 @@ class Store:
         seen = anchors | (positions > own - (scoring.window or math.inf))
         if listed is not None:
             anchors, seen = torch.zeros(2, len(keys), dtype=torch.bool)
-            seen[listed], seen[len(tokens) // PAGE * PAGE :] = True, True
+            seen[listed], seen[len(tokens) // PAGE * PAGE if since is None else since :] = True, True
         heads = slice(head * case.groups, (head + 1) * case.groups)
         q = looking.q[row, heads].double()
         turned = q if looking.anchor_q is None else looking.anchor_q[row, heads].double()
@@ -677,6 +681,102 @@ def test_rows_see_the_pages_that_were_chosen(level: str, case: Case, threads: in
 
 
 @levels
+@given(case=cases(), threads=st.integers(1, 3), share=st.sampled_from([0.0, 0.05, 0.5, 1.0]), tree=st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_rows_see_the_tokens_that_are_listed(level: str, case: Case, threads: int, share: float, tree: bool) -> None:
+    case = dataclasses.replace(case, window=None, anchors=0)
+    cpu.use(level)
+    cpu.set_threads(threads)
+    store = Store(case)
+    store.grow(1, 900)
+    rows, k, v = store.append(1, 2)
+    if tree:  # two roots
+        rows = Rows(rows.places, torch.tensor([[0, -1], [1, -1]], dtype=torch.int32))
+    lengths = [len(tokens) for tokens in store.held[1]]
+    listed = torch.full((2, case.kv_heads, max(lengths) + 2), -1, dtype=torch.int32)
+    since = torch.zeros(2, case.kv_heads, dtype=torch.int32)
+    for row, head in itertools.product(range(2), range(case.kv_heads)):
+        since[row, head] = lengths[head] - store.random.randint(0, min(40, lengths[head]))
+        some = [i for i in range(int(since[row, head])) if store.random.random() < share]
+        listed[row, head, : len(some)] = torch.tensor(some)
+    looking, (out, lse) = case.looking(2)._replace(listed=listed, since=since), case.results(2)
+    mass = torch.zeros(SEQUENCES, case.kv_heads, TABLE_PAGES * PAGE)
+    given = torch.zeros_like(mass, dtype=torch.double)
+    pages.attend_rows(store.pages, rows, looking, out, lse, scratch(), case.scoring())
+    pages.weigh_rows(store.pages, rows, looking, lse, mass, scratch(), case.scoring())
+    for row, head in itertools.product(range(2), range(case.kv_heads)):
+        own = [row] if tree else list(range(row + 1))
+        some = listed[row, head][listed[row, head] >= 0].long()
+        behind = k[head, own], v[head, own]
+        result, total, weights = store.expected(looking, row, 1, head, behind, some, int(since[row, head]))
+        heads = slice(head * case.groups, (head + 1) * case.groups)
+        torch.testing.assert_close(out[row, heads].double(), result, rtol=0, atol=2e-5)
+        torch.testing.assert_close(lse[row, heads].double(), total, rtol=0, atol=2e-5)
+        given[1, head, : len(weights)] += weights
+    torch.testing.assert_close(mass.double(), given, rtol=0, atol=2e-5)
+
+
+@levels
+@given(case=cases(), threads=st.integers(1, 3), share=st.sampled_from([0.0, 0.6, 1.0]))
+@settings(max_examples=8, deadline=None)
+def test_shares_are_the_softmax_over_the_first_tokens(level: str, case: Case, threads: int, share: float) -> None:
+    cpu.use(level)
+    cpu.set_threads(threads)
+    store = Store(case)
+    store.grow(1, 900)
+    until = torch.tensor([int(len(tokens) * share) for tokens in store.held[1]], dtype=torch.int32)
+    q, found, ws = case.looking(1).q[0], torch.full((case.kv_heads, TABLE_PAGES * PAGE), math.nan), scratch()
+    pages.shares(store.pages, 1, q, until, found, pages.shares_scratch(store.pages, case.heads, ws), case.scoring())
+    for head, count in enumerate(until.tolist()):
+        queries = q[head * case.groups : (head + 1) * case.groups].double()
+        scores = store.held[1][head].k[:count].double() @ queries.T * case.scoring().scale
+        if case.softcap is not None:
+            scores = case.softcap * (scores / case.softcap).tanh()
+        torch.testing.assert_close(found[head, :count].double(), scores.softmax(0).sum(1), rtol=1e-4, atol=1e-6)
+        assert found[head, count:].isnan().all()
+
+
+@compiled
+def test_tokens_that_are_not_there_cannot_be_listed(level: str) -> None:
+    cpu.use(level)
+    case = Case()
+    store = Store(case)
+    store.keep(0, store.run(10), tail=10)
+    looking, (out, lse) = case.looking(1), case.results(1)
+    rows = Rows(torch.tensor([[0, 10]], dtype=torch.int32))
+    for since, some in ((11, [0]), (-1, [0]), (5, [5]), (9, [4, 3]), (9, [3, 3])):
+        listed = torch.full((1, case.kv_heads, 4), -1, dtype=torch.int32)
+        listed[..., : len(some)] = torch.tensor(some)
+        listing = looking._replace(listed=listed, since=torch.full((1, case.kv_heads), since, dtype=torch.int32))
+        with pytest.raises(IndexError):
+            pages.attend_rows(store.pages, rows, listing, out, lse, scratch(), case.scoring())
+
+
+@levels
+def test_of_pages_in_the_file_only_listed_tokens_are_read(level: str) -> None:
+    """Others are made unreadable, in the pages where some are listed too."""
+    cpu.use(level)
+    case = Case(kv_heads=1, dtype=torch.float32, file=True, resident=0)
+    store = Store(case)
+    store.keep(1, store.run(3 * PAGE))
+    p = store.pages
+    listed = [0, 1, 40, 41, 70]
+    for page in range(3):
+        for (at, nbytes), dim in zip(p.file_places(1, 0, page), (case.key_dim, case.value_dim), strict=True):
+            assert nbytes >= PAGE * dim * 4
+            here = [token % PAGE for token in listed if token // PAGE == page]
+            for token in range(PAGE):
+                if token not in range(here[0], here[-1] + 1):
+                    os.pwrite(p.file, b"\xff" * dim * 4, at + token * dim * 4)
+    rows, (out, lse) = store.append(1, 1)[0], case.results(1)
+    looking = case.looking(1)._replace(
+        listed=torch.tensor([[listed]], dtype=torch.int32), since=torch.tensor([[3 * PAGE]], dtype=torch.int32)
+    )
+    pages.attend_rows(p, rows, looking, out, lse, scratch(), case.scoring())
+    assert out.isfinite().all()
+
+
+@levels
 @given(case=cases(), threads=st.integers(1, 3), count=st.integers(1, 14))
 @settings(max_examples=12, deadline=None)
 def test_the_pages_with_the_largest_bounds_are_selected(level: str, case: Case, threads: int, count: int) -> None:
@@ -835,3 +935,57 @@ def test_what_compiled_kernels_would_read_or_write_elsewhere_is_refused(level: s
         pages.read(store.pages, 0, case.kv_heads, store.run(0), 0, 5, ws)
     with pytest.raises(IndexError):
         pages.read(store.pages, 0, 0, store.run(0), 0, 11, ws)
+
+
+# ---- two sets of tokens ----
+
+
+@levels
+def test_attention_over_two_sets_of_tokens_joins_to_that_over_both(level: str) -> None:
+    """Scores of 20 tokens; of the third row all are in one set, and of the fourth all in the other."""
+    cpu.use(level)
+    torch.manual_seed(0)
+    scores, values = torch.randn(5, 3, 20) * 4, torch.randn(20, 9)
+    first = torch.rand(5, 3, 20) < 0.5
+    first[2], first[3] = True, torch.arange(20) < 1
+    whole, whole_lse = scores.softmax(-1) @ values, scores.logsumexp(-1) / math.log(2)
+    outs, sums = [], []
+    for seen in (first, ~first):
+        hidden = scores.masked_fill(~seen, -torch.inf)
+        outs.append((hidden.softmax(-1) @ values).contiguous())  # no numbers where nothing is seen
+        sums.append(hidden.logsumexp(-1) / math.log(2))
+    pages.join(outs[0], sums[0], outs[1], sums[1])
+    assert torch.allclose(outs[0], whole, atol=1e-5)
+    assert torch.allclose(sums[0], whole_lse, atol=1e-5)
+
+
+@levels
+def test_rows_that_see_only_what_is_certain_see_nothing_of_a_run_or_of_themselves(level: str) -> None:
+    cpu.use(level)
+    case = Case(pool=True, key_bits=4, value_bits=4, seed=3)
+    store, ws, scoring = Store(case), scratch(), case.scoring()
+    run = store.run(50)
+    store.keep(0, run)
+    looking = case.looking(3)._replace(certain=True)
+    with ws.frame():
+        k, v = pages.read(store.pages, 0, 0, store.run(1), 0, 50, ws)
+        weights = (looking.q[:, : case.groups] @ k.T * scoring.scale).softmax(-1)
+        expected = weights @ v
+    places = torch.tensor([(0, 50), (0, 51), (1, 0)], dtype=torch.int32)
+    out, lse = case.results(3)
+    pages.attend_rows(store.pages, Rows(places), looking, out, lse, ws, scoring)
+    assert torch.allclose(out[:2, : case.groups], expected[:2], atol=1e-4)
+    assert (lse[2] == -torch.inf).all()  # this sequence has no token
+    pages.attend(store.pages, 0, store.run(0), 0, looking, out, lse, ws, scoring)
+    assert torch.allclose(out[:, : case.groups], expected, atol=1e-4)
+
+
+@levels
+def test_projections_are_those_of_each_head(level: str) -> None:
+    cpu.use(level)
+    x, matrices, out = torch.randn(3, 4, 7), torch.randn(2, 7, 5), torch.empty(3, 4, 5)
+    pages.project(x, matrices, out)
+    assert torch.allclose(out, torch.einsum("ngd,gdm->ngm", x, matrices.repeat_interleave(2, 0)), atol=1e-5)
+    alone = torch.empty(1, 4, 5)
+    pages.project(x[1:2], matrices, alone)
+    assert torch.equal(alone[0], out[1])

@@ -21,7 +21,7 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Pages
 from tightfit.kv.base import BaseCache, LayerLayout
 from tightfit.kv.cache import Cache
-from tightfit.kv.compose import compose
+from tightfit.kv.compose import Composition, compose
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Batch, Segment
@@ -102,7 +102,7 @@ class Tiny:
             found[method.name] = method.fit(observed, lambda done, total: None).tensors
         return Known(tensors=found)
 
-    def run(self, kv: str, **settings: Any) -> Run:
+    def run(self, kv: str | Composition, **settings: Any) -> Run:
         return Run(self, kv, **settings)
 
 
@@ -112,7 +112,7 @@ class Run:
     def __init__(
         self,
         tiny: Tiny,
-        kv: str,
+        kv: str | Composition,
         *,
         context: int = 512,
         sequences: int = 1,
@@ -123,9 +123,10 @@ class Run:
         self.tiny, self.chunk = tiny, chunk
         self.ws, self.arena = Workspace(Arena(ROOM)), Arena(ROOM)
         layouts, common = cache_layouts(tiny.spec, context, chunk), (sequences, tiny.dtype, self.arena, tiny.dtype)
-        methods = [method for method in compose(kv).methods if method.name != "kvsharer"]
+        composition = compose(kv) if isinstance(kv, str) else kv
+        methods = [method for method in composition.methods if method.name != "kvsharer"]
         self.cache: BaseCache = (
-            PagedCache(layouts, compose(kv), context, *common, tail=tail, known=known)
+            PagedCache(layouts, composition, context, *common, tail=tail, known=known)
             if methods
             else Cache(layouts, *common, chunk, known.owners)
         )
@@ -205,9 +206,10 @@ def choose(logits: torch.Tensor, position: int) -> int:
 class Layer:
     """One layer alone, and one sequence: tokens are given as queries, keys and values."""
 
-    def __init__(self, kv: str, layout: LayerLayout, context: int = 512) -> None:
+    def __init__(self, kv: str | Composition, layout: LayerLayout, context: int = 512) -> None:
         self.arena, self.ws, self.layout = Arena(ROOM), Workspace(Arena(ROOM)), layout
-        self.cache = PagedCache([layout], compose(kv), context, 1, torch.float32, self.arena)
+        composition = compose(kv) if isinstance(kv, str) else kv
+        self.cache = PagedCache([layout], composition, context, 1, torch.float32, self.arena)
         self.start = 0
 
     def add(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decode: bool = False) -> torch.Tensor:

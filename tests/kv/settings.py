@@ -25,6 +25,7 @@ SETTINGS = {
     "int2": "int2(recent=16)",
     "think": "think(recent=16,window=8)",
     "quest": "quest(tokens=32,full=1)",
+    "recycled": "recycled(tokens=32,full=1,stride=6)",
     "host": "host(resident=32)",
 }
 # Methods that do not go with these, and say why. All others do.

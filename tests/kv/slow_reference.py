@@ -31,7 +31,7 @@ JUDGES = {
     "morphkv": (None, None),
     "scope": (32, "sum"),
 }
-KNOWN = {*JUDGES, "int8", "int4", "int2", "think", "quest", "host", "kvsharer"}
+KNOWN = {*JUDGES, "int8", "int4", "int2", "think", "quest", "recycled", "host", "kvsharer"}
 
 
 @dataclass
@@ -52,6 +52,10 @@ class Head:
     bounds: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # lowest and highest keys of pages
     channels: list[int] | None = None
     threshold: float | None = None  # of similarity, from which on d2o merges
+    certain: int = 0  # tokens when they were last settled
+    recycled: list[Token] | None = None  # what the last full step gave most to, of those before `since`
+    since: int = 0
+    steps: int = 0  # since then
 
 
 class Slow:
@@ -80,7 +84,8 @@ class Slow:
         self.last = self.evictor.window if self.last is None else self.last
         self.fold = self.evictor.fusion if self.fold is None else self.fold
         self.starts = [0]  # positions at which blocks of queries begin that are still remembered, the last ones first
-        self.think, self.quest = methods.get("think"), methods.get("quest")
+        self.think, self.quest, self.recycled = (methods.get(name) for name in ("think", "quest", "recycled"))
+        self.selector = self.quest or self.recycled
         quantizers = [methods[name] for name in ("int8", "int4", "int2") if name in methods]
         self.key_bits = next((q.bits for q in quantizers if q.of != "values"), None)
         self.value_bits = next((q.bits for q in quantizers if q.of != "keys"), None)
@@ -150,8 +155,8 @@ class Slow:
             if self.owners[layer] == layer:
                 head.tokens += [Token(int(own[i]), k[i, number], v[i, number]) for i in range(n)]
             seen = head.tokens
-            if decode and self.quest and self.owners[layer] >= self.quest.full and window is None:
-                seen = self.select(head, q[0, group])
+            if decode and self.selector and self.owners[layer] >= self.selector.full and window is None:
+                seen = self.select(head, q[0, group]) if self.quest else self.recycle(head, q[0, group])
             positions = torch.tensor([token.position for token in seen])
             keys, values = (torch.stack([getattr(token, name) for token in seen]) for name in ("key", "value"))
             is_sink = torch.arange(len(seen)) < sinks
@@ -172,6 +177,17 @@ class Slow:
         best = sorted(range(len(scores)), key=lambda page: -scores[page])[: self.quest.tokens // PAGE]
         tokens = [token for page in sorted(best) for token in head.tokens[page * PAGE : (page + 1) * PAGE]]
         return tokens + head.tokens[len(head.bounds) * PAGE :]
+
+    def recycle(self, head: Head, q: torch.Tensor) -> list[Token]:
+        """Everything at every so manyth step, else what ``q`` (groups, dim) of that step gave most to."""
+        head.steps += 1
+        if head.recycled is not None and head.steps < self.recycled.stride:
+            return head.recycled + head.tokens[head.since :]
+        keys = torch.stack([token.key for token in head.tokens[: head.certain]])
+        shares = (q @ keys.T / self.dim**0.5).softmax(-1).sum(0)
+        best = shares.argsort(descending=True)[: self.recycled.tokens].sort().values
+        head.recycled, head.since, head.steps = [head.tokens[place] for place in best], head.certain, 0
+        return head.tokens
 
     # ---- methods ----
 
@@ -222,7 +238,10 @@ class Slow:
             changed = {i for i, place in enumerate(places) if i != place}
             if self.d2o and len(places) < len(head.tokens):
                 changed |= self.merge(head, places, count, self.windows[layer])
+            if len(places) < len(head.tokens) or count > self.count:
+                head.recycled = None
             head.tokens = [head.tokens[place] for place in places]
+            head.certain = len(places)
             self.store(head, min(changed, default=len(places)) // PAGE)
             if self.quest:
                 pages = [head.tokens[a : a + PAGE] for a in range(0, len(head.tokens) // PAGE * PAGE, PAGE)]

@@ -34,6 +34,8 @@ COMPOSITIONS = [
     "int4(recent=0)",
     "int8(recent=32)+host(resident=32)",
     "quest(tokens=64,full=1)",
+    "recycled(tokens=32,full=0,stride=5)",
+    "h2o(keep=64)+recycled(tokens=32,full=1,stride=40,similar=0.7)+int4(recent=32)",
     "quest(tokens=32,full=0)+int4(recent=32)+host(resident=32)",
     "h2o(keep=64,budget=adakv)+int4(recent=32)+quest(tokens=32,full=0)+host(resident=0)",
 ]

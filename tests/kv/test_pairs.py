@@ -53,7 +53,7 @@ def tolerance(kv: str) -> float:
     """How far logits may be apart, as a share of the largest: sums in another order move a few numbers over the edge
     between two codes, and a few scales over that between two numbers of float16; the more so where few are read."""
     coded = max([share for name, share in (("int8", 2e-4), ("int4", 1e-3), ("int2", 6e-3)) if name in kv], default=0.0)
-    return max(coded * (4 if "quest" in kv else 1), 1e-5)
+    return max(coded * (8 if "recycled" in kv else 4 if "quest" in kv else 1), 1e-5)
 
 
 def check(tiny: Tiny, kv: str, layered: bool) -> None:

@@ -44,6 +44,7 @@ METHODS = [
     "int2(recent=32,of=keys)",
     "think",
     "quest(tokens=64,full=1)",
+    "recycled(tokens=64,full=1,stride=7)",
     "host(resident=64)",
     "int4(recent=32)+host(resident=32)",
     "snapkv(keep=160,window=16)+int4(recent=32)+think+host(resident=32)",

@@ -143,13 +143,21 @@ class Rows(NamedTuple):
 
 class Looking(NamedTuple):
     """How queries ``q`` (n, heads, key_dim) look at pages. The first ``anchors`` tokens are always seen, by
-    ``anchor_q`` if given: queries that are turned otherwise. ``chosen`` (n, kv_heads, pages) int32, in order and then
-    -1, are those that each row sees of the pages that have bounds."""
+    ``anchor_q`` if given: queries that are turned otherwise.
+
+    A row that decodes sees of the pages that have bounds only those in ``chosen`` (n, kv_heads, pages) int32, in order
+    and then -1, if given; or of the certain tokens before ``since`` (n, kv_heads) int32 only those in ``listed``
+    (n, kv_heads, m) int32, ascending and then -1. Then no token is an anchor, and none is hidden by a window. With
+    ``certain`` nothing else is seen: neither what decodes, a row's own token included, nor a run.
+    """
 
     q: torch.Tensor
     anchor_q: torch.Tensor | None = None
     anchors: int = 0
     chosen: torch.Tensor | None = None
+    listed: torch.Tensor | None = None
+    since: torch.Tensor | None = None
+    certain: bool = False
 
 
 def append(pages: Pages, rows: Rows, k: torch.Tensor, v: torch.Tensor | None) -> None:
@@ -173,7 +181,7 @@ def attend_rows(
     scoring: Scoring,
 ) -> None:
     """Attention of rows that decode, each alone, into ``out`` (n, heads, value_dim); and of each row and head into
-    ``lse`` (n, heads) the logarithm to base 2 of what its softmax divides by."""
+    ``lse`` (n, heads) the logarithm to base 2 of what its softmax divides by: minus infinity where it sees nothing."""
     count, heads, _ = looking.q.shape
     if not cpu.available():
         _run(reference.attend_rows, pages, rows, looking, out, lse, scoring)
@@ -225,6 +233,26 @@ def attend(
         (heads, *scoring.arguments()),
         bf16,
     )
+
+
+def join(out_: torch.Tensor, lse_: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
+    """Makes of attention over two sets of tokens, ``out`` and ``other`` (n, heads, value_dim) with their ``lse`` (n,
+    heads), that over both."""
+    if not cpu.available():
+        _run(reference.join, out_, lse_, other, other_lse)
+        return
+    shape = out_.shape
+    _run(cpu.module.join, _block(out_, shape), _rows(lse_), _block(other, shape), _rows(other_lse), *shape)
+
+
+def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
+    """``out`` (n, heads, m) = ``x`` (n, heads, dim) times that of ``matrices`` (kv_heads, dim, m) float32 of each
+    head's group. A row's bits do not depend on the others."""
+    if not cpu.available():
+        _run(reference.project, x, matrices, out)
+        return
+    shape = tuple(matrices.shape)
+    _run(cpu.module.project, _block(x, x.shape), *x.shape[:2], matrices.data_ptr(), shape, _block(out, out.shape))
 
 
 def weigh_rows(
@@ -369,6 +397,33 @@ def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor, ws: 
     )
 
 
+def shares_scratch(pages: Pages, heads: int, ws: Workspace) -> torch.Tensor:
+    """Scratch memory of the enclosing frame for :func:`shares`."""
+    nbytes = pages.handle.shares_scratch(heads, cpu.threads()) if cpu.available() else 0
+    return ws.empty(nbytes, dtype=torch.uint8)
+
+
+def shares(
+    pages: Pages,
+    sequence: int,
+    q: torch.Tensor,
+    until: torch.Tensor,
+    shares_: torch.Tensor,
+    scratch_: torch.Tensor,
+    scoring: Scoring,
+) -> None:
+    """Writes into ``shares`` (kv_heads, n) what a query ``q`` (heads, key_dim) would give to each of the first
+    ``until`` (kv_heads,) int32 tokens of a sequence if these were all, summed over the heads of a group. For use in
+    operations, of which it is none."""
+    if not cpu.available():
+        reference.shares(pages, sequence, q, until, shares_, scoring)
+        return
+    heads = len(q)
+    block = _block(q.unsqueeze(0), (1, heads, pages.key_shape[1]))
+    addresses = until.data_ptr(), _rows(shares_), scratch_.data_ptr(), cpu.threads()
+    pages.handle.shares(sequence, block, (heads, *scoring.arguments()), *addresses)
+
+
 def _call(ws: Workspace, nbytes: int, kernel: Callable[..., None], *arguments: Any) -> None:
     """Runs a kernel that takes scratch memory and a number of threads."""
     with ws.frame():
@@ -392,6 +447,6 @@ def _views(pages: Pages, looking: Looking) -> tuple[Any, ...]:
     count, heads, _ = looking.q.shape
     shape = count, heads, pages.key_shape[1]
     turned = (0, 0, 0) if looking.anchor_q is None else _block(looking.anchor_q, shape)
-    chosen = looking.chosen
-    listed = (0, 0) if chosen is None else (chosen.data_ptr(), chosen.shape[2])
-    return _block(looking.q, shape), turned, looking.anchors, *listed
+    chosen = looking.chosen if looking.since is None else looking.listed
+    some = (0, 0) if chosen is None else (chosen.data_ptr(), chosen.shape[2])
+    return _block(looking.q, shape), turned, looking.anchors, *some, _address(looking.since), looking.certain

@@ -246,12 +246,17 @@ def _views_of_rows(pages: Pages, rows: Rows, looking: Looking, scoring: Scoring)
             path = rows.paths[row][rows.paths[row] >= 0].long()
             first = len(path) - 1
         for head in range(kv_heads):
-            stop, anchors, seen_by = int(pages.lengths[sequence, head]) + first + 1, looking.anchors, scoring
+            behind = 0 if looking.certain else first + 1
+            stop, anchors, seen_by = int(pages.lengths[sequence, head]) + behind, looking.anchors, scoring
             listed = torch.arange(stop)
             if looking.chosen is not None:
                 chosen = looking.chosen[row, head][looking.chosen[row, head] >= 0]
                 whole = (chosen.view(-1, 1) * PAGE + torch.arange(PAGE)).flatten()
                 listed = torch.cat([whole, torch.arange(int(pages.bounded[sequence, head]) * PAGE, stop)])
+                anchors, seen_by = 0, scoring._replace(window=None)
+            elif looking.listed is not None and looking.since is not None:
+                some = looking.listed[row, head][looking.listed[row, head] >= 0].long()
+                listed = torch.cat([some, torch.arange(int(looking.since[row, head]), stop)])
                 anchors, seen_by = 0, scoring._replace(window=None)
             one = q[row : row + 1, head], anchor_q[row : row + 1, head]
             yield row, head, _View(pages, sequence, head, *one, anchors, first, listed, seen_by, path=path)
@@ -261,7 +266,7 @@ def _view_of_run(
     pages: Pages, sequence: int, head: int, run: Run, start: int, looking: Looking, scoring: Scoring
 ) -> _View:
     q, anchor_q = _by_head(looking, pages.table.shape[1])
-    listed = torch.arange(int(pages.lengths[sequence, head]) + start + len(q))
+    listed = torch.arange(int(pages.lengths[sequence, head]) + (0 if looking.certain else start + len(q)))
     both = q[:, head], anchor_q[:, head]
     return _View(pages, sequence, head, *both, looking.anchors, start, listed, scoring, run)
 
@@ -340,6 +345,22 @@ def attend(
         heads = slice(head * groups, (head + 1) * groups)
         view = _view_of_run(pages, sequence, head, run, start, looking, scoring)
         _fold(view, out[:, heads], None if lse is None else lse[:, heads])
+
+
+def join(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
+    top = torch.maximum(lse, other_lse)
+    own, others = (lse - top).exp2(), (other_lse - top).exp2()
+    total = own + others
+    found = other_lse > -torch.inf
+    both = out * (own / total)[..., None] + other * (others / total)[..., None]
+    out.copy_(torch.where(found[..., None], both, out))
+    lse.copy_(torch.where(found, top + total.log2(), lse))
+
+
+def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
+    of_heads = matrices.repeat_interleave(x.shape[1] // len(matrices), 0)
+    for row, sums in zip(x, out, strict=True):  # each alone, so that its bits are its own
+        sums.copy_((row[:, None] @ of_heads)[:, 0])
 
 
 def weigh_rows(
@@ -474,6 +495,18 @@ def straighten(pages: Pages, sequence: int, path: torch.Tensor) -> None:
             pages.keys[sequence, table[to], there] = pages.keys[sequence, table[source], here]
             if not pages.shared:
                 pages.values[sequence, table[to], there] = pages.values[sequence, table[source], here]
+
+
+def shares(
+    pages: Pages, sequence: int, q: torch.Tensor, until: torch.Tensor, shares_: torch.Tensor, scoring: Scoring
+) -> None:
+    for head, (queries, count) in enumerate(zip(q.unflatten(0, (len(until), -1)), until.tolist(), strict=True)):
+        blocks = torch.arange(count).split(BLOCK)
+        keys = [_tokens(pages, sequence, head, places)[0] @ queries.T for places in blocks]
+        scores = torch.cat([*keys, torch.empty(0, len(queries))]) * scoring.scale
+        if scoring.softcap is not None:
+            scores = (scores / scoring.softcap).tanh() * scoring.softcap
+        shares_[head, :count] = scores.softmax(0).sum(1)
 
 
 def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor) -> None:

@@ -263,14 +263,6 @@ def add_rows_(x_: torch.Tensor, rows: torch.Tensor, y_: torch.Tensor, gains: tor
     x_.index_add_(0, rows, y_)
 
 
-def merge_(out_: torch.Tensor, lse_: torch.Tensor, other_: torch.Tensor, other_lse_: torch.Tensor) -> None:
-    """Attention ``out`` (n, heads, dim) over two sets of tokens, of that over each and the logarithms to base 2 of what
-    their softmax divides by, ``lse`` (n, heads); the other set's are scratch, its ``lse`` -inf where it is empty."""
-    torch.logaddexp2(lse_, other_lse_, out=lse_)
-    share = other_lse_.sub_(lse_).exp2_().unsqueeze(-1)
-    out_.lerp_(other_.masked_fill_(share == 0, 0.0), share)
-
-
 def gate_(x_: torch.Tensor, logits_: torch.Tensor, parts: Parts) -> None:
     """``x *= sigmoid(logits)`` for (rows, features) and (rows, 1); ``logits`` is used as scratch."""
     for start, stop in parts:

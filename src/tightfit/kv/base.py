@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from tightfit.budget.ledger import Workspace
-from tightfit.kernels import ops
 from tightfit.kernels.attention import Scoring
 
 Move = Callable[[torch.Tensor], None]  # writes a flat uint8 tensor somewhere, or fills it from there
@@ -54,6 +53,9 @@ class SegmentLike(Protocol):
     start: int
     length: int | None
 
+    @property
+    def stop(self) -> int: ...
+
 
 class Step(Protocol):
     """What a cache reads of a batch (:class:`tightfit.model.batch.Batch`)."""
@@ -83,6 +85,17 @@ class Turn(NamedTuple):
     tables: tuple[torch.Tensor, torch.Tensor]
     interleaved: bool
     anchors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def before(scoring: Scoring) -> Scoring:
+    """How queries look that stand at the token before their own: they see their own window but for themselves."""
+    return scoring._replace(window=None if scoring.window is None else scoring.window - 1)
+
+
+def check_alone(step: Step) -> None:
+    """Raises ValueError for tokens beside each other of which each needs all that the one before gives."""
+    if step.tentative:
+        raise ValueError("what reads a later layer of the token before cannot be computed with it")
 
 
 class BaseCache(ABC):
@@ -135,17 +148,6 @@ class BaseCache(ABC):
             yield
         finally:
             self.settled = True
-
-    def seen(self, layer: int, step: Step, scoring: Scoring, ws: Workspace) -> tuple[torch.Tensor, Scoring]:
-        """The places (n, 2) int32 up to which tokens that decode see a layer, and how: in scratch memory of the
-        enclosing frame where that is the place before their own."""
-        if not self.layouts[layer].past:
-            return step.places, scoring
-        if step.tentative:
-            raise ValueError("what reads a later layer of the token before cannot be computed with it")
-        places = ws.empty(max(step.vector, 1), 2, dtype=torch.int32)
-        ops.places_before(step.places[: step.vector], places[: step.vector])
-        return places, scoring._replace(window=None if scoring.window is None else scoring.window - 1)
 
     @abstractmethod
     def update(

@@ -17,7 +17,7 @@ from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import UsageError
 from tightfit.kernels import attention, ops
 from tightfit.kernels.attention import KeysValues, Scoring
-from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn, before, check_alone
 
 
 class Cache(BaseCache):
@@ -73,9 +73,12 @@ class Cache(BaseCache):
         self, layer: int, step: Step, held: None, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
     ) -> None:
         kept, rows, bf16 = self.layers[self.owners[layer]], step.vector, self.gemm_dtype == torch.bfloat16
-        past = self.layouts[layer].past
+        past, places = self.layouts[layer].past, step.places
         with ws.frame():
-            places, scoring = self.seen(layer, step, scoring, ws)
+            if past:
+                check_alone(step)
+                scoring, places = before(scoring), ws.empty(rows, 2, dtype=torch.int32)
+                ops.places_before(step.places[:rows], places)
             if rows:
                 trees = None if step.paths is None else (step.paths, step.committed)
                 attention.attend_rows(kept, places, q[:rows], out[:rows], ws, scoring, trees)

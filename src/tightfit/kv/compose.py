@@ -11,9 +11,8 @@ from tightfit.catalog import all_techniques, parse, spec_string
 from tightfit.errors import UsageError
 from tightfit.kv.fitted import Fitted, Known, known_for
 from tightfit.kv.lowrank.think import ThinK
-from tightfit.kv.method import Evictor, Method, Quantizer, Reads, Rest
+from tightfit.kv.method import Evictor, Method, Quantizer, Reads, Rest, Selector
 from tightfit.kv.offload.host import Host
-from tightfit.kv.select.quest import Quest
 from tightfit.kv.share.kvsharer import KVSharer
 
 if TYPE_CHECKING:
@@ -46,8 +45,8 @@ class Composition:
         return self._only(ThinK)
 
     @property
-    def selector(self) -> Quest | None:
-        return self._only(Quest)
+    def selector(self) -> Selector | None:
+        return self._only(Selector)
 
     @property
     def tier(self) -> Host | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from tightfit.errors import UsageError
+from tightfit.kernels.codec import Codec
 from tightfit.kv.budgets import BUDGETS
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tightfit.budget.ledger import Workspace
     from tightfit.kernels.attention import Scoring
     from tightfit.kv.base import LayerLayout
+    from tightfit.kv.select.selecting import Selecting, Where
 
 
 class Method:
@@ -44,7 +46,17 @@ class Reads(Method):
     marks: ClassVar[tuple[str, ...]]  # settings that name tokens: texts of one token each, or #NUMBER, with | between
 
     def ends(self, marks: Mapping[str, frozenset[int]], token: int) -> bool:
-        """Whether something ends with a token, so that the next ones see something else."""
+        """Whether tokens are let go of when this one is certain."""
+        return False
+
+
+class Naming(Reads):
+    """A method that reads in the text which tokens the next ones see."""
+
+    tokens: int
+
+    def named(self, read: Read) -> tuple[list[int], int] | None:
+        """The places that the last token sees, ascending, and from which one on it sees all; None where that is all."""
         raise NotImplementedError
 
 
@@ -179,6 +191,42 @@ class Merger(Evictor):
 
 
 @dataclass(frozen=True)
+class Selector(Method):
+    """Everything that is kept stays, and a token that decodes reads about ``tokens`` of each key-value head; the first
+    ``full`` layers see everything, and prompts do."""
+
+    tokens: int = 512
+    full: int = 2
+
+    roles: ClassVar[tuple[str, ...]] = ("selector",)
+    bounds: ClassVar[bool] = False  # whether pages have bounds of their keys
+
+    def __post_init__(self) -> None:
+        if self.tokens < 32 or self.full < 0:
+            raise UsageError(
+                f"{self.name} cannot read {self.tokens} tokens, and all of them in {self.full} layers",
+                "Give tokens=32 or more, and full=0 or more.",
+            )
+
+    def selects(self, layer: int, layout: LayerLayout) -> bool:
+        """Whether tokens that decode see only some of a layer."""
+        return layer >= self.full and layout.window is None
+
+    def reads(self, tokens: int) -> float:
+        """How many of ``tokens`` that can be chosen among one that decodes reads, on average."""
+        return min(self.tokens, tokens)
+
+    def excludes(self, other: Method) -> str | None:
+        from tightfit.kv.evict.window import Window
+
+        return "chooses among tokens that a window hides" if isinstance(other, Window) else None
+
+    def select(self, where: Where) -> Selecting:
+        """What selects in one layer."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
 class Rest(Method):
     """What is let go of still counts: a state of constant size takes it up, and queries look at that too.
 
@@ -210,6 +258,18 @@ class Rest(Method):
         """Attention of ``q`` (n, heads, key_dim) over the states (sequences, kv_heads, numbers) of their sequences
         ``slots`` (n,) int32, into ``out`` (n, heads, value_dim) and ``lse`` (n, heads), -inf where there is nothing
         yet. Computes with operations alone, each row by itself."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Demoter(Evictor):
+    """An evictor whose tokens are not gone when they leave: they go on in a lower store (:mod:`tightfit.kv.lower`), and
+    queries see them there. Layers with a sliding window have none, and keep all that it shows as it is."""
+
+    def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
+        """How a layer's lower store keeps keys and values; numbers of the cache's own type take ``as_they_are`` bits.
+        If these have fewer features than the layer's, the store's matrices say which (they are zeros when it is
+        made)."""
         raise NotImplementedError
 
 

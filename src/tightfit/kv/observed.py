@@ -160,7 +160,7 @@ class Observed:
         path: torch.Tensor,
         start: int,
         layers: Sequence[Pages],
-        look: Callable[[int, Rows, torch.Tensor, torch.Tensor | None, Workspace], Looking],
+        look: Callable[[int, Rows, torch.Tensor, torch.Tensor | None, Workspace, Scoring], Looking],
         ws: Workspace,
     ) -> None:
         """Notes what the tentative tokens of ``path`` (n,) int32 gave, which are the first behind ``start`` now.
@@ -172,5 +172,6 @@ class Observed:
             for layer, (kept, drafts) in enumerate(zip(layers, self.drafts, strict=True)):
                 with ws.frame():
                     rows, which = Rows(places[part]), path[part]
-                    looking = look(layer, rows, drafts.q[slot, which], drafts.turned(slot, which), ws)
+                    q, turned = drafts.q[slot, which], drafts.turned(slot, which)
+                    looking = look(layer, rows, q, turned, ws, drafts.scoring)
                     self.rows(layer, kept, rows, looking, drafts.lse[slot, which], ws, drafts.scoring)

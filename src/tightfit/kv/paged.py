@@ -25,18 +25,21 @@ from tightfit.kernels import attention, ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, SegmentLike, Step, Turn
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, SegmentLike, Step, Turn, before, check_alone
+from tightfit.kv.beside import Beside
 from tightfit.kv.cache import as_bytes, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
+from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Rest, Seen, Structured
+from tightfit.kv.method import Merger, Seen, Structured
 from tightfit.kv.observed import Observed
 from tightfit.kv.reading import Encode, Reading
 from tightfit.kv.reserved import Reserved, numbers
 from tightfit.kv.rest import Resting
+from tightfit.kv.select.selecting import Selecting, Settled, Where
 from tightfit.kv.turning import Turning
 
 Made = TypeVar("Made")
@@ -101,9 +104,9 @@ class PagedCache(BaseCache):
         self.tail = tail
         self.evictor = evictor = composition.evictor
         self.anchors = 0 if evictor is None else evictor.anchors
-        if composition.reads is not None and self.own != list(range(len(layouts))):
+        if isinstance(evictor, Structured) and self.own != list(range(len(layouts))):
             raise UsageError(
-                f"{composition.reads.name} lets go of tokens of a layer before others would have read them",
+                f"{evictor.name} lets go of tokens of a layer before others would have read them",
                 "Use it without layers that share keys and values.",
             )
         self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners)
@@ -121,15 +124,13 @@ class PagedCache(BaseCache):
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
-        self.resting: list[Resting] = []
-        if composition.rest is not None:
-            rest = composition.rest
-            self.resting = self._of_owners(lambda layer: self._resting(rest, layer, arena))
+        self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena))
         self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
         self.observed: Observed | None = None
         if evictor is not None and evictor.observes != "nothing":
             widths = [size.table_pages * PAGE for size in reserved.sizes]
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
+        self.beside = self._of_owners(lambda layer: self._beside(layer, arena))
         self._nbytes = arena.used - before
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
@@ -140,6 +141,11 @@ class PagedCache(BaseCache):
     @property
     def _stores(self) -> list[Pages]:
         return [self.layers[layer] for layer in self.own]
+
+    @property
+    def lower(self) -> list[LowerStore | None]:
+        """The lower store of each layer that has one."""
+        return [next((each for each in found if isinstance(each, LowerStore)), None) for found in self.beside]
 
     def _of_owners(self, make: Callable[[int], Made]) -> list[Made]:
         """Of each layer what is made for its owner."""
@@ -155,21 +161,39 @@ class PagedCache(BaseCache):
         assert rotation is not None
         return Turning(self.layers[layer], rotation, self.reserved.sizes[layer].table_pages * PAGE)
 
-    def _resting(self, rest: Rest, layer: int, arena: Arena) -> Resting:
-        layout = self.layouts[layer]
-        memory = place(arena, (self.sequences, layout.kv_heads, rest.remembers(layout)), torch.float32)
-        return Resting(rest, layer, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
+    def _beside(self, layer: int, arena: Arena) -> list[Beside]:
+        """What queries of a layer see beside its pages."""
+        found: list[Beside] = []
+        lower, rest = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file), self.composition.rest
+        if lower is not None:
+            found.append(lower)
+        if rest is not None:
+            found.append(Resting(rest, layer, self.layouts[layer], self.sequences, arena))
+        return found
+
+    def _selecting(self, layer: int, arena: Arena) -> Selecting | None:
+        selector = self.composition.selector
+        if selector is None or not self.reserved.selects(layer):
+            return None
+        most = self.reserved.sizes[layer].table_pages * PAGE
+        names = None if self.reading is None else self.reading.names
+        where = Where(self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena, names)
+        return selector.select(where)
+
+    @property
+    def _selections(self) -> list[Selecting]:
+        return [found for layer in self.own if (found := self.selecting[layer]) is not None]
 
     def close(self) -> None:
         if self._file >= 0:
             self._closing()
 
-    def pages_read(self, layer: int, bounded: int) -> int:
-        """Of ``bounded`` pages of a head that can be chosen among, how many a token that decodes reads."""
-        selector = self.composition.selector
-        if selector is None or not self.reserved.selects(layer):
-            return bounded
-        return min(selector.tokens // PAGE, bounded)
+    def chosen(self, layer: int, slot: int = 0) -> list[tuple[int, float]]:
+        """Of each head, among how many tokens the next one chooses, and how many of them it reads on average."""
+        selector, selecting = self.composition.selector, self.selecting[layer]
+        if selector is None or selecting is None:
+            return [(0, 0.0)] * self.layouts[layer].kv_heads
+        return [(among, selector.reads(among)) for among in selecting.among(slot)]
 
     # ---- what tokens there are ----
 
@@ -278,18 +302,23 @@ class PagedCache(BaseCache):
         if isinstance(self.evictor, Window):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
-        kept, rows, observed = self.layers[layer], step.vector, self.observed
-        shared = self._shared.get(self.owners[layer])
-        with ws.frame():
-            places, scoring = self.seen(layer, step, scoring, ws)
-            if rows:
-                looking = self._looking(layer, Rows(places), q[:rows], _part(held.anchor_q, 0, rows), ws)
-                lse = ws.empty(rows, q.shape[1]) if observed is not None or self.resting else None
-                which = Rows(places, step.paths)
-                pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
-                if self.resting and lse is not None:
-                    slots = step.places[:rows, 0]
-                    self.resting[layer].recall(slots, q[:rows], scoring, out[:rows], lse, ws)
+        kept, rows, past = self.layers[layer], step.vector, self.layouts[layer].past
+        observed, beside = self.observed, self.beside[layer]
+        shared, sums = self._shared.get(self.owners[layer]), observed is not None or bool(beside)
+        if rows:
+            if past:
+                check_alone(step)
+            with ws.frame():
+                which = Rows(step.places, step.paths)
+                looking = self._looking(layer, which, q[:rows], _part(held.anchor_q, 0, rows), ws, scoring)
+                lse = ws.empty(rows, q.shape[1]) if sums else None
+                seen = scoring
+                if past:
+                    looking, seen = looking._replace(certain=True), before(scoring)
+                pages.attend_rows(kept, which, looking, out[:rows], lse, ws, seen)
+                if lse is not None:
+                    for each in beside:
+                        each.join_rows(which, q[:rows], out[:rows], lse, ws, scoring)
                 if observed is not None and lse is not None and step.tentative:
                     observed.drafts[layer].put(which, self.tokens, looking, lse, scoring)
                     for slot in set(step.places[:rows, 0].tolist()):
@@ -308,10 +337,10 @@ class PagedCache(BaseCache):
                 continue
             for first, stop in self.reading.stretches(segment.slot, segment.start, b - a):
                 self.tokens[segment.slot] = segment.start + first
-                which = a + first, a + stop
+                stretch = a + first, a + stop
                 with ws.frame():
                     part = self._part(layer, run, first, stop, ws)
-                    self._attend_prompt(layer, segment, which, part, 0, held, q, out, given, ws, scoring)
+                    self._attend_prompt(layer, segment, stretch, part, 0, held, q, out, given, ws, scoring)
             self.tokens[segment.slot] = segment.start
 
     def _part(self, layer: int, run: Run, start: int, stop: int, ws: Workspace) -> Run:
@@ -339,23 +368,19 @@ class PagedCache(BaseCache):
     ) -> None:
         """Attention of ``rows`` of a step, which are the tokens from ``at`` on of a run; what the run adds is certain
         then, unless others read it or more of the prompt comes first."""
-        kept, owner, observed = self.layers[layer], self.owners[layer], self.observed
-        (a, b), slot = rows, segment.slot
+        kept, owner, observed, beside = self.layers[layer], self.owners[layer], self.observed, self.beside[layer]
+        (a, b), slot, past = rows, segment.slot, self.layouts[layer].past
         with ws.frame():
-            if self.layouts[layer].past:
-                first = slice(a, a + 1)
-                before = (slot, segment.start - 1)
-                self._attend_first(layer, before, held, q, out, first, ws, scoring)
-                a += 1
             looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-            lse = ws.empty(b - a, q.shape[1]) if observed is not None or self.resting else None
+            lse = ws.empty(b - a, q.shape[1]) if observed is not None or beside else None
             bf16 = self.gemm_dtype == torch.bfloat16
-            if a < b:
+            if past:
+                self._attend_before(layer, segment, run, looking, out[a:b], ws, scoring, bf16)
+            else:
                 pages.attend(kept, slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
-            if self.resting and lse is not None:
-                slots = ws.empty(b - a, dtype=torch.int32)
-                ops.fill_(slots, slot)
-                self.resting[layer].recall(slots, looking.q, scoring, out[a:b], lse, ws)
+            if lse is not None:
+                for each in beside:
+                    each.join(slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
             if self._whole is not None:
                 self._watch(layer, slot, self._whole, run, at, looking, lse, ws, scoring)
                 return
@@ -365,36 +390,44 @@ class PagedCache(BaseCache):
             if layer == owner and self.settled:
                 self._choose_channels(layer, slot, run, looking.q)
             if layer == self._last[owner] and self.settled:
-                self._settle(owner, slot, run, given, ws)
+                whole = segment.stop >= (segment.length or 0)
+                self._settle(owner, slot, run, given, ws, whole)
 
-    def _attend_first(
+    def _attend_before(
         self,
         layer: int,
-        before: tuple[int, int],
-        held: Held,
-        q: torch.Tensor,
+        segment: SegmentLike,
+        run: Run,
+        looking: Looking,
         out: torch.Tensor,
-        first: slice,
         ws: Workspace,
         scoring: Scoring,
+        bf16: bool,
     ) -> None:
-        """The first token of a prompt's chunk where tokens do not see themselves: it sees what is certain, up to the
-        sequence and place ``before``."""
-        if before[1] < 0:
-            ops.zero_(out[first])
-            return
-        looking = Looking(q[first], _part(held.anchor_q, first.start, first.stop), self._anchors(layer))
-        seen = Rows(torch.tensor([before], dtype=torch.int32))
-        pages.attend_rows(self.layers[layer], seen, looking, out[first], None, ws, scoring)
+        """Attention of a prompt's chunk whose tokens see those before their own: the first one what is certain."""
+        kept, slot = self.layers[layer], segment.slot
+        first, others = (
+            Looking(looking.q[rows], None if looking.anchor_q is None else looking.anchor_q[rows], looking.anchors)
+            for rows in (slice(0, 1), slice(1, None))
+        )
+        if segment.start == 0:
+            ops.zero_(out[:1])
+        else:
+            pages.attend(kept, slot, run, 0, first._replace(certain=True), out[:1], None, ws, scoring, bf16)
+        if len(out) > 1:
+            pages.attend(kept, slot, run, 0, others, out[1:], None, ws, before(scoring), bf16)
 
     def _looking(
-        self, layer: int, rows: Rows, q: torch.Tensor, anchor_q: torch.Tensor | None, ws: Workspace
+        self,
+        layer: int,
+        rows: Rows,
+        q: torch.Tensor,
+        anchor_q: torch.Tensor | None,
+        ws: Workspace,
+        scoring: Scoring,
     ) -> Looking:
-        selector, chosen = self.composition.selector, None
-        if selector is not None and self.reserved.selects(self.owners[layer]):
-            chosen = ws.empty(q.shape[0], self.layouts[layer].kv_heads, selector.tokens // PAGE, dtype=torch.int32)
-            pages.select(self.layers[layer], rows, q, chosen, ws)
-        return Looking(q, anchor_q, self._anchors(layer), chosen)
+        looking, selecting = Looking(q, anchor_q, self._anchors(layer)), self.selecting[layer]
+        return looking if selecting is None else selecting.look(rows, looking, ws, scoring)
 
     def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor | None:
         return None if self.observed is None else self.observed.room(layer, count, ws)
@@ -419,15 +452,17 @@ class PagedCache(BaseCache):
         """Forgets a sequence."""
         self._begun[slot] = self._pruned[slot] = False
         self.tokens[slot] = 0
-        for kept in self._stores:
-            kept.reset(slot)
+        for layer in self.own:
+            self.layers[layer].reset(slot)
+            for each in self.beside[layer]:
+                each.clear(slot)
         self.prompts[slot] = 0
         if self.observed is not None:
             self.observed.clear(slot)
         for merging in self.merging:
             merging.memory[slot] = math.nan
-        for resting in self.resting:
-            resting.memory[slot] = 0.0
+        for selecting in self._selections:
+            selecting.reset(slot)
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
         self.tokens[slot] = self.prompts[slot] = stop
@@ -469,8 +504,13 @@ class PagedCache(BaseCache):
             yield as_bytes(self.observed.since[slot])
         for layer in self.own:
             mass = None if self.observed is None else self.observed.mass[layer]
-            states = [of_layers[layer].memory for of_layers in (self.merging, self.resting) if of_layers]
+            states = [self.merging[layer].memory] if self.merging else []
             yield from parts(self.layers[layer], slot, self.reserved.ahead, mass, states)
+            for each in self.beside[layer]:
+                yield from each.parts(slot)
+            selecting = self.selecting[layer]
+            if selecting is not None:
+                yield from selecting.parts(slot)
 
     def restore(self, slot: int, start: int, stop: int, get: Move) -> None:
         self._clear(slot)
@@ -497,6 +537,8 @@ class PagedCache(BaseCache):
             self.reading.commit(slot, int(self.tokens[slot]), path)
         torch._foreach_add_([kept.lengths[slot] for kept in self._stores], len(path))
         self.tokens[slot] += len(path)
+        for selecting in self._selections:
+            selecting.commit(slot, path)
         tokens = int(self.tokens[slot])
         ends = self.reading is not None and self.reading.ends(slot, tokens - 1)
         if path and (tokens % BLOCK == 0 or ends):
@@ -509,9 +551,9 @@ class PagedCache(BaseCache):
 
     @contextmanager
     def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:
-        if self.composition.reads is not None:
+        if isinstance(self.evictor, Structured):
             raise UsageError(
-                f"{self.composition.reads.name} sees of a prompt what it would see token by token, in any schedule",
+                f"{self.evictor.name} sees of a prompt what it would see token by token, in any schedule",
                 "Leave --prefill layered out.",
             )
         if self.own != list(range(len(self.owners))):
@@ -577,20 +619,18 @@ class PagedCache(BaseCache):
         if pruner is not None and channels is not None and not ops.is_dry() and not self._pruned[slot]:
             channels[slot] = pruner.choose(q, run.keys[:, : run.count])
 
-    def _settle(self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace) -> None:
-        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written."""
-        kept = self.layers[layer]
+    def _settle(
+        self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace, whole: bool = True
+    ) -> None:
+        """The tokens of ``run`` are certain: what is too much is let go, and what stays is written. ``whole`` says
+        whether the prompt is."""
+        kept, selecting = self.layers[layer], self.selecting[layer]
         heads, tier = self.layouts[layer].kv_heads, self.composition.tier
         resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
 
         def keep(run: Run, indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
-            try:
+            with self._writing():
                 pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self.reserved.ahead)
-            except RuntimeError as error:
-                if tier is None:
-                    raise
-                hint = "Make room on it, or name a folder on another: host(folder=...)."
-                raise TightfitError(str(error), hint) from error
 
         if kept.positions is None or ops.is_dry():
             if kept.positions is not None:
@@ -599,10 +639,13 @@ class PagedCache(BaseCache):
                 self.turning[layer].take_most(slot, run, ws)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
-            if self.resting:
-                self.resting[layer].take_most(slot, run, ws)
+            for each in self.beside[layer]:
+                each.take_most(slot, kept, run, ws)
             keep(run)
+            if selecting is not None:
+                selecting.settled(slot, Settled(run.count, whole), ws)
             return
+        now = Settled(run.count, whole)
         before = kept.lengths[slot].tolist()
         counts = [length + run.count for length in before]
         tokens = int(self.tokens[slot]) + run.count
@@ -626,8 +669,9 @@ class PagedCache(BaseCache):
             indices, left = self._judge(layer, slot, mass, positions, counts, since, tokens, prompt, limit)
             listed = indices
             horizon = -1 if window is None else tokens - window  # what no query sees any more does not count any more
-            if self.resting:
-                self.resting[layer].take_up(slot, run, (indices, left), positions > horizon, ws)
+            with self._writing():
+                for each in self.beside[layer]:
+                    each.take(slot, kept, run, indices, left, positions > horizon, ws)
             if self.merging:
                 listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
@@ -636,19 +680,33 @@ class PagedCache(BaseCache):
                 run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left
             keep(run, listed, torch.tensor(counts, dtype=torch.int32))
+            now = Settled(now.count, whole, indices, left)
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
-                each = gather[:, None].expand(-1, given.shape[1], -1)
-                given[..., : indices.shape[1]] = given.gather(2, each)
+                places = gather[:, None].expand(-1, given.shape[1], -1)
+                given[..., : indices.shape[1]] = given.gather(2, places)
         else:
             keep(run)
+        if selecting is not None:
+            selecting.settled(slot, now, ws)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
             kept.positions[slot, head, length : length + len(ahead)] = ahead  # where the next tokens will be
         if self.observed is not None and given is not None:
             self.observed.keep(layer, slot, given, counts)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says what to do where a disk is full."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.composition.tier is None:
+                raise
+            hint = "Make room on it, or name a folder on another: host(folder=...)."
+            raise TightfitError(str(error), hint) from error
 
     def rehearse(self, count: int) -> None:
         for layer, layout in enumerate(self.layouts):

@@ -8,7 +8,7 @@ import torch
 
 from tightfit.budget.ledger import Arena
 from tightfit.errors import UsageError
-from tightfit.kv.method import Read, Reads
+from tightfit.kv.method import Naming, Read, Reads
 from tightfit.kv.reserved import numbers
 
 Encode = Callable[[str], list[int]]
@@ -21,6 +21,7 @@ class Reading:
     def __init__(self, method: Reads, context: int, sequences: int, tail: int, arena: Arena) -> None:
         self.method = method
         self.ids = numbers(arena, sequences, context + tail)
+        self.names = Names(sequences, method.tokens, arena) if isinstance(method, Naming) else None
         self._marks: dict[str, frozenset[int]] = {}
         named = {name: _texts(getattr(method, name)) for name in method.marks}
         if all(text.startswith("#") for texts in named.values() for text in texts):
@@ -48,6 +49,8 @@ class Reading:
 
     def told(self, slot: int, start: int, tokens: Sequence[int]) -> None:
         self.ids[slot, start : start + len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        if self.names is not None and isinstance(self.method, Naming):
+            self.names.put(slot, self.method.named(self.seen(slot, start + len(tokens))))
 
     def commit(self, slot: int, start: int, path: Sequence[int]) -> None:
         """Of the tokens from ``start`` on those of ``path`` are certain."""
@@ -67,6 +70,21 @@ class Reading:
         if not stops or stops[-1] < count:
             stops.append(count)
         return list(zip([0, *stops], stops, strict=False))
+
+
+class Names:
+    """What the next token of each sequence sees: places ``listed`` (sequences, n) int32, ascending and then -1, and all
+    from ``since`` (sequences,) int32 on."""
+
+    def __init__(self, sequences: int, most: int, arena: Arena) -> None:
+        self.listed, self.since = numbers(arena, sequences, most), numbers(arena, sequences)
+
+    def put(self, slot: int, named: tuple[list[int], int] | None) -> None:
+        self.listed[slot] = -1
+        self.since[slot] = 0
+        if named is not None and len(named[0]) <= self.listed.shape[1]:
+            self.listed[slot, : len(named[0])] = torch.tensor(named[0], dtype=torch.int32)
+            self.since[slot] = named[1]
 
 
 def _texts(setting: str) -> list[str]:

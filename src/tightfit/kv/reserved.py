@@ -13,6 +13,8 @@ from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, LayerLayout
 from tightfit.kv.cache import place
 from tightfit.kv.compose import Composition
+from tightfit.kv.lower import LowerStore
+from tightfit.kv.method import Demoter
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ class Reserved:
         return kept if window is None else min(kept, window)
 
     def selects(self, layer: int) -> bool:
-        """Whether tokens that decode see only some pages of a layer."""
+        """Whether tokens that decode see only some of a layer."""
         selector = self.composition.selector
-        return selector is not None and layer >= selector.full and self.layouts[layer].window is None
+        return selector is not None and selector.selects(layer, self.layouts[layer])
 
     def _kept(self, tokens: int) -> list[int]:
         """As :meth:`limit`, of all layers, and where no layer has a window."""
@@ -69,7 +71,22 @@ class Reserved:
         keep = min(evictor.kept(tokens), tokens)
         of_layers = budgets.of_layers(evictor.budget, keep, len(own), sum(evictor.protected(keep)), tokens)
         of_owners = dict(zip(own, of_layers, strict=True))
-        return [of_owners[owner] for owner in self.owners]
+        return [tokens if self._all_of_window(owner) else of_owners[owner] for owner in self.owners]
+
+    def _all_of_window(self, layer: int) -> bool:
+        """Whether a layer keeps what its window shows, whatever the evictor does elsewhere."""
+        return isinstance(self.composition.evictor, Demoter) and self.layouts[layer].window is not None
+
+    def lower(self, layer: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int) -> LowerStore | None:
+        """The lower store of a layer, as :meth:`pages`, if its evictor has one."""
+        evictor, layout = self.composition.evictor, self.layouts[layer]
+        if not isinstance(evictor, Demoter) or self._all_of_window(layer):
+            return None
+        most = self.context - self.sizes[layer].kept
+        longest = self.context if self.ragged else max(most, PAGE)
+        kept = LowerStore(evictor, layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes)
+        self.file_bytes = kept.end
+        return kept
 
     @property
     def _has_codes(self) -> bool:
@@ -114,7 +131,7 @@ class Reserved:
             positions = numbers(arena, sequences, heads, size.table_pages * PAGE)
         if pruner is not None:
             channels = numbers(arena, sequences, heads, width)
-        if self.selects(index):
+        if composition.selector is not None and composition.selector.bounds and self.selects(index):
             bounds = place(arena, (*listed, 2, layout.key_dim), dtype)
         keys_at = self.file_bytes
         values_at = keys_at + sequences * heads * size.table_pages * key_codec.page_bytes

@@ -2,61 +2,76 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 
-from tightfit.budget.ledger import Workspace
-from tightfit.kernels import ops
+from tightfit.budget.ledger import Arena, Workspace
+from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
-from tightfit.kernels.pages import Pages, Run
+from tightfit.kernels.pages import PAGE, Pages, Rows, Run
+from tightfit.kv.base import LayerLayout
+from tightfit.kv.beside import Beside
+from tightfit.kv.cache import as_bytes, place
 from tightfit.kv.merge.tokens import TokensAt, leaving
 from tightfit.kv.method import Rest
 
 
-@dataclass(frozen=True)
-class Resting:
-    """Of layer ``layer``: ``memory`` (sequences, kv_heads, n) float32 are the states of ``rest``; a head has at most
-    ``most`` tokens."""
+class Resting(Beside):
+    """Of layer ``layer`` the states of ``rest``, ``memory`` (sequences, kv_heads, n) float32."""
 
-    rest: Rest
-    layer: int
-    pages: Pages
-    memory: torch.Tensor
-    most: int
+    def __init__(self, rest: Rest, layer: int, layout: LayerLayout, sequences: int, arena: Arena) -> None:
+        self.rest, self.layer = rest, layer
+        self.memory = place(arena, (sequences, layout.kv_heads, rest.remembers(layout)), torch.float32)
 
-    def take_up(
-        self, slot: int, run: Run, staying: tuple[torch.Tensor, list[int]], seen: torch.Tensor, ws: Workspace
-    ) -> None:
-        """Takes up the tokens, of those ``seen`` (kv_heads, n) bool by queries to come, that do not stay: indices
-        (kv_heads, m) int32 and how many for each head."""
-        for head, count in enumerate(staying[1]):
-            going = leaving(self.pages, slot, head, run, staying[0][head, :count].long(), seen[head])
-            if len(going):
-                with ws.frame():
-                    self._take_up(slot, head, run, going, ws)
-
-    def take_most(self, slot: int, run: Run, ws: Workspace) -> None:
-        """Takes the scratch of taking up as many tokens as can be."""
-        with ws.frame():
-            self._take_up(slot, 0, run, torch.arange(self.most + run.count), ws)
-
-    def _take_up(self, slot: int, head: int, run: Run, going: torch.Tensor, ws: Workspace) -> None:
-        tokens = TokensAt(self.pages, slot, head, run, going, ws)
-        self.rest.take_up(self.layer, head, tokens, self.memory[slot, head], ws)
-
-    def recall(
+    def take(
         self,
-        slots: torch.Tensor,
+        slot: int,
+        upper: Pages,
+        run: Run,
+        staying: torch.Tensor,
+        counts: list[int],
+        seen: torch.Tensor,
+        ws: Workspace,
+    ) -> None:
+        for head, count in enumerate(counts):
+            going = leaving(upper, slot, head, run, staying[head, :count].long(), seen[head])
+            if len(going):
+                self._take(slot, head, upper, run, going, ws)
+
+    def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:
+        self._take(slot, 0, upper, run, torch.arange(upper.table.shape[2] * PAGE + run.count), ws)
+
+    def _take(self, slot: int, head: int, upper: Pages, run: Run, going: torch.Tensor, ws: Workspace) -> None:
+        with ws.frame():
+            tokens = TokensAt(upper, slot, head, run, going, ws)
+            self.rest.take_up(self.layer, head, tokens, self.memory[slot, head], ws)
+
+    def join_rows(
+        self, rows: Rows, q: torch.Tensor, out_: torch.Tensor, lse_: torch.Tensor, ws: Workspace, scoring: Scoring
+    ) -> None:
+        with ws.frame():
+            found, lse = ws.empty(*out_.shape), ws.empty(*lse_.shape)
+            self.rest.recall(self.layer, self.memory, rows.places[: len(q), 0], q, scoring, found, lse, ws)
+            pages.join(out_, lse_, found, lse)
+
+    def join(
+        self,
+        slot: int,
         q: torch.Tensor,
-        scoring: Scoring,
         out_: torch.Tensor,
         lse_: torch.Tensor,
         ws: Workspace,
+        scoring: Scoring,
+        bf16: bool,
     ) -> None:
-        """Adds what queries ``q`` (n, heads, key_dim) of the sequences ``slots`` (n,) int32 find in the states to their
-        attention ``out`` (n, heads, value_dim), whose softmax divides by ``lse`` (n, heads)."""
         with ws.frame():
-            found, lse = ws.empty(*out_.shape), ws.empty(*lse_.shape)
-            self.rest.recall(self.layer, self.memory, slots, q, scoring, found, lse, ws)
-            ops.merge_(out_, lse_, found, lse)
+            places = ws.empty(len(q), 2, dtype=torch.int32)
+            ops.fill_(places, slot)
+            self.join_rows(Rows(places), q, out_, lse_, ws, scoring)
+
+    def clear(self, slot: int) -> None:
+        self.memory[slot] = 0.0
+
+    def parts(self, slot: int) -> Iterator[torch.Tensor]:
+        yield as_bytes(self.memory[slot])

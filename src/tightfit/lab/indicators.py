@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tightfit.kernels.pages import PAGE
 from tightfit.kv.cache import Cache
 from tightfit.kv.paged import PagedCache
 from tightfit.plan.operations import active, operations_per_token
@@ -72,6 +71,5 @@ def attended(cache: BaseCache, slot: int = 0) -> list[float]:
 def _in_pages(cache: PagedCache, layer: int, slot: int) -> float:
     pages = cache.layers[layer]
     lengths: list[int] = pages.lengths[slot].tolist()
-    bounded: list[int] = pages.bounded[slot].tolist()
-    hidden = sum(count - cache.pages_read(layer, count) for count in bounded)
-    return (sum(lengths) - hidden * PAGE) / len(lengths)
+    hidden = sum(among - read for among, read in cache.chosen(layer, slot))
+    return (sum(lengths) - hidden) / len(lengths)

@@ -64,17 +64,16 @@ class Reader:
 
 
 def _paged_bytes(cache: PagedCache, layer: int) -> float:
-    """What one query of all heads reads of the first sequence in a layer. Of pages that a selector chooses among, those
-    in few bits are chosen as often as others."""
-    pages, total = cache.layers[layer], 0.0
+    """What one query of all heads reads of the first sequence in a layer. Of what a selector chooses among, tokens in
+    few bits are chosen as often as others."""
+    pages, selecting = cache.layers[layer], cache.selecting[layer]
+    total = 0.0 if selecting is None else float(selecting.index_bytes(0))
     token = (pages.keys.shape[3] + pages.values.shape[3]) * pages.keys.element_size()
     code = pages.key_codec.page_bytes + pages.value_codec.page_bytes
-    lists = [counts[0].tolist() for counts in (pages.lengths, pages.coded, pages.bounded)]
-    for length, coded, bounded in zip(*lists, strict=True):
-        dense = length - coded * PAGE
-        if cache.reserved.selects(layer):
-            share = cache.pages_read(layer, bounded) / max(bounded, 1)
-            total += bounded * 2 * pages.keys.shape[3] * pages.keys.element_size()
-            coded, dense = coded * share, (bounded * PAGE - coded * PAGE) * share + length - bounded * PAGE
+    lists = [counts[0].tolist() for counts in (pages.lengths, pages.coded)]
+    for length, coded, (among, read) in zip(*lists, cache.chosen(layer), strict=True):
+        share, whole = read / max(among, 1), min(coded * PAGE, among)
+        dense = (among - whole) * share + length - max(among, coded * PAGE)
+        coded = (whole * share + coded * PAGE - whole) / PAGE
         total += coded * code + dense * token
     return total

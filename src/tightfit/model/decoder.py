@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,9 +75,7 @@ class Decoder:
         the order of ``batch.logit_rows``, in scratch memory of the enclosing frame."""
         spec = self.spec
         self.weights.begin(logits=len(batch.logit_rows) > 0)
-        if cache.reads and not ops.is_dry():
-            for segment in batch.segments:
-                cache.told(segment.slot, segment.start, segment.tokens)
+        _tell(cache, batch.segments)
         x = ws.empty(batch.size, spec.hidden_size)
         with ws.frame():
             self.embed(batch.tokens, x, ws)
@@ -91,6 +89,7 @@ class Decoder:
         the next is asked for, and the cache sees the layer's whole prompt before it lets go of any of it."""
         spec = self.spec
         self.weights.begin(logits=segment.logits != "none")
+        _tell(cache, [segment])
         count = len(segment.tokens)
         x = ws.empty(count, spec.hidden_size)
         pieces = []
@@ -239,6 +238,13 @@ class Decoder:
                     moe(layer.mlp, weights, source, out, ws, batch.split, share)
                 if after is not None:
                     ops.add_(x, _norm(out, after, eps, out), gain)
+
+
+def _tell(cache: BaseCache, segments: Sequence[Segment]) -> None:
+    """Tells a cache whose methods read what the next tokens are."""
+    if cache.reads and not ops.is_dry():
+        for segment in segments:
+            cache.told(segment.slot, segment.start, segment.tokens)
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> torch.Tensor:

@@ -330,7 +330,7 @@ class Cost:
         if composition.evictor is not None:
             seen = min(seen, composition.evictor.kept(tokens) + BLOCK // 2)
         if composition.selector is not None:
-            seen = min(seen, composition.selector.tokens + BLOCK // 2)
+            seen = min(seen, int(composition.selector.reads(seen)) + BLOCK // 2)
         return seen
 
     def _composition(self, kv: str) -> Composition:

@@ -310,7 +310,12 @@ void attend_rows(const Source& source, size_t rows, Block<float> out, Rows<float
         const size_t count = std::min(rows - at, s.rows_at_once);
         size_t parts = 0, tokens = 0;
         for (size_t slot = 0; slot < count * source.kv_heads; slot++) {
-            const Partition seen(source.seen(at + slot / source.kv_heads, slot % source.kv_heads));
+            const size_t row = at + slot / source.kv_heads, first = slot % source.kv_heads * s.groups;
+            const Partition seen(source.seen(row, slot % source.kv_heads));
+            for (size_t g = first; seen.count == 0 && g < first + s.groups; g++) {  // no task will come here
+                std::fill(out.at(row, g), out.at(row, g) + source.value_dim, 0.0f);
+                if (lse.data) lse[row][g] = -__builtin_inff();
+            }
             parts = std::max(parts, seen.count);
             tokens += seen.end - seen.first;
         }

@@ -344,16 +344,39 @@ void unpack(const uint8_t* codes, size_t count, float* out) {
 }
 
 template <class Isa>
+void unpack_row(const Codec& codec, const uint8_t* codes, float* out) {
+    if (codec.bits == 8) unpack<Isa, 8>(codes, codec.dim, out);
+    else if (codec.bits == 4) unpack<Isa, 4>(codes, codec.dim, out);
+    else unpack<Isa, 2>(codes, codec.dim, out);
+}
+
+// The numbers of one token of a page.
+template <class Isa>
+void decode_row(const Codec& codec, Kind kind, const uint8_t* page, size_t t, float* out) {
+    const uint8_t* codes = page + t * codec.row_bytes();
+    if (codec.dense()) return load_numbers<Isa>(codes, kind, codec.dim, out);
+    unpack_row<Isa>(codec, codes, out);
+    const size_t each = codec.per_channel ? 1 : CODE_GROUP;  // numbers that share a scale
+    const size_t scales = codec.per_channel ? codec.dim : codec.groups(), first = codec.per_channel ? 0 : t * scales;
+    constexpr size_t AT_ONCE = 64;
+    float scale[AT_ONCE], minimum[AT_ONCE];
+    for (size_t s = 0; s < scales; s += AT_ONCE) {
+        const size_t count = std::min(scales - s, AT_ONCE);
+        load_numbers<Isa>(codec.scales_of(page) + first + s, count, scale);
+        load_numbers<Isa>(codec.minima_of(page) + first + s, count, minimum);
+        float* row = out + s * each;
+        for (size_t i = 0; i < std::min(count * each, codec.dim - s * each); i++)
+            row[i] = row[i] * scale[i / each] + minimum[i / each];
+    }
+}
+
+template <class Isa>
 void decode_page(const Codec& codec, Kind kind, const uint8_t* page, float* out) {
     const size_t dim = codec.dim, row_bytes = codec.row_bytes();
     if (codec.dense()) return load_numbers<Isa>(page, kind, PAGE * dim, out);
     float scales[1024], minima[1024];  // of some rows
     for (size_t t = 0; t < PAGE; t++) {
-        float* row = out + t * dim;
-        const uint8_t* codes = page + t * row_bytes;
-        if (codec.bits == 8) unpack<Isa, 8>(codes, dim, row);
-        else if (codec.bits == 4) unpack<Isa, 4>(codes, dim, row);
-        else unpack<Isa, 2>(codes, dim, row);
+        unpack_row<Isa>(codec, page + t * row_bytes, out + t * dim);
     }
     if (codec.per_channel) {
         for (size_t d = 0; d < dim; d += std::size(scales)) {
@@ -496,6 +519,27 @@ inline BlockPages find_pages(const HeadCache& head, size_t block, size_t from, s
     return found;
 }
 
+// Decodes the listed tokens [from, end), which lie in one page, to the places of `keys` and `values` on. Of a page in the
+// file, it is read from the first of them on to the last, or where its numbers are codes to the scales behind these.
+template <class Isa>
+void load_listed(const HeadCache& head, size_t from, size_t end, float* keys, float* values, uint8_t* raw) {
+    const size_t number = head.token(from) / PAGE, first = head.token(from) % PAGE, last = head.token(end - 1) % PAGE;
+    const auto load = [&](const Codec& codec, const uint8_t* data, size_t file_at, float* out) {
+        const uint8_t* page = raw;
+        if (head.file >= 0) {
+            const size_t start = first * codec.row_bytes();
+            const size_t stop = codec.dense() ? (last + 1) * codec.row_bytes() : codec.page_bytes();
+            read_at(head.file, raw + start, stop - start, file_at + number * codec.page_bytes() + start);
+        } else {
+            page = data + static_cast<size_t>(head.table[number]) * codec.page_bytes();
+        }
+        for (size_t i = from; i < end; i++, out += codec.dim)
+            decode_row<Isa>(codec, head.kind, page, head.token(i) % PAGE, out);
+    };
+    load(head.key_codec, head.keys, head.keys_at, keys);
+    if (!head.shared()) load(head.value_codec, head.values, head.values_at, values);
+}
+
 // The pages of the block at token `block` that have tokens [from, end), in memory and as they are multiplied; `scratch`
 // has room for a block of keys and values twice.
 template <class Isa>
@@ -504,14 +548,22 @@ HeadCache load_block(const HeadCache& head, size_t block, size_t from, size_t en
     float* keys = scratch;
     float* values = shared ? keys : scratch + KEY_BLOCK * head.key_dim;
     float* raw = scratch + KEY_BLOCK * (head.key_dim + head.value_dim);
+    const HeadCache loaded{Kind::f32, reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), KEY_BLOCK,
+                           head.key_dim, head.value_dim, shared ? head.key_dim : head.value_dim};
+    if (head.tokens) {
+        for (size_t i = from, next; i < end; i = next) {
+            for (next = i + 1; next < end && head.token(next) / PAGE == head.token(i) / PAGE;) next++;
+            load_listed<Isa>(head, i, next, keys + (i - block) * head.key_dim, values + (i - block) * head.value_dim,
+                             reinterpret_cast<uint8_t*>(raw));
+        }
+        return loaded;
+    }
     const BlockPages pages = find_pages(head, block, from, end, reinterpret_cast<uint8_t*>(raw));
     for (size_t j = (from - block) / PAGE; j < (end - block + PAGE - 1) / PAGE; j++) {
         decode_page<Isa>(head.key_codec, head.kind, pages.keys[j], keys + j * PAGE * head.key_dim);
         if (!shared)
             decode_page<Isa>(head.value_codec, head.kind, pages.values[j], values + j * PAGE * head.value_dim);
     }
-    HeadCache loaded{Kind::f32, reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), KEY_BLOCK,
-                     head.key_dim, head.value_dim, shared ? head.key_dim : head.value_dim};
     return loaded;
 }
 
@@ -587,6 +639,32 @@ void weigh_tokens(const HeadCache& head, const Queries& queries, const float* q,
     });
 }
 
+// ---- what keys would receive ----
+
+template <class Isa>
+void score_tokens(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, float* scratch,
+                  float* out, size_t stride) {
+    float* pages = scratch + queries.rows * KEY_BLOCK;
+    for_blocks<Isa>(head, from, to, pages, [&](const HeadCache& loaded, size_t block, size_t first, size_t end) {
+        const Ahead none{reinterpret_cast<const char*>(loaded.keys), false};
+        switch (loaded.kind) {
+            case Kind::f16: score_block<Isa, F16, VECTORS>(loaded, queries.rows, q, block, first, end, scratch, none); break;
+            case Kind::bf16: score_block<Isa, BF16, VECTORS>(loaded, queries.rows, q, block, first, end, scratch, none); break;
+            default: score_block<Isa, float, VECTORS>(loaded, queries.rows, q, block, first, end, scratch, none);
+        }
+        for (size_t r = 0; r < queries.rows; r++)
+            std::copy(scratch + r * KEY_BLOCK + first - block, scratch + r * KEY_BLOCK + end - block,
+                      out + r * stride + first - from);
+    });
+}
+
+template <class Isa>
+void softmax(float* scores, size_t count) {
+    float top = LOWEST, total = 0.0f;
+    weigh<Isa>(scores, 0, count, 0, count, 0.0f, top, total);
+    for (size_t i = 0; i < count; i++) scores[i] /= total;
+}
+
 inline float largest_score(const float* bounds, const float* q, size_t rows, size_t dim) {
     float largest = -__builtin_inff();
     for (size_t r = 0; r < rows; r++) {
@@ -608,8 +686,8 @@ inline float largest_score(const float* bounds, const float* q, size_t rows, siz
 
 template <class Isa>
 constexpr AttentionKernels attention_kernels_of() {
-    return {rotate_head,      store<Isa>,       fold<Isa>,       weigh_tokens<Isa>,
-            decode_page<Isa>, encode_page<Isa>, load_numbers<Isa>, largest_score};
+    return {rotate_head,  store<Isa>,       fold<Isa>,        weigh_tokens<Isa>,  score_tokens<Isa>,
+            softmax<Isa>, decode_page<Isa>, encode_page<Isa>, load_numbers<Isa>, largest_score};
 }
 
 }  // namespace

@@ -140,7 +140,7 @@ struct Side {
     void find(const HeadCache& head, const uint8_t* page, const Range& range, size_t step) {
         const size_t first = range.first(step);
         const uint32_t seen = range.seen(step);
-        if (!page && !(head.path && first + STEP > head.committed)) {
+        if (!page && !head.tokens && !(head.path && first + STEP > head.committed)) {
             if (head.table) page = data + head.page(first / PAGE) * PAGE * row_bytes;
             else if (first % head.slots + STEP <= head.slots) page = data + first % head.slots * row_bytes;
         }
@@ -632,6 +632,7 @@ private:
 // Whether keys and values are codes as this multiplies them, or bfloat16.
 bool multiplies(const HeadCache& head) {
     if (head.loaded()) return head.kind == Kind::bf16;
+    if (head.tokens) return false;  // of pages a few tokens each are decoded
     const auto fits = [&](const Codec& codec, bool per_channel) {
         return codec.dense() ? head.kind == Kind::bf16 : codec.per_channel == per_channel;
     };

@@ -85,6 +85,11 @@ struct AttentionKernels {
     // the sum of all that each row's softmax adds up. A vote is for a weight of 1 or more: there `lse` is lowered.
     void (*weigh)(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to,
                   const float* lse, Giving giving, float* scratch, float* mass);
+    // out[r * stride + i] = the score of row r of q with token from + i.
+    void (*score)(const HeadCache& head, const Queries& queries, const float* q, size_t from, size_t to, float* scratch,
+                  float* out, size_t stride);
+    // The softmax of `count` scores in their place, of which there is room up to a multiple of 16.
+    void (*softmax)(float* scores, size_t count);
     // The numbers of page `page` of coded keys or values, token by token.
     void (*decode)(const Codec& codec, Kind kind, const uint8_t* page, float* out);
     // The page of `numbers`.

@@ -24,7 +24,8 @@ using Strided = std::tuple<uintptr_t, size_t, size_t>;          // address, stri
 using Ragged = std::tuple<uintptr_t, uintptr_t, size_t>;        // places, paths, their stride
 using RunOf = std::tuple<uintptr_t, uintptr_t, size_t, size_t>; // keys, values, slots, tokens
 using Scores = std::tuple<size_t, float, size_t, float, uintptr_t>;  // heads, scale, window, softcap, sinks
-using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t>;  // q, anchor_q, anchors, chosen, chosen pages
+// q, anchor_q, anchors, what is chosen and how many for each head, from which token on all is, whether only what is certain
+using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t, uintptr_t, bool>;
 
 template <class T>
 Block<T> block(const Strided& of) {
@@ -38,21 +39,35 @@ Run run_of(const RunOf& of) {
 }
 Looking looking_of(const Views& of) {
     return {block<const float>(std::get<0>(of)), block<const float>(std::get<1>(of)), std::get<2>(of),
-            at<const int32_t>(std::get<3>(of)), std::get<4>(of)};
+            at<const int32_t>(std::get<3>(of)), std::get<4>(of), at<const int32_t>(std::get<5>(of)), std::get<6>(of)};
+}
+
+// The same of rows that decode, whose listed tokens must be certain ones.
+Looking looking_of(const Views& of, const Pages& pages, const Place* places, size_t rows) {
+    const Looking looking = looking_of(of);
+    for (size_t i = 0; looking.since && i < rows * pages.kv_heads; i++) {
+        const size_t head = pages.at(static_cast<size_t>(places[i / pages.kv_heads].sequence), i % pages.kv_heads);
+        const int32_t* list = looking.chosen + i * looking.listed;
+        bool fits = looking.since[i] >= 0 && looking.since[i] <= pages.lengths[head];
+        for (size_t j = 0; j < looking.listed && list[j] >= 0; j++)
+            fits = fits && list[j] < looking.since[i] && (j == 0 || list[j - 1] < list[j]);
+        if (!fits) throw nb::index_error("tokens that are not in the cache, or not in order");
+    }
+    return looking;
 }
 Paths paths_of(const Ragged& of) { return {at<const int32_t>(std::get<1>(of)), std::get<2>(of), nullptr}; }
 
-// Where tokens are written; or where those stand that `see` pages, which may be at the last token that is certain.
-const Place* places_of(const Pages& pages, const Ragged& of, size_t count, bool see) {
+const Place* places_of(const Pages& pages, const Ragged& of, size_t count, bool certain = false) {
     const Place* places = at<const Place>(std::get<0>(of));
     for (size_t i = 0; i < count; i++) {
         if (places[i].sequence < 0 || static_cast<size_t>(places[i].sequence) >= pages.sequences)
             throw nb::index_error("a sequence outside of the cache");
+        if (certain) continue;
         const int32_t order = places[i].position - pages.tokens[places[i].sequence];
-        if (order < (see ? -1 : 0)) throw nb::index_error("a token that is in the cache already");
+        if (order < 0) throw nb::index_error("a token that is in the cache already");
         for (size_t h = 0; h < pages.kv_heads; h++) {
             const size_t head = pages.at(static_cast<size_t>(places[i].sequence), h);
-            const size_t page = static_cast<size_t>(pages.lengths[head] + std::max(order, 0)) / PAGE;
+            const size_t page = static_cast<size_t>(pages.lengths[head] + order) / PAGE;
             if (page >= pages.table_pages || pages.table[head * pages.table_pages + page] < 0)
                 throw nb::index_error("more tokens at once than the cache has room for");
         }
@@ -68,6 +83,18 @@ void check_sequence(const Pages& pages, size_t sequence) {
 
 void tightfit::bind_pages(nb::module_& m) {
     m.attr("PAGE") = PAGE;
+    m.def("join", [](const Strided& out, const std::tuple<uintptr_t, size_t>& lse, const Strided& other,
+                     const std::tuple<uintptr_t, size_t>& other_lse, size_t rows, size_t heads, size_t dim) {
+        nb::gil_scoped_release release;
+        join(block<float>(out), {at<float>(std::get<0>(lse)), std::get<1>(lse)}, block<const float>(other),
+             {at<const float>(std::get<0>(other_lse)), std::get<1>(other_lse)}, rows, heads, dim);
+    });
+    m.def("project", [](const Strided& x, size_t rows, size_t heads, uintptr_t matrices,
+                        const std::tuple<size_t, size_t, size_t>& shape, const Strided& out) {
+        nb::gil_scoped_release release;
+        const auto& [kv_heads, from, to] = shape;
+        project(block<const float>(x), rows, heads, at<const float>(matrices), kv_heads, from, to, block<float>(out));
+    });
     m.def("page_bytes", [](size_t bits, size_t dim, bool per_channel) { return Codec{bits, dim, per_channel}.page_bytes(); });
     nb::class_<Pages>(m, "Pages")
         .def(nb::new_([](const std::string& kind, const std::tuple<size_t, size_t, size_t, size_t>& sizes,
@@ -95,7 +122,7 @@ void tightfit::bind_pages(nb::module_& m) {
         }))
         .def("append", [](const Pages& p, const Ragged& places, size_t count, const Strided& k, const Strided& v,
                           size_t threads) {
-            const Place* where = places_of(p, places, count, false);
+            const Place* where = places_of(p, places, count);
             nb::gil_scoped_release release;
             append(p, where, count, block<const float>(k), block<const float>(v), threads);
         })
@@ -105,9 +132,10 @@ void tightfit::bind_pages(nb::module_& m) {
         .def("attend_rows", [](const Pages& p, const Ragged& places, size_t rows, const Views& views, const Strided& out,
                                const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, uintptr_t scratch,
                                size_t threads) {
-            const Place* where = places_of(p, places, rows, true);
+            const Place* where = places_of(p, places, rows, std::get<6>(views));
+            const Looking looking = looking_of(views, p, where, rows);
             nb::gil_scoped_release release;
-            attend_rows(p, where, paths_of(places), rows, looking_of(views), block<float>(out),
+            attend_rows(p, where, paths_of(places), rows, looking, block<float>(out),
                         {at<float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), at<uint8_t>(scratch), threads);
         })
         .def("attend_scratch", [](const Pages& p, size_t count, size_t heads, bool bf16, size_t threads) {
@@ -127,9 +155,10 @@ void tightfit::bind_pages(nb::module_& m) {
         .def("weigh_rows", [](const Pages& p, const Ragged& places, size_t rows, const Views& views,
                               const std::tuple<uintptr_t, size_t>& lse, const Scores& scores, int giving, size_t last,
                               const std::tuple<uintptr_t, size_t>& mass, uintptr_t scratch, size_t threads) {
-            const Place* where = places_of(p, places, rows, true);
+            const Place* where = places_of(p, places, rows);
+            const Looking looking = looking_of(views, p, where, rows);
             nb::gil_scoped_release release;
-            weigh_rows(p, where, paths_of(places), rows, looking_of(views),
+            weigh_rows(p, where, paths_of(places), rows, looking,
                        {at<const float>(std::get<0>(lse)), std::get<1>(lse)}, attention_of(scores), Giving{giving}, last,
                        {at<float>(std::get<0>(mass)), std::get<1>(mass)}, at<uint8_t>(scratch), threads);
         })
@@ -162,10 +191,21 @@ void tightfit::bind_pages(nb::module_& m) {
             check_sequence(p, sequence);
             straighten(p, sequence, at<const int32_t>(path), count);
         })
+        .def("shares_scratch", &shares_scratch)
+        .def("shares", [](const Pages& p, size_t sequence, const Strided& q, const Scores& scores, uintptr_t until,
+                          const std::tuple<uintptr_t, size_t>& out, uintptr_t scratch, size_t threads) {
+            check_sequence(p, sequence);
+            for (size_t h = 0; h < p.kv_heads; h++)
+                if (at<const int32_t>(until)[h] < 0 || at<const int32_t>(until)[h] > p.lengths[p.at(sequence, h)])
+                    throw nb::index_error("tokens that are not in the cache");
+            nb::gil_scoped_release release;
+            shares(p, sequence, block<const float>(q), attention_of(scores), at<const int32_t>(until),
+                   {at<float>(std::get<0>(out)), std::get<1>(out)}, at<uint8_t>(scratch), threads);
+        })
         .def("select_scratch", &select_scratch)
         .def("select", [](const Pages& p, const Ragged& places, size_t rows, const Strided& q, size_t heads, size_t count,
                           uintptr_t chosen, uintptr_t scratch, size_t threads) {
-            const Place* where = places_of(p, places, rows, true);
+            const Place* where = places_of(p, places, rows);
             nb::gil_scoped_release release;
             select(p, where, rows, block<const float>(q), heads, count, at<int32_t>(chosen), at<uint8_t>(scratch), threads);
         });

@@ -20,6 +20,7 @@ NB_MODULE(_cpu, m) {
     bind_matmul(m);
     bind_attention(m);
     bind_pages(m);
+    bind_lists(m);
     bind_rows(m);
     bind_encode(m);
     bind_ggml(m);

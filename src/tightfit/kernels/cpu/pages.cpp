@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cerrno>
+#include <cmath>
 #include <cstdlib>
 #include <numeric>
 #include <stdexcept>
@@ -72,16 +73,19 @@ struct Head {
         return cache;
     }
 
-    // Adds tokens [from, to), of the list or of `chosen` pages of it, which are stored in up to three ways.
-    void add(size_t from, size_t to, const HeadCache& like, const Queries& queries, Block<const float> q,
-             const int32_t* chosen, size_t count, Stretches& out) const {
+    // Adds tokens [from, to), of all or of those that are chosen `like` has, which are stored in up to three ways.
+    void add(size_t from, size_t to, const HeadCache& like, const Queries& queries, Block<const float> q, size_t count,
+             Stretches& out) const {
+        const auto first = [&](const int32_t* list, size_t number) {  // that is not below `number`
+            return static_cast<size_t>(std::lower_bound(list, list + count, static_cast<int32_t>(number)) - list);
+        };
         const auto below = [&](size_t page) -> size_t {  // tokens in pages below `page`
-            if (!chosen) return page * PAGE;
-            return static_cast<size_t>(std::lower_bound(chosen, chosen + count, static_cast<int32_t>(page)) - chosen) * PAGE;
+            return like.chosen ? first(like.chosen, page) * PAGE : like.tokens ? first(like.tokens, page * PAGE) : page * PAGE;
         };
         const size_t cold_end = below(cold()), coded_end = std::max(below(p.has_codes() ? coded() : 0), cold_end);
         const auto part = [&](HeadCache cache, size_t a, size_t b) {
-            cache.chosen = chosen, cache.path = like.path, cache.committed = like.committed;
+            cache.chosen = like.chosen, cache.tokens = like.tokens;
+            cache.path = like.path, cache.committed = like.committed;
             const bool pruned = cache.coded && p.channels;
             out.add({cache, queries, std::max(from, a), std::min(to, b), q, pruned ? channels() : nullptr});
         };
@@ -107,16 +111,22 @@ struct PageRows final : Source {
     Head head_of(size_t row, size_t head) const { return {p, static_cast<size_t>(places[row].sequence), head}; }
     // How many tokens that are not certain a row sees, its own included.
     size_t tail(size_t row) const {
+        if (looking.certain) return 0;
         if (paths.list) return paths.length(row);
         return static_cast<size_t>(places[row].position - p.tokens[places[row].sequence]) + 1;
     }
     const int32_t* chosen(size_t row, size_t head) const {
-        return looking.chosen ? looking.chosen + (row * p.kv_heads + head) * looking.chosen_pages : nullptr;
+        return looking.chosen ? looking.chosen + (row * p.kv_heads + head) * looking.listed : nullptr;
     }
     size_t count(const int32_t* chosen) const {
         size_t n = 0;
-        while (n < looking.chosen_pages && chosen[n] >= 0) n++;
+        while (n < looking.listed && chosen[n] >= 0) n++;
         return n;
+    }
+    size_t unit() const { return looking.since ? 1 : PAGE; }
+    // From this token of a head on a row sees all.
+    size_t since(const Head& head, size_t row) const {
+        return looking.since ? static_cast<size_t>(looking.since[row * p.kv_heads + head.head]) : head.bounded() * PAGE;
     }
     size_t low(const Head& head, size_t row) const {
         const size_t tail = this->tail(row), length = head.length();
@@ -132,7 +142,7 @@ struct PageRows final : Source {
     Seen seen(size_t row, size_t h) const override {
         const Head head = head_of(row, h);
         const size_t end = head.length() + tail(row);
-        if (looking.chosen) return {0, count(chosen(row, h)) * PAGE + end - head.bounded() * PAGE};
+        if (looking.chosen) return {0, count(chosen(row, h)) * unit() + end - since(head, row)};
         return {looking.anchors ? 0 : low(head, row), end};
     }
     void stretches(size_t row, size_t h, size_t from, size_t to, const Queries& queries, Stretches& out) const override {
@@ -143,20 +153,21 @@ struct PageRows final : Source {
         HeadCache like{};
         if (paths.list) like.path = paths[row], like.committed = head.length();
         if (looking.chosen) {
-            const int32_t* pages = chosen(row, h);
-            const size_t listed = count(pages), first = listed * PAGE, skipped = head.bounded() * PAGE;
-            if (from < first) head.add(from, std::min(to, first), like, all, q, pages, listed, out);
-            if (to > first)
-                head.add(std::max(from, first) - first + skipped, to - first + skipped, like, all, q, nullptr, 0, out);
+            const int32_t* list = chosen(row, h);
+            const size_t listed = count(list), first = listed * unit(), skipped = since(head, row);
+            HeadCache some = like;
+            (looking.since ? some.tokens : some.chosen) = list;
+            if (from < first) head.add(from, std::min(to, first), some, all, q, listed, out);
+            if (to > first) head.add(std::max(from, first) - first + skipped, to - first + skipped, like, all, q, 0, out);
             return;
         }
         const size_t anchors = std::min(looking.anchors, head.length() + tail(row));
         if (from < anchors) {
             const Block<const float> turned = looking.anchor_q.data ? looking.anchor_q.from(row, h * groups) : q;
-            head.add(from, std::min(to, anchors), like, all, turned, nullptr, 0, out);
+            head.add(from, std::min(to, anchors), like, all, turned, 0, out);
         }
         const size_t low = std::max({from, anchors, this->low(head, row)});
-        if (low < to) head.add(low, to, like, all, q, nullptr, 0, out);
+        if (low < to) head.add(low, to, like, all, q, 0, out);
     }
 };
 
@@ -181,7 +192,7 @@ struct PagePrefill final : PrefillSource {
         const size_t anchors = std::min(looking.anchors, length);
         Queries all = queries;
         all.all = true;
-        if (anchors > 0) head.add(0, anchors, {}, all, turned, nullptr, 0, out);
+        if (anchors > 0) head.add(0, anchors, {}, all, turned, 0, out);
         const int32_t* positions = p.positions ? p.positions + head.index * p.capacity() : nullptr;
         for (size_t i = 0; i < tokens; i++) {
             const size_t position = static_cast<size_t>(p.tokens[sequence]) + first + i;
@@ -195,9 +206,10 @@ struct PagePrefill final : PrefillSource {
             lows[i] = static_cast<int32_t>(low);
         }
         all.lows = lows;
-        head.add(std::max(anchors, static_cast<size_t>(lows[0])), length, {}, all, q, nullptr, 0, out);
+        head.add(std::max(anchors, static_cast<size_t>(lows[0])), length, {}, all, q, 0, out);
 
         const size_t each = run.slots * itemsize(p.kind), stride = p.shared() ? p.key_dim : p.value_dim;
+        if (looking.certain) return;
         const HeadCache own{p.kind, run.keys + h * each * p.key_dim, run.values + h * each * stride, run.slots, p.key_dim,
                             p.value_dim, stride};
         Queries causal = queries;
@@ -223,6 +235,18 @@ void weigh_stretch(const Stretch& stretch, const float* lse, float scale, Giving
 // What a row's softmax divides by, or for votes the weight that is one: that of each of `seen` tokens if they were alike.
 float divisor(float lse, Giving giving, size_t seen) {
     return giving == Giving::votes ? lse - std::log2(static_cast<float>(seen)) : lse;
+}
+
+// What the rows of a stretch of listed tokens give to each, put together in mass[token].
+void weigh_listed(const Stretch& stretch, const float* lse, float scale, Giving giving, float* scratch, float* mass) {
+    for (size_t at = stretch.from; at < stretch.to; at += KEY_BLOCK) {
+        Stretch block = stretch;
+        block.from = at, block.to = std::min(at + KEY_BLOCK, stretch.to);
+        float given[KEY_BLOCK];
+        for (size_t i = at; i < block.to; i++) given[i - at] = mass[stretch.head.token(i)];
+        weigh_stretch(block, lse, scale, giving, scratch, given);
+        for (size_t i = at; i < block.to; i++) mass[stretch.head.token(i)] = given[i - at];
+    }
 }
 
 size_t weigh_floats(const Pages& p, size_t rows) {
@@ -524,6 +548,35 @@ void attend(const Pages& pages, size_t sequence, const Run& run, size_t start, s
     attend(source, count, out, lse, attention, bf16, scratch, threads);
 }
 
+void join(Block<float> out, Rows<float> lse, Block<const float> other, Rows<const float> other_lse, size_t rows,
+          size_t heads, size_t dim) {
+    for (size_t r = 0; r < rows; r++)
+        for (size_t h = 0; h < heads; h++) {
+            const float here = lse[r][h], there = other_lse[r][h], top = std::max(here, there);
+            if (there == -__builtin_inff()) continue;
+            float own = std::exp2(here - top), others = std::exp2(there - top);
+            const float total = own + others;
+            own /= total, others /= total;
+            float* sum = out.at(r, h);
+            const float* more = other.at(r, h);
+            for (size_t d = 0; d < dim; d++) sum[d] = sum[d] * own + more[d] * others;
+            lse[r][h] = top + std::log2(total);
+        }
+}
+
+void project(Block<const float> x, size_t rows, size_t heads, const float* matrices, size_t kv_heads, size_t from, size_t to,
+             Block<float> out) {
+    for (size_t r = 0; r < rows; r++)
+        for (size_t h = 0; h < heads; h++) {
+            const float* matrix = matrices + h / (heads / kv_heads) * from * to;
+            const float* in = x.at(r, h);
+            float* sums = out.at(r, h);
+            std::fill(sums, sums + to, 0.0f);
+            for (size_t i = 0; i < from; i++, matrix += to)
+                for (size_t o = 0; o < to; o++) sums[o] += in[i] * matrix[o];
+        }
+}
+
 size_t weigh_scratch(const Pages& p, size_t rows, size_t heads, size_t threads) {
     const size_t groups = heads / p.kv_heads, at_once = std::max(WEIGHED_ROWS / groups, size_t(1));
     return std::min(threads, p.kv_heads) * weigh_floats(p, std::min(at_once, rows) * groups) * sizeof(float);
@@ -550,6 +603,10 @@ void weigh_rows(const Pages& p, const Place* places, const Paths& paths, size_t 
                 source.stretches(row, h, seen.low, seen.end,
                                  {groups, groups, 0, attention.window, attention.softcap * LOG2_E}, stretches);
                 for (const Stretch& stretch : stretches) {
+                    if (stretch.head.tokens) {
+                        weigh_listed(stretch, sums, attention.scale * LOG2_E, giving, own, to);
+                        continue;
+                    }
                     if (!stretch.head.chosen) {
                         weigh_stretch(stretch, sums, attention.scale * LOG2_E, giving, own, to + stretch.from);
                         continue;
@@ -642,6 +699,45 @@ void straighten(const Pages& p, size_t sequence, const int32_t* path, size_t cou
                             p.value_dim * itemsize(p.kind));
         }
     }
+}
+
+size_t shares_scratch(const Pages& p, size_t heads, size_t threads) {
+    const size_t groups = heads / p.kv_heads;
+    return std::min(threads, p.kv_heads) * (weigh_floats(p, groups) + groups * p.capacity()) * sizeof(float);
+}
+
+void shares(const Pages& p, size_t sequence, Block<const float> q, const Attention& attention, const int32_t* until,
+            Rows<float> shares, uint8_t* scratch, size_t threads) {
+    const AttentionKernels& k = attention_kernels();
+    const size_t groups = attention.heads / p.kv_heads, workers = std::min(threads, p.kv_heads);
+    const size_t folding = round_up(fold_scratch(groups, p.key_dim, p.value_dim, true), 16);
+    const size_t each = weigh_floats(p, groups) + groups * p.capacity();
+    Queries queries{groups, groups, 0, attention.window, 0};
+    queries.all = true;
+    parallel_for(workers, workers, [&](size_t worker) {
+        float* own = reinterpret_cast<float*>(scratch) + worker * each;
+        float* query = own + folding;
+        float* scores = own + weigh_floats(p, groups);
+        for (size_t h = worker; h < p.kv_heads; h += workers) {
+            const size_t count = static_cast<size_t>(until[h]);
+            float* out = shares[h];
+            std::fill(out, out + count, 0.0f);
+            Stretches stretches;
+            Head(p, sequence, h).add(0, count, {}, queries, q.from(0, h * groups), 0, stretches);
+            for (const Stretch& stretch : stretches) {
+                load_queries(stretch, groups, attention.scale * LOG2_E, query);
+                k.score(stretch.head, stretch.queries, query, stretch.from, stretch.to, own, scores + stretch.from,
+                        p.capacity());
+            }
+            for (size_t g = 0; g < groups; g++) {
+                float* row = scores + g * p.capacity();
+                const float cap = attention.softcap * LOG2_E;
+                for (size_t i = 0; cap != 0.0f && i < count; i++) row[i] = std::tanh(row[i] / cap) * cap;
+                k.softmax(row, count);
+                for (size_t i = 0; i < count; i++) out[i] += row[i];
+            }
+        }
+    });
 }
 
 size_t select_scratch(const Pages& p, size_t threads) {

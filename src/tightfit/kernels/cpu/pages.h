@@ -31,14 +31,15 @@ struct Codec {
 };
 
 // Keys and values of one sequence and key-value head that are stored alike. Token i lies in slot i % slots, or with a
-// `table` in page table[i / PAGE]; `chosen` pages of it take part, if it is not null. From token `committed` on, `path`
-// names the tokens, counted from there.
+// `table` in page table[i / PAGE]; `chosen` pages of it take part, or `tokens`, if one is not null. From token `committed`
+// on, `path` names the tokens, counted from there.
 struct HeadCache {
     Kind kind;
     const uint8_t *keys, *values;
     size_t slots, key_dim, value_dim, value_stride;
     const int32_t* table = nullptr;
     const int32_t* chosen = nullptr;
+    const int32_t* tokens = nullptr;
     const int32_t* path = nullptr;
     size_t committed = 0;
     bool coded = false;  // whether the pages are, by these codecs
@@ -50,7 +51,9 @@ struct HeadCache {
 
     size_t listed(size_t j) const { return chosen ? static_cast<size_t>(chosen[j]) : j; }
     size_t page(size_t j) const { return static_cast<size_t>(table[listed(j)]); }
+    size_t token(size_t i) const { return tokens ? static_cast<size_t>(tokens[i]) : i; }
     size_t slot(size_t i) const {
+        i = token(i);
         if (path && i >= committed) i = committed + static_cast<size_t>(path[i - committed]);
         return table ? page(i / PAGE) * PAGE + i % PAGE : i % slots;
     }
@@ -99,13 +102,16 @@ struct Run {
 };
 
 // How rows look at pages. The first `anchors` tokens are always seen, by `anchor_q` if that is not null: queries turned to
-// the places that they have in the cache. Of `chosen` (rows, kv_heads, chosen_pages), pages in order and then -1, each row
-// sees only those among the pages that have bounds.
+// the places that they have in the cache. Of `chosen` (rows, kv_heads, listed), in order and then -1, each row sees only
+// those: pages of the ones that have bounds, or with `since` (rows, kv_heads), tokens of the certain ones before that. With
+// `certain`, rows see nothing that is not: neither what decodes, their own token included, nor the run.
 struct Looking {
     Block<const float> q, anchor_q;
     size_t anchors = 0;
     const int32_t* chosen = nullptr;
-    size_t chosen_pages = 0;
+    size_t listed = 0;
+    const int32_t* since = nullptr;
+    bool certain = false;
 };
 
 // Writes new tokens behind the certain ones, at places counted as if none had been let go.
@@ -137,6 +143,15 @@ void weigh(const Pages& pages, size_t sequence, const Run& run, size_t start, si
            Rows<const float> lse, const Attention& attention, Giving giving, Rows<float> mass, uint8_t* scratch,
            size_t threads);
 
+// Attention over two sets of tokens from that over each: `out` (rows, heads, dim) and its `lse` become those of both. Where
+// the logarithm is minus infinity, nothing was seen.
+void join(Block<float> out, Rows<float> lse, Block<const float> other, Rows<const float> other_lse, size_t rows,
+          size_t heads, size_t dim);
+
+// out (rows, heads, to) = x (rows, heads, from) times that of `matrices` (kv_heads, from, to) of each head's group.
+void project(Block<const float> x, size_t rows, size_t heads, const float* matrices, size_t kv_heads, size_t from, size_t to,
+             Block<float> out);
+
 // What happens to a sequence when tokens become certain: those of `run` are added, all but counts[head] `indices` (kv_heads,
 // stride) are let go, if that is not null, all but the last `recent` are coded page by page where pages have codes, and all
 // but `resident` pages go to the file. Pages for `tail` more tokens are there afterwards.
@@ -160,5 +175,11 @@ void straighten(const Pages& pages, size_t sequence, const int32_t* path, size_t
 void select(const Pages& pages, const Place* places, size_t rows, Block<const float> q, size_t heads, size_t count,
             int32_t* chosen, uint8_t* scratch, size_t threads);
 size_t select_scratch(const Pages& pages, size_t threads);
+
+// shares (kv_heads, stride of `shares`) = what the heads of `q` would give to each of the first `until` (kv_heads) tokens of
+// a sequence, if these were all: the sums of their softmaxes.
+size_t shares_scratch(const Pages& pages, size_t heads, size_t threads);
+void shares(const Pages& pages, size_t sequence, Block<const float> q, const Attention& attention, const int32_t* until,
+            Rows<float> shares, uint8_t* scratch, size_t threads);
 
 }  // namespace tightfit

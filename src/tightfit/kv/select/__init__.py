@@ -1,5 +1,5 @@
 """Methods that read only some of what is kept."""
 
-from tightfit.kv.select import quest
+from tightfit.kv.select import quest, recycled, selfspan
 
-__all__ = ["quest"]
+__all__ = ["quest", "recycled", "selfspan"]

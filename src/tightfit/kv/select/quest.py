@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
-from tightfit.errors import UsageError
-from tightfit.kv.evict.window import Window
-from tightfit.kv.method import Method
+from tightfit.kv.method import Selector
+
+if TYPE_CHECKING:
+    from tightfit.kv.select.selecting import Selecting, Where
+
+PAGE = 32
 
 
 @technique(
@@ -19,7 +22,7 @@ from tightfit.kv.method import Method
     summary="decoding reads only the pages whose keys may score highest with the query",
 )
 @dataclass(frozen=True)
-class Quest(Method):
+class Quest(Selector):
     """A token that decodes sees ``tokens`` tokens in pages of 32, those whose lowest and highest keys allow the largest
     score, and what came since the pages were last complete; the first ``full`` layers see everything, and prompts do.
 
@@ -27,17 +30,12 @@ class Quest(Method):
     of them may need it. Bounds are kept in the cache's type.
     """
 
-    tokens: int = 512
-    full: int = 2
+    bounds: ClassVar[bool] = True
 
-    roles: ClassVar[tuple[str, ...]] = ("selector",)
+    def reads(self, tokens: int) -> float:
+        return min(self.tokens // PAGE * PAGE, tokens)
 
-    def __post_init__(self) -> None:
-        if self.tokens < 32 or self.full < 0:
-            raise UsageError(
-                f"quest cannot read {self.tokens} tokens, and all of them in {self.full} layers",
-                "Give tokens=32 or more, and full=0 or more.",
-            )
+    def select(self, where: Where) -> Selecting:
+        from tightfit.kv.select.by_bounds import ByBounds
 
-    def excludes(self, other: Method) -> str | None:
-        return "chooses among pages that a window hides" if isinstance(other, Window) else None
+        return ByBounds(where.pages, self.tokens // PAGE)

@@ -1,0 +1,65 @@
+"""What queries of a layer see beside its pages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+
+from tightfit.budget.ledger import Workspace
+from tightfit.kernels.attention import Scoring
+from tightfit.kernels.pages import Pages, Rows, Run
+from tightfit.kv.entries import InFile
+
+
+class Beside(ABC):
+    """Of one layer: something of the tokens that its pages let go of. Attention over both is joined by the logarithms
+    of what each softmax divides by, ``lse``."""
+
+    @abstractmethod
+    def take(
+        self,
+        slot: int,
+        upper: Pages,
+        run: Run,
+        staying: torch.Tensor,
+        counts: list[int],
+        seen: torch.Tensor,
+        ws: Workspace,
+    ) -> None:
+        """Takes over tokens of a sequence: of the certain ones of ``upper`` and of the run behind them all but those
+        that stay, indices (kv_heads, n) int32, of each head ``counts``. Queries to come see those of ``seen``
+        (kv_heads, m) bool."""
+
+    @abstractmethod
+    def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:
+        """Takes the scratch of the most tokens that can come."""
+
+    @abstractmethod
+    def join_rows(
+        self, rows: Rows, q: torch.Tensor, out_: torch.Tensor, lse_: torch.Tensor, ws: Workspace, scoring: Scoring
+    ) -> None:
+        """Makes of attention of rows that decode over the pages, ``out`` (n, heads, value_dim) and ``lse`` (n, heads),
+        that over both."""
+
+    @abstractmethod
+    def join(
+        self,
+        slot: int,
+        q: torch.Tensor,
+        out_: torch.Tensor,
+        lse_: torch.Tensor,
+        ws: Workspace,
+        scoring: Scoring,
+        bf16: bool,
+    ) -> None:
+        """:meth:`join_rows` for tokens of a prompt."""
+
+    @abstractmethod
+    def clear(self, slot: int) -> None:
+        """Forgets a sequence."""
+
+    @abstractmethod
+    def parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
+        """All that is kept of a sequence, as :func:`tightfit.kv.entries.parts` gives it."""

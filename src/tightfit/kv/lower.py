@@ -1,0 +1,214 @@
+"""The lower store: a second store of pages in which tokens lie that left the first.
+
+An evictor that is a :class:`~tightfit.kv.method.Demoter` judges tokens as others do, but what it lets go of goes on
+here, page by page in codes of its own, and where that is fewer features, projected. Queries look at both, and what they
+find is joined by the logarithms of what each softmax divides by, so that nothing is hidden from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from tightfit.budget.ledger import Arena, Workspace
+from tightfit.kernels import ops, pages
+from tightfit.kernels.attention import Scoring
+from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
+from tightfit.kv.base import LayerLayout
+from tightfit.kv.beside import Beside
+from tightfit.kv.cache import place
+from tightfit.kv.entries import InFile, parts
+from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
+from tightfit.kv.method import Demoter
+
+
+class LowerStore(Beside):
+    """Of one layer: room for ``most`` tokens of each sequence and head on average, and for ``longest`` of one head.
+
+    With a ``file``, whole pages lie in it, from byte ``at`` on; ``end`` is where they end. ``tokens`` (sequences,)
+    int32 says how many tokens came of each sequence.
+    """
+
+    def __init__(
+        self,
+        demoter: Demoter,
+        layout: LayerLayout,
+        most: int,
+        longest: int,
+        sequences: int,
+        dtype: torch.dtype,
+        arena: Arena,
+        tokens: torch.Tensor,
+        file: int = -1,
+        at: int = 0,
+    ) -> None:
+        heads, as_they_are = layout.kv_heads, 8 * dtype.itemsize
+        key_codec, value_codec = demoter.lower(layout, as_they_are)
+        key_dim, value_dim = key_codec.dim, value_codec.dim
+        table_pages = -(-longest // PAGE)
+        coded_pages = heads if file >= 0 else heads * most // PAGE  # whole ones; of each head one more is being filled
+        keys = place(arena, (sequences, heads, PAGE, key_dim), dtype)
+        values = keys[..., :value_dim] if layout.shared else place(arena, (sequences, heads, PAGE, value_dim), dtype)
+        coded = sequences, coded_pages
+
+        def numbers(*shape: int) -> torch.Tensor:
+            return place(arena, shape, torch.int32)
+
+        values_at = at + sequences * heads * table_pages * key_codec.page_bytes
+        self.end = values_at + sequences * heads * table_pages * value_codec.page_bytes if file >= 0 else at
+        self.resident = 0 if file >= 0 else pages.EVERYTHING
+        self.dtype = dtype
+        self.pages = Pages(
+            keys,
+            values,
+            numbers(sequences, heads, table_pages),
+            lengths=numbers(sequences, heads),
+            coded=numbers(sequences, heads),
+            cold=numbers(sequences, heads),
+            bounded=numbers(sequences, heads),
+            dense_free=numbers(sequences, 1 + heads),
+            coded_free=numbers(sequences, 1 + coded_pages),
+            tokens=tokens,
+            key_codec=key_codec,
+            value_codec=value_codec,
+            coded_keys=place(arena, (*coded, key_codec.page_bytes), torch.uint8),
+            coded_values=None if layout.shared else place(arena, (*coded, value_codec.page_bytes), torch.uint8),
+            file=file,
+            keys_at=at,
+            values_at=values_at,
+        )
+        self.projected = key_dim != layout.key_dim or value_dim != layout.value_dim
+        if self.projected:
+
+            def matrices(rows: int, columns: int) -> torch.Tensor:
+                return place(arena, (heads, rows, columns), torch.float32)
+
+            # To what is kept of keys and of values, of queries to what keys are multiplied with, and back to values.
+            self.to_keys, self.to_queries = matrices(layout.key_dim, key_dim), matrices(layout.key_dim, key_dim)
+            self.to_values, self.from_values = (
+                matrices(layout.value_dim, value_dim),
+                matrices(value_dim, layout.value_dim),
+            )
+
+    # ---- tokens that come ----
+
+    def take(
+        self,
+        slot: int,
+        upper: Pages,
+        run: Run,
+        staying: torch.Tensor,
+        counts: list[int],
+        seen: torch.Tensor,
+        ws: Workspace,
+    ) -> None:
+        totals = [length + run.count for length in upper.lengths[slot].tolist()]
+        with ws.frame():
+            leaving = self._room_for_leaving(upper, run, ws)
+            left = [total - count for total, count in zip(totals, counts, strict=True)]
+            for head, (total, count) in enumerate(zip(totals, counts, strict=True)):
+                leaves = torch.ones(total, dtype=torch.bool)
+                leaves[staying[head, :count].long()] = False
+                leaving[head, : left[head]] = leaves.nonzero()[:, 0]
+            for at in range(0, max(left), READ_AT_ONCE):
+                stops = [min(count, at + READ_AT_ONCE) for count in left]
+                places = [leaving[head, at:stop].long() for head, stop in enumerate(stops)]
+                self._take(slot, upper, run, places, ws)
+
+    def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:
+        with ws.frame():
+            self._room_for_leaving(upper, run, ws)
+            self._take(slot, upper, run, [torch.arange(READ_AT_ONCE)] * len(run.keys), ws)
+
+    def _room_for_leaving(self, upper: Pages, run: Run, ws: Workspace) -> torch.Tensor:
+        return ws.empty(len(run.keys), upper.table.shape[2] * PAGE + run.count, dtype=torch.int32)
+
+    def _take(self, slot: int, upper: Pages, run: Run, places: list[torch.Tensor], ws: Workspace) -> None:
+        """Takes over the tokens at ``places`` (n,) int64 of each head, ascending, at most READ_AT_ONCE."""
+        kept, heads = self.pages, len(places)
+        with ws.frame():
+            keys = ws.empty(heads, READ_AT_ONCE, kept.key_shape[1], dtype=self.dtype)
+            values = keys if kept.shared else ws.empty(heads, READ_AT_ONCE, kept.value_shape[1], dtype=self.dtype)
+            before, capacity = kept.lengths[slot].tolist(), kept.table.shape[2] * PAGE
+            indices = ws.empty(heads, capacity, dtype=torch.int32)
+            counts = [length + len(part) for length, part in zip(before, places, strict=True)]
+            for head, part in enumerate(places):
+                at = 0
+                for block in TokensAt(upper, slot, head, run, part, ws).blocks():
+                    rows = slice(at, at + len(block.keys))
+                    with ws.frame():
+                        ops.copy_(keys[head, rows], self._features(block.keys, head, "to_keys", ws))
+                        if block.values is not None:
+                            ops.copy_(values[head, rows], self._features(block.values, head, "to_values", ws))
+                    at = rows.stop
+                if not ops.is_dry():
+                    indices[head, : counts[head]] = torch.arange(counts[head])
+            taken = Run(keys, values, READ_AT_ONCE)
+            listed = torch.tensor(counts, dtype=torch.int32)
+            pages.keep(kept, slot, taken, ws, indices, listed, resident=self.resident, tail=0)
+
+    def _features(self, x: torch.Tensor, head: int, matrix: str, ws: Workspace) -> torch.Tensor:
+        """What is kept of keys or values ``x`` (n, dim) of a head."""
+        if not self.projected:
+            return x
+        to = getattr(self, matrix)[head : head + 1]
+        out = ws.empty(len(x), 1, to.shape[2])
+        pages.project(x[:, None], to, out)
+        return out[:, 0]
+
+    # ---- attention ----
+
+    def join_rows(
+        self, rows: Rows, q: torch.Tensor, out_: torch.Tensor, lse_: torch.Tensor, ws: Workspace, scoring: Scoring
+    ) -> None:
+        with ws.frame():
+            looking, part, sums = self._look(q, ws)
+            pages.attend_rows(self.pages, Rows(rows.places), looking, part, sums, ws, _alone(scoring))
+            self._join(out_, lse_, part, sums, ws)
+
+    def join(
+        self,
+        slot: int,
+        q: torch.Tensor,
+        out_: torch.Tensor,
+        lse_: torch.Tensor,
+        ws: Workspace,
+        scoring: Scoring,
+        bf16: bool,
+    ) -> None:
+        kept = self.pages
+        with ws.frame():
+            looking, part, sums = self._look(q, ws)
+            nothing = Run(kept.keys[slot], kept.values[slot], 0)
+            pages.attend(kept, slot, nothing, 0, looking, part, sums, ws, _alone(scoring), bf16)
+            self._join(out_, lse_, part, sums, ws)
+
+    def clear(self, slot: int) -> None:
+        self.pages.reset(slot)
+
+    def parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
+        return parts(self.pages, slot, 0, None, ())
+
+    def _look(self, q: torch.Tensor, ws: Workspace) -> tuple[Looking, torch.Tensor, torch.Tensor]:
+        """Queries as keys here are multiplied, and room for what they find."""
+        n, heads, _ = q.shape
+        if self.projected:
+            turned = ws.empty(n, heads, self.pages.key_shape[1])
+            pages.project(q, self.to_queries, turned)
+            q = turned
+        return Looking(q, certain=True), ws.empty(n, heads, self.pages.value_shape[1]), ws.empty(n, heads)
+
+    def _join(
+        self, out_: torch.Tensor, lse_: torch.Tensor, part: torch.Tensor, sums: torch.Tensor, ws: Workspace
+    ) -> None:
+        if self.projected:
+            whole = ws.empty(*out_.shape)
+            pages.project(part, self.from_values, whole)
+            part = whole
+        pages.join(out_, lse_, part, sums)
+
+
+def _alone(scoring: Scoring) -> Scoring:
+    """No layer with a window has a lower store, and sinks were summed up already."""
+    return scoring._replace(window=None, sinks=None)
