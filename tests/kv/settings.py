@@ -26,6 +26,7 @@ SETTINGS = {
     "think": "think(recent=16,window=8)",
     "quest": "quest(tokens=32,full=1)",
     "recycled": "recycled(tokens=32,full=1,stride=6)",
+    "selfspan": "selfspan(span=#3,use=#17,done=#40,tokens=128)",
     "host": "host(resident=32)",
 }
 # Methods that do not go with these, and say why. All others do.

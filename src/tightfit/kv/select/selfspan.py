@@ -31,6 +31,10 @@ class SelfSpan(Selector, Naming):
     names it sees everything, and so it does where that is more than ``tokens``. Prompts see everything, and the first
     ``full`` layers do. Marks are texts of one token each, or tokens by their numbers (``#17``), with | between. No
     token can be a draft.
+
+    A tiny model that is tuned in the tests finds 99% of the words of spans that it names, reading 34% of the tokens.
+    With everything in sight it finds 18%: a model that was tuned with spans alone needs them, where the paper has
+    equal accuracy.
     """
 
     full: int = 0
