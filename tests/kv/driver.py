@@ -19,10 +19,11 @@ from tightfit.engine.fit import Observing
 from tightfit.kernels import pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Pages
-from tightfit.kv.base import BaseCache, LayerLayout
+from tightfit.kv.base import LayerLayout
 from tightfit.kv.cache import Cache
 from tightfit.kv.compose import Composition, compose
 from tightfit.kv.fitted import NOTHING, Known
+from tightfit.kv.make import cache_of
 from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
@@ -124,18 +125,14 @@ class Run:
         self.ws, self.arena = Workspace(Arena(ROOM)), Arena(ROOM)
         layouts, common = cache_layouts(tiny.spec, context, chunk), (sequences, tiny.dtype, self.arena, tiny.dtype)
         composition = compose(kv) if isinstance(kv, str) else kv
-        methods = [method for method in composition.methods if method.name != "kvsharer"]
-        self.cache: BaseCache = (
-            PagedCache(layouts, composition, context, *common, tail=tail, known=known)
-            if methods
-            else Cache(layouts, *common, chunk, known.owners)
-        )
+        self.cache = cache_of(composition, layouts, context, *common, chunk, known, tail)
         self.lengths = [0] * sequences
 
     @property
     def paged(self) -> PagedCache:
-        assert isinstance(self.cache, PagedCache)
-        return self.cache
+        stored = self.cache.stored
+        assert isinstance(stored, PagedCache)
+        return stored
 
     def prefill(self, tokens: Sequence[int], slot: int = 0, layered: bool = False) -> torch.Tensor:
         """Logits (vocab,) after the last of ``tokens``, with which a sequence goes on."""
@@ -206,10 +203,10 @@ def choose(logits: torch.Tensor, position: int) -> int:
 class Layer:
     """One layer alone, and one sequence: tokens are given as queries, keys and values."""
 
-    def __init__(self, kv: str | Composition, layout: LayerLayout, context: int = 512) -> None:
+    def __init__(self, kv: str | Composition, layout: LayerLayout, context: int = 512, known: Known = NOTHING) -> None:
         self.arena, self.ws, self.layout = Arena(ROOM), Workspace(Arena(ROOM)), layout
         composition = compose(kv) if isinstance(kv, str) else kv
-        self.cache = PagedCache([layout], composition, context, 1, torch.float32, self.arena)
+        self.cache = PagedCache([layout], composition, context, 1, torch.float32, self.arena, known=known)
         self.start = 0
 
     def add(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decode: bool = False) -> torch.Tensor:

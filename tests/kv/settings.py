@@ -17,9 +17,14 @@ SETTINGS = {
     "scissorhands": "scissorhands(keep=70,recent=16,window=40)",
     "corm": "corm(keep=70,window=24)",
     "morphkv": "morphkv(keep=70,window=24)",
+    "locret": "locret(keep=70,recent=12,hidden=16)",
     "scope": "scope(keep=70,output=30,recent=12)",
     "tim": "tim(open=#3,conclude=#17,close=#40,keep=200)",
     "anchor": "anchor(at=#3,keep=200)",
+    "mikv": "mikv(keep=70,recent=0.25)",
+    "zipcache": "zipcache(keep=0.4,recent=16,window=12)",
+    "cq": "cq(coupled=2,recent=16)",
+    "gear": "gear(bits=4,recent=16)",
     "int8": "int8(recent=16)",
     "int4": "int4(recent=16)",
     "int2": "int2(recent=16)",
@@ -28,9 +33,17 @@ SETTINGS = {
     "recycled": "recycled(tokens=32,full=1,stride=6)",
     "selfspan": "selfspan(span=#3,use=#17,done=#40,tokens=128)",
     "host": "host(resident=32)",
+    "matryoshka": "matryoshka(share=0.75,steps=3)",
+    "gqa": "gqa",
+    "cskv": "cskv(keep=60,keys=0.6,values=0.6)",
 }
 # Methods that do not go with these, and say why. All others do.
-REFUSED: dict[str, set[str]] = {}
+REFUSED: dict[str, set[str]] = {
+    "cq": {"int4", "int8"},
+    "gear": {"int4", "int8"},
+    "zipcache": {"int4", "int8"},
+    "cskv": {"int4", "int8"},
+}
 METHODS = [SETTINGS.get(entry.name, entry.name) for entry in all_techniques() if entry.seam == "kv"]
 DEFINED = [spec for spec in METHODS if spec.partition("(")[0] in KNOWN]  # those that the slow reference defines
 OTHERS = [spec for spec in METHODS if spec not in DEFINED]

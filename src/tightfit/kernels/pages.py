@@ -2,8 +2,8 @@
 
 A page holds 32 tokens of one head. Dense pages hold them in the cache's own type; coded pages hold codes of 8, 4 or 2
 bits, of keys with a scale and a minimum for each channel of a page, of values for each token and group of 32 channels
-(the layout of KIVI, https://arxiv.org/abs/2402.02750), or with 16 bits and more, numbers as they are. Pages may also
-lie in a file.
+(the layout of KIVI, https://arxiv.org/abs/2402.02750), or what else a :class:`~tightfit.kernels.codec.Codec` says, or
+with 16 bits and more, numbers as they are. Pages may also lie in a file.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class Pages:
     file: int = -1
     keys_at: int = 0  # in the file
     values_at: int = 0
+    key_side: torch.Tensor | None = None  # (sequences or 1, kv_heads, key_codec.side) float32, if it has a table
+    value_side: torch.Tensor | None = None
     key_shape: tuple[int, int] = field(init=False)  # of one token
     value_shape: tuple[int, int] = field(init=False)
     handle: Any = field(init=False, default=None)
@@ -75,7 +77,7 @@ class Pages:
             KINDS[self.keys.dtype],
             (sequences, kv_heads, key_dim, value_dim),
             (table_pages, dense_pages, coded_pages),
-            (self.key_codec.bits, self.value_codec.bits, self.key_codec.dim),
+            (self.key_codec.arguments(), self.value_codec.arguments()),
             (self.keys.data_ptr(), self.values.data_ptr(), *codes),
             tuple(_address(tensor) for tensor in lists),
             self.tokens.data_ptr(),
@@ -83,6 +85,7 @@ class Pages:
             _address(self.channels),
             _address(self.bounds),
             (self.file, self.keys_at, self.values_at),
+            (*_tables(self.key_side), *_tables(self.value_side)),
         )
 
     @property
@@ -97,8 +100,18 @@ class Pages:
         places = [(self.keys_at, self.key_codec.page_bytes), (self.values_at, self.value_codec.page_bytes)]
         return [(at + page * nbytes, nbytes) for at, nbytes in places[: 1 if self.shared else 2]]
 
+    @property
+    def tables(self) -> list[torch.Tensor]:
+        """The tables of codecs that each sequence has for itself."""
+        both = (self.key_codec, self.key_side), (self.value_codec, self.value_side)
+        return [side for codec, side in both if side is not None and not codec.coupled]
+
     def reset(self, sequence: int) -> None:
         """Lets go of everything of a sequence."""
+        for codec, side in ((self.key_codec, self.key_side), (self.value_codec, self.value_side)):
+            if side is not None and not codec.coupled:
+                side[sequence] = 0.0
+                side[sequence, :, codec.dim : 2 * codec.dim * codec.affine] = 1.0  # factors
         for counts in (self.lengths, self.coded, self.cold, self.bounded):
             counts[sequence] = 0
         self.table[sequence] = -1
@@ -433,6 +446,10 @@ def _call(ws: Workspace, nbytes: int, kernel: Callable[..., None], *arguments: A
 
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _tables(side: torch.Tensor | None) -> tuple[int, int]:
+    return (0, 1) if side is None else (side.data_ptr(), side.shape[0])
 
 
 def _rows(x: torch.Tensor | None) -> tuple[int, int]:

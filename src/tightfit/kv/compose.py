@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 from tightfit.catalog import all_techniques, parse, spec_string
 from tightfit.errors import UsageError
 from tightfit.kv.fitted import Fitted, Known, known_for
+from tightfit.kv.lowrank.projector import Projector
 from tightfit.kv.lowrank.think import ThinK
-from tightfit.kv.method import Evictor, Method, Quantizer, Reads, Rest, Selector
+from tightfit.kv.method import Coder, Evictor, Method, Reads, Rest, Selector
 from tightfit.kv.offload.host import Host
 from tightfit.kv.share.kvsharer import KVSharer
 
@@ -33,12 +34,12 @@ class Composition:
         return self._only(Evictor)
 
     @property
-    def key_codec(self) -> Quantizer | None:
-        return next((m for m in self.methods if isinstance(m, Quantizer) and m.of in ("both", "keys")), None)
+    def key_codec(self) -> Coder | None:
+        return next((m for m in self.methods if isinstance(m, Coder) and "codec of keys" in m.roles), None)
 
     @property
-    def value_codec(self) -> Quantizer | None:
-        return next((m for m in self.methods if isinstance(m, Quantizer) and m.of in ("both", "values")), None)
+    def value_codec(self) -> Coder | None:
+        return next((m for m in self.methods if isinstance(m, Coder) and "codec of values" in m.roles), None)
 
     @property
     def pruner(self) -> ThinK | None:
@@ -51,6 +52,10 @@ class Composition:
     @property
     def tier(self) -> Host | None:
         return self._only(Host)
+
+    @property
+    def projector(self) -> Projector | None:
+        return self._only(Projector)
 
     @property
     def rest(self) -> Rest | None:
@@ -73,13 +78,13 @@ class Composition:
 
     @property
     def exact(self) -> bool:
-        """Whether all that a layer has is kept as it is."""
-        return all(isinstance(method, KVSharer) for method in self.methods)
+        """Whether all that a layer has, or what it is projected to, is kept as it is."""
+        return all(isinstance(method, KVSharer | Projector) for method in self.methods)
 
     @property
     def recent(self) -> int:
         """How many of the last tokens are neither coded nor pruned."""
-        return max([m.recent for m in self.methods if isinstance(m, Quantizer | ThinK)], default=0)
+        return max([m.recent for m in self.methods if isinstance(m, Coder | ThinK)], default=0)
 
     def check(self, layouts: Sequence[LayerLayout]) -> None:
         """Raises UsageError if a layer cannot use a method."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from tightfit.errors import UsageError
 from tightfit.kernels.codec import Codec
@@ -17,9 +17,11 @@ from tightfit.kv.budgets import BUDGETS
 if TYPE_CHECKING:
     import torch
 
-    from tightfit.budget.ledger import Workspace
+    from tightfit.budget.ledger import Arena, Workspace
     from tightfit.kernels.attention import Scoring
-    from tightfit.kv.base import LayerLayout
+    from tightfit.kv.base import LayerLayout, Step
+    from tightfit.kv.fitted import Known
+    from tightfit.kv.lower import LowerStore
     from tightfit.kv.select.selecting import Selecting, Where
 
 
@@ -160,6 +162,33 @@ class Structured(Evictor, Reads):
         return seen.positions.float().masked_fill(~stays, -math.inf)
 
 
+@dataclass(frozen=True)
+class Rater(Evictor):
+    """An evictor that knows what a token is worth when it comes: ``seen.mass`` is what :meth:`rate` said then."""
+
+    observes: ClassVar[str] = "itself"
+
+    def prepare(self, layer: int, tensors: Mapping[str, torch.Tensor], arena: Arena) -> Any:
+        """What rating the tokens of a layer takes, in ``arena``; ``tensors`` is what is known of the model."""
+        raise NotImplementedError
+
+    def rate(
+        self,
+        prepared: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        worth: torch.Tensor,
+        step: Step,
+        dtype: torch.dtype,
+        ws: Workspace,
+    ) -> None:
+        """Rates a step's tokens, ``q`` (n, heads, key_dim), ``k`` (n, kv_heads, key_dim) before they are turned and
+        ``v`` (n, kv_heads, value_dim), into ``worth`` (n, kv_heads). Prompts are multiplied in ``dtype``. Computes with
+        operations alone, rows that decode each by itself."""
+        raise NotImplementedError
+
+
 class Tokens(NamedTuple):
     """Keys (n, key_dim) and values (n, value_dim) of one head in float32. No values where they are part of the keys."""
 
@@ -187,6 +216,29 @@ class Merger(Evictor):
         """Changes tokens that stay, and what is remembered (``remembers``,) float32; gives (n,) bool which of them were
         changed, in scratch memory of the enclosing frame. Computes with operations alone: in a dry run it takes its
         scratch and nothing else."""
+        raise NotImplementedError
+
+
+class Tabled(Method):
+    """A method whose codecs may have tables beside the pages, which the first tokens of each sequence decide."""
+
+    queries: ClassVar[int] = 0  # the last ones of a prompt, or of its first chunk, that it wants to see
+
+    def table(self, codec: Codec, numbers: torch.Tensor, q: torch.Tensor, of_keys: bool) -> torch.Tensor:
+        """(kv_heads, codec.side) float32 for keys or values ``numbers`` (kv_heads, n, dim) and queries (m, heads,
+        key_dim)."""
+        raise NotImplementedError
+
+
+class Coder(Tabled):
+    """Codes all tokens of the (first) store but the last ``recent``."""
+
+    bits: ClassVar[int]
+    recent: int
+
+    def codec(self, dim: int, of_keys: bool, as_they_are: int) -> Codec:
+        """How it stores keys or values of ``dim`` features; a number of the cache's own type takes ``as_they_are``
+        bits."""
         raise NotImplementedError
 
 
@@ -262,32 +314,40 @@ class Rest(Method):
 
 
 @dataclass(frozen=True)
-class Demoter(Evictor):
+class Demoter(Evictor, Tabled):
     """An evictor whose tokens are not gone when they leave: they go on in a lower store (:mod:`tightfit.kv.lower`), and
     queries see them there. Layers with a sliding window have none, and keep all that it shows as it is."""
 
     def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
         """How a layer's lower store keeps keys and values; numbers of the cache's own type take ``as_they_are`` bits.
-        If these have fewer features than the layer's, the store's matrices say which (they are zeros when it is
-        made)."""
+        If these have fewer features than the layer's, :meth:`prepare` says which."""
         raise NotImplementedError
+
+    def merges(self, layout: LayerLayout) -> int:
+        """How many neighbouring heads of a layer are one in its lower store: the sum of what they are projected to.
+        They let go of the same tokens."""
+        return 1
+
+    def prepare(self, layer: int, store: LowerStore, known: Known) -> None:
+        """Writes the matrices of a layer's lower store, which has some if it keeps fewer features."""
 
 
 @dataclass(frozen=True)
-class Quantizer(Method):
+class Quantizer(Coder):
     """Codes of few bits for all tokens but the last ``recent`` ones, which stay as they are. ``of`` says whether that
     is for keys, values or both."""
 
     recent: int = 128
     of: str = "both"
 
-    bits: ClassVar[int]
-
     def __post_init__(self) -> None:
         if self.of not in ("both", "keys", "values"):
             raise UsageError(f"{self.name} is not for {self.of!r}", "Use of=keys, of=values or of=both.")
         if self.recent < 0:
             raise UsageError(f"{self.name} cannot leave {self.recent} tokens as they are", "Give recent=0 or more.")
+
+    def codec(self, dim: int, of_keys: bool, as_they_are: int) -> Codec:
+        return Codec(self.bits, dim, per_channel=of_keys)
 
     @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -11,10 +11,9 @@ from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Looking, Pages, Rows, Run
 from tightfit.kv.base import BLOCK, LayerLayout
-from tightfit.kv.cache import place
+from tightfit.kv.cache import numbers, place
 from tightfit.kv.drafts import Drafts
 from tightfit.kv.method import Evictor
-from tightfit.kv.reserved import numbers
 
 
 class Observed:
@@ -37,7 +36,7 @@ class Observed:
         arena: Arena,
     ) -> None:
         self.evictor, self._widths, self._layouts = evictor, widths, layouts
-        self.all = evictor.observes == "all"
+        self.all = evictor.observes != "last"
         # One more than a window has where blocks are full: some are not.
         self.blocks = 1 if self.all or evictor.window == 1 else -(-evictor.window // BLOCK) + 1
         self.since = numbers(arena, sequences, self.blocks)

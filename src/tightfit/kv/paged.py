@@ -21,23 +21,24 @@ import torch
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import TightfitError, UsageError
-from tightfit.kernels import attention, ops, pages
+from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, SegmentLike, Step, Turn, before, check_alone
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, SegmentLike, Step, Turn, Turned, before, check_alone
 from tightfit.kv.beside import Beside
-from tightfit.kv.cache import as_bytes, place
+from tightfit.kv.cache import as_bytes, numbers, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Seen, Structured
+from tightfit.kv.method import Merger, Rater, Seen, Structured, Tabled
 from tightfit.kv.observed import Observed
+from tightfit.kv.rated import Rated
 from tightfit.kv.reading import Encode, Reading
-from tightfit.kv.reserved import Reserved, numbers
+from tightfit.kv.reserved import Reserved
 from tightfit.kv.rest import Resting
 from tightfit.kv.select.selecting import Selecting, Settled, Where
 from tightfit.kv.turning import Turning
@@ -48,10 +49,11 @@ Made = TypeVar("Made")
 @dataclass
 class Held:
     """A step's tokens of one layer on their way through attention: the run of each prefill segment and the place of its
-    first token there, and the queries that look at anchors."""
+    first token there, the queries that look at anchors, and what the tokens are worth (n, kv_heads)."""
 
     runs: list[tuple[Run, int]]
     anchor_q: torch.Tensor | None
+    worth: torch.Tensor | None = None
 
 
 @dataclass
@@ -112,7 +114,11 @@ class PagedCache(BaseCache):
         self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners)
         self._file = -1 if composition.tier is None else composition.tier.open()
         self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
-        before = arena.used
+        prepared = []
+        if isinstance(evictor, Rater):
+            tensors = known.of(evictor)
+            prepared = self._of_owners(lambda layer: evictor.prepare(layer, tensors, arena))
+        before = arena.used  # from here on it is of sequences
         self.tokens = numbers(arena, sequences)
         self.layers = self._of_owners(lambda layer: reserved.pages(layer, arena, dtype, self.tokens, self._file))
         self.reading = (
@@ -126,12 +132,17 @@ class PagedCache(BaseCache):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
         self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena))
         self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
-        self.observed: Observed | None = None
-        if evictor is not None and evictor.observes != "nothing":
-            widths = [size.table_pages * PAGE for size in reserved.sizes]
+        widths = [size.table_pages * PAGE for size in reserved.sizes]
+        self.observed: Observed | None = None  # by what tokens are judged
+        self.rated: Rated | None = None  # the same, where they bring it with them
+        if isinstance(evictor, Rater):
+            common = layouts, widths, self._of_owners, sequences
+            self.observed = self.rated = Rated(evictor, prepared, *common, gemm_dtype, arena)
+        elif evictor is not None and evictor.observes != "nothing":
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
-        self.beside = self._of_owners(lambda layer: self._beside(layer, arena))
+        self.beside = self._of_owners(lambda layer: self._beside(layer, arena, known))
         self._nbytes = arena.used - before
+        self._keep_centroids(known)
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
         self._pruned = [False] * sequences
@@ -161,10 +172,11 @@ class PagedCache(BaseCache):
         assert rotation is not None
         return Turning(self.layers[layer], rotation, self.reserved.sizes[layer].table_pages * PAGE)
 
-    def _beside(self, layer: int, arena: Arena) -> list[Beside]:
+    def _beside(self, layer: int, arena: Arena, known: Known) -> list[Beside]:
         """What queries of a layer see beside its pages."""
         found: list[Beside] = []
-        lower, rest = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file), self.composition.rest
+        lower = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file, known)
+        rest = self.composition.rest
         if lower is not None:
             found.append(lower)
         if rest is not None:
@@ -183,6 +195,17 @@ class PagedCache(BaseCache):
     @property
     def _selections(self) -> list[Selecting]:
         return [found for layer in self.own if (found := self.selecting[layer]) is not None]
+
+    def _keep_centroids(self, known: Known) -> None:
+        """Copies what was fitted into the tables of codecs."""
+        for method, of_keys in ((self.composition.key_codec, True), (self.composition.value_codec, False)):
+            if method is None or method.name not in known.tensors:
+                continue
+            for layer in self.own:
+                kept = self.layers[layer]
+                side, name = (kept.key_side, "keys") if of_keys else (kept.value_side, "values")
+                if side is not None:
+                    side[0] = known.of(method)[f"{name}.{layer}"].flatten(1)
 
     def close(self) -> None:
         if self._file >= 0:
@@ -263,24 +286,22 @@ class PagedCache(BaseCache):
         q_: torch.Tensor | None,
         k_: torch.Tensor | None,
         v: torch.Tensor | None,
-        turn: Turn | None,
+        turn: Turn | Turned | None,
         ws: Workspace,
     ) -> Held:
-        kept, anchor_q = self.layers[layer], None
+        kept, anchor_q, worth = self.layers[layer], None, None
+        if self.rated is not None and q_ is not None and k_ is not None and v is not None:
+            worth = self.rated.rate(layer, step, q_, k_, v, ws)
         if turn is not None and q_ is not None:
-            if turn.anchors is not None and self._anchors(layer):
-                anchor_q = ws.empty(*q_.shape)
-                ops.copy_(anchor_q, q_)
-                attention.rotate_(anchor_q, *turn.anchors, turn.interleaved, ws)
-            attention.rotate_(q_, *turn.tables, turn.interleaved, ws)
-            if k_ is not None:
-                attention.rotate_(k_, *turn.tables, turn.interleaved, ws)
+            anchor_q = turn.apply(q_, k_, self._anchors(layer) > 0, ws)
         shared = self._shared.get(self.owners[layer])
         if k_ is None:
             return Held([(each.run, 0) for each in shared or ()], anchor_q)
         rows = step.vector
         if rows:
             pages.append(kept, Rows(step.places), k_[:rows], None if v is None else v[:rows])
+            if self.rated is not None and worth is not None:
+                self.rated.put(layer, kept, Rows(step.places), worth[:rows])
         runs = []
         for index, (segment, a, b) in enumerate(step.prefills):
             if shared is not None:
@@ -294,7 +315,7 @@ class PagedCache(BaseCache):
             if v is not None:
                 ops.copy_(run.values[:, at : at + b - a], v[a:b].transpose(0, 1))
             runs.append((run, at))
-        return Held(runs, anchor_q)
+        return Held(runs, anchor_q, worth)
 
     def attend_step(
         self, layer: int, step: Step, held: Held, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
@@ -303,8 +324,9 @@ class PagedCache(BaseCache):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
         kept, rows, past = self.layers[layer], step.vector, self.layouts[layer].past
-        observed, beside = self.observed, self.beside[layer]
-        shared, sums = self._shared.get(self.owners[layer]), observed is not None or bool(beside)
+        watching = None if self.rated is not None else self.observed
+        beside = self.beside[layer]
+        shared, sums = self._shared.get(self.owners[layer]), watching is not None or bool(beside)
         if rows:
             if past:
                 check_alone(step)
@@ -319,28 +341,28 @@ class PagedCache(BaseCache):
                 if lse is not None:
                     for each in beside:
                         each.join_rows(which, q[:rows], out[:rows], lse, ws, scoring)
-                if observed is not None and lse is not None and step.tentative:
-                    observed.drafts[layer].put(which, self.tokens, looking, lse, scoring)
+                if watching is not None and lse is not None and step.tentative:
+                    watching.drafts[layer].put(which, self.tokens, looking, lse, scoring)
                     for slot in set(step.places[:rows, 0].tolist()):
                         self._drafting[slot] = True
-                elif observed is not None and lse is not None:
-                    observed.rows(layer, kept, which, looking, lse, ws, scoring)
+                elif watching is not None and lse is not None:
+                    watching.rows(layer, kept, which, looking, lse, ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
-            given = None if shared is None else shared[index].given
+            common = None if shared is None else shared[index]
             if self.reading is None:
-                self._attend_prompt(layer, segment, (a, b), run, at, held, q, out, given, ws, scoring)
+                self._attend_prompt(layer, segment, (a, b), run, at, held, q, out, common, ws, scoring)
                 continue
             if ops.is_dry():  # a stretch may be the whole chunk
                 with ws.frame():
                     part = self._part(layer, run, 0, b - a, ws)
-                    self._attend_prompt(layer, segment, (a, b), part, 0, held, q, out, given, ws, scoring)
+                    self._attend_prompt(layer, segment, (a, b), part, 0, held, q, out, common, ws, scoring)
                 continue
             for first, stop in self.reading.stretches(segment.slot, segment.start, b - a):
                 self.tokens[segment.slot] = segment.start + first
                 stretch = a + first, a + stop
                 with ws.frame():
                     part = self._part(layer, run, first, stop, ws)
-                    self._attend_prompt(layer, segment, stretch, part, 0, held, q, out, given, ws, scoring)
+                    self._attend_prompt(layer, segment, stretch, part, 0, held, q, out, common, ws, scoring)
             self.tokens[segment.slot] = segment.start
 
     def _part(self, layer: int, run: Run, start: int, stop: int, ws: Workspace) -> Run:
@@ -362,17 +384,18 @@ class PagedCache(BaseCache):
         held: Held,
         q: torch.Tensor,
         out: torch.Tensor,
-        given: torch.Tensor | None,
+        common: Shared | None,
         ws: Workspace,
         scoring: Scoring,
     ) -> None:
         """Attention of ``rows`` of a step, which are the tokens from ``at`` on of a run; what the run adds is certain
         then, unless others read it or more of the prompt comes first."""
-        kept, owner, observed, beside = self.layers[layer], self.owners[layer], self.observed, self.beside[layer]
+        kept, owner, beside = self.layers[layer], self.owners[layer], self.beside[layer]
+        watching = None if self.rated is not None else self.observed
         (a, b), slot, past = rows, segment.slot, self.layouts[layer].past
         with ws.frame():
             looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-            lse = ws.empty(b - a, q.shape[1]) if observed is not None or beside else None
+            lse = ws.empty(b - a, q.shape[1]) if watching is not None or beside else None
             bf16 = self.gemm_dtype == torch.bfloat16
             if past:
                 self._attend_before(layer, segment, run, looking, out[a:b], ws, scoring, bf16)
@@ -381,14 +404,17 @@ class PagedCache(BaseCache):
             if lse is not None:
                 for each in beside:
                     each.join(slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
+            held_by: Whole | Shared | None = self._whole or common
+            given = self._received(layer, run.count, ws) if held_by is None else held_by.given
+            if self.rated is not None and held.worth is not None and given is not None:
+                self.rated.put_chunk(kept, slot, at, held.worth[a:b], given)
             if self._whole is not None:
                 self._watch(layer, slot, self._whole, run, at, looking, lse, ws, scoring)
                 return
-            if observed is not None and lse is not None:
-                given = observed.room(layer, run.count, ws) if given is None else given
-                observed.chunk(kept, slot, run, at, looking, lse, given, ws, scoring)
+            if watching is not None and lse is not None and given is not None:
+                watching.chunk(kept, slot, run, at, looking, lse, given, ws, scoring)
             if layer == owner and self.settled:
-                self._choose_channels(layer, slot, run, looking.q)
+                self._look_first(layer, slot, run, looking.q)
             if layer == self._last[owner] and self.settled:
                 whole = segment.stop >= (segment.length or 0)
                 self._settle(owner, slot, run, given, ws, whole)
@@ -528,8 +554,10 @@ class PagedCache(BaseCache):
         drafted, self._drafting[slot] = self._drafting[slot], False
         if drafted or list(path) != list(range(len(path))):
             order = torch.tensor(path, dtype=torch.int32)
-            for kept in self._stores:
-                pages.straighten(kept, slot, order)
+            for layer in self.own:
+                pages.straighten(self.layers[layer], slot, order)
+                if self.rated is not None:
+                    self.rated.straighten(layer, self.layers[layer], slot, order)
             if drafted and path and self.observed is not None:
                 start = int(self.tokens[slot])
                 self.observed.commit_drafts(slot, order, start, self.layers, self._looking, ws)
@@ -565,6 +593,7 @@ class PagedCache(BaseCache):
         wanted = 0 if self.observed is None else self.observed.window
         if self.composition.pruner is not None:
             wanted = max(wanted, self.composition.pruner.window)
+        wanted = max([wanted, *(method.queries for method in self.composition.methods if isinstance(method, Tabled))])
         last = min(wanted, count)
         with ws.frame():
             run = self._new_run(layer, count, ws)
@@ -576,7 +605,7 @@ class PagedCache(BaseCache):
                 yield
             finally:
                 self._whole = None
-            self._choose_channels(layer, segment.slot, run, whole.q)
+            self._look_first(layer, segment.slot, run, whole.q)
             self._settle(layer, segment.slot, run, given, ws)
 
     def _watch(
@@ -604,7 +633,7 @@ class PagedCache(BaseCache):
             if lse is not None:
                 ops.copy_(whole.lse[rows], lse[first:])
         observed, kept = self.observed, self.layers[layer]
-        if observed is None or whole.given is None or lse is None:
+        if observed is None or self.rated is not None or whole.given is None or lse is None:
             return
         if observed.all:
             observed.chunk(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
@@ -613,11 +642,17 @@ class PagedCache(BaseCache):
             last = Looking(whole.q, turned, looking.anchors)
             observed.chunk(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
 
-    def _choose_channels(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
-        """The first queries ``q`` (n, heads, key_dim) of a sequence decide which channels of keys stay."""
-        pruner, channels = self.composition.pruner, self.layers[layer].channels
-        if pruner is not None and channels is not None and not ops.is_dry() and not self._pruned[slot]:
-            channels[slot] = pruner.choose(q, run.keys[:, : run.count])
+    def _look_first(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
+        """The first queries ``q`` (n, heads, key_dim) of a sequence and its first tokens decide which channels of keys
+        stay, and what is in the tables of codecs."""
+        if ops.is_dry() or self._pruned[slot]:
+            return
+        composition, kept, lower = self.composition, self.layers[layer], self.lower[layer]
+        if composition.pruner is not None and kept.channels is not None:
+            kept.channels[slot] = composition.pruner.choose(q, run.keys[:, : run.count])
+        _look_up(kept, slot, composition.key_codec, composition.value_codec, run, q)
+        if lower is not None:
+            _look_up(lower.pages, slot, lower.demoter, lower.demoter, run, q)
 
     def _settle(
         self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace, whole: bool = True
@@ -765,3 +800,16 @@ class PagedCache(BaseCache):
 
 def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:
     return None if x is None else x[start:stop]
+
+
+def _look_up(
+    kept: Pages, slot: int, of_keys: Tabled | None, of_values: Tabled | None, run: Run, q: torch.Tensor
+) -> None:
+    """Fills the tables of codecs that a sequence has for itself."""
+    for codec, side, method, of_run in (
+        (kept.key_codec, kept.key_side, of_keys, run.keys),
+        (kept.value_codec, kept.value_side, of_values, run.values),
+    ):
+        if side is not None and method is not None and not codec.coupled:
+            last = q[len(q) - min(method.queries, len(q)) :]
+            side[slot] = method.table(codec, of_run[:, : run.count], last, of_run is run.keys)

@@ -8,8 +8,8 @@ import torch
 
 from tightfit.budget.ledger import Arena
 from tightfit.errors import UsageError
+from tightfit.kv.cache import numbers
 from tightfit.kv.method import Naming, Read, Reads
-from tightfit.kv.reserved import numbers
 
 Encode = Callable[[str], list[int]]
 

@@ -11,8 +11,9 @@ from tightfit.budget.ledger import Arena
 from tightfit.kernels.pages import PAGE, Codec, Pages
 from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, LayerLayout
-from tightfit.kv.cache import place
+from tightfit.kv.cache import numbers, place, table
 from tightfit.kv.compose import Composition
+from tightfit.kv.fitted import Known
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.method import Demoter
 
@@ -77,7 +78,9 @@ class Reserved:
         """Whether a layer keeps what its window shows, whatever the evictor does elsewhere."""
         return isinstance(self.composition.evictor, Demoter) and self.layouts[layer].window is not None
 
-    def lower(self, layer: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int) -> LowerStore | None:
+    def lower(
+        self, layer: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int, known: Known
+    ) -> LowerStore | None:
         """The lower store of a layer, as :meth:`pages`, if its evictor has one."""
         evictor, layout = self.composition.evictor, self.layouts[layer]
         if not isinstance(evictor, Demoter) or self._all_of_window(layer):
@@ -86,6 +89,7 @@ class Reserved:
         longest = self.context if self.ragged else max(most, PAGE)
         kept = LowerStore(evictor, layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes)
         self.file_bytes = kept.end
+        evictor.prepare(layer, kept, known)
         return kept
 
     @property
@@ -117,8 +121,10 @@ class Reserved:
         heads, as_they_are = layout.kv_heads, 8 * dtype.itemsize
         pruner, key, value = composition.pruner, composition.key_codec, composition.value_codec
         width = layout.key_dim if pruner is None else pruner.kept(layout.key_dim)
-        key_codec = Codec(as_they_are if key is None else key.bits, width, per_channel=True)
-        value_codec = Codec(as_they_are if value is None else value.bits, layout.value_dim, per_channel=False)
+        key_codec, value_codec = (
+            Codec(as_they_are, dim, of_keys) if coder is None else coder.codec(dim, of_keys, as_they_are)
+            for coder, dim, of_keys in ((key, width, True), (value, layout.value_dim, False))
+        )
         dense, coded = (sequences, size.dense_pages, PAGE), (sequences, size.coded_pages)
         keys = place(arena, (*dense, layout.key_dim), dtype)
         shared, listed = layout.shared, (sequences, heads, size.table_pages)
@@ -157,9 +163,6 @@ class Reserved:
             file=file,
             keys_at=keys_at,
             values_at=values_at,
+            key_side=table(arena, key_codec, sequences, heads),
+            value_side=None if shared else table(arena, value_codec, sequences, heads),
         )
-
-
-def numbers(arena: Arena, *shape: int) -> torch.Tensor:
-    """Room for int32 numbers."""
-    return place(arena, shape, torch.int32)

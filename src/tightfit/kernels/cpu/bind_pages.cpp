@@ -27,6 +27,13 @@ using Scores = std::tuple<size_t, float, size_t, float, uintptr_t>;  // heads, s
 // q, anchor_q, anchors, what is chosen and how many for each head, from which token on all is, whether only what is certain
 using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t, uintptr_t, bool>;
 
+using CodecOf = std::tuple<size_t, size_t, size_t, size_t, size_t, size_t, size_t, size_t, size_t>;  // see codec.py
+
+Codec codec_of(const CodecOf& of) {
+    const auto& [bits, dim, per_channel, group, affine, coupled, rank, outliers, wide] = of;
+    return {bits, dim, per_channel != 0, group, affine != 0, coupled, rank, outliers, wide};
+}
+
 template <class T>
 Block<T> block(const Strided& of) {
     return {at<T>(std::get<0>(of)), std::get<1>(of), std::get<2>(of)};
@@ -95,20 +102,20 @@ void tightfit::bind_pages(nb::module_& m) {
         const auto& [kv_heads, from, to] = shape;
         project(block<const float>(x), rows, heads, at<const float>(matrices), kv_heads, from, to, block<float>(out));
     });
-    m.def("page_bytes", [](size_t bits, size_t dim, bool per_channel) { return Codec{bits, dim, per_channel}.page_bytes(); });
+    m.def("page_bytes", [](const CodecOf& of) { return codec_of(of).page_bytes(); });
     nb::class_<Pages>(m, "Pages")
         .def(nb::new_([](const std::string& kind, const std::tuple<size_t, size_t, size_t, size_t>& sizes,
-                         const std::tuple<size_t, size_t, size_t>& pages, const std::tuple<size_t, size_t, size_t>& codes,
+                         const std::tuple<size_t, size_t, size_t>& pages, const std::tuple<CodecOf, CodecOf>& codecs,
                          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& stores,
                          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& lists,
                          uintptr_t tokens, uintptr_t positions, uintptr_t channels, uintptr_t bounds,
-                         const std::tuple<int, size_t, size_t>& file) {
+                         const std::tuple<int, size_t, size_t>& file,
+                         const std::tuple<uintptr_t, size_t, uintptr_t, size_t>& sides) {
             Pages p{};
             p.kind = kind == "f32" ? Kind::f32 : kind == "f16" ? Kind::f16 : Kind::bf16;
             std::tie(p.sequences, p.kv_heads, p.key_dim, p.value_dim) = sizes;
             std::tie(p.table_pages, p.dense_pages, p.coded_pages) = pages;
-            const auto& [key_bits, value_bits, width] = codes;
-            p.key_codec = {key_bits, width, true}, p.value_codec = {value_bits, p.value_dim, false};
+            p.key_codec = codec_of(std::get<0>(codecs)), p.value_codec = codec_of(std::get<1>(codecs));
             p.keys = at<uint8_t>(std::get<0>(stores)), p.values = at<uint8_t>(std::get<1>(stores));
             p.coded_keys = at<uint8_t>(std::get<2>(stores)), p.coded_values = at<uint8_t>(std::get<3>(stores));
             p.table = at<int32_t>(std::get<0>(lists)), p.lengths = at<int32_t>(std::get<1>(lists));
@@ -118,6 +125,8 @@ void tightfit::bind_pages(nb::module_& m) {
             p.tokens = at<const int32_t>(tokens), p.positions = at<const int32_t>(positions);
             p.channels = at<const int32_t>(channels), p.bounds = at<uint8_t>(bounds);
             std::tie(p.file, p.keys_at, p.values_at) = file;
+            p.key_side = at<const float>(std::get<0>(sides)), p.key_tables = std::get<1>(sides);
+            p.value_side = at<const float>(std::get<2>(sides)), p.value_tables = std::get<3>(sides);
             return p;
         }))
         .def("append", [](const Pages& p, const Ragged& places, size_t count, const Strided& k, const Strided& v,

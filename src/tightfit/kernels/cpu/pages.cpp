@@ -38,6 +38,12 @@ struct Head {
         return p.channels ? p.channels + index * p.key_codec.dim : nullptr;
     }
 
+    const float* key_side() const { return side(p.key_side, p.key_codec, p.key_tables); }
+    const float* value_side() const { return side(p.value_side, p.value_codec, p.value_tables); }
+    const float* side(const float* tables, const Codec& codec, size_t count) const {
+        return tables ? tables + (sequence % count * p.kv_heads + head) * codec.side() : nullptr;
+    }
+
     uint8_t* dense(uint8_t* base, size_t dim, int32_t page) const {
         return base + (sequence * p.dense_pages + static_cast<size_t>(page)) * dense_bytes(p, dim);
     }
@@ -61,6 +67,7 @@ struct Head {
     HeadCache made_pages(bool in_file) const {
         HeadCache cache{p.kind, nullptr, nullptr, 1, p.key_codec.dim, p.value_dim, p.value_dim};
         cache.coded = true, cache.key_codec = p.key_codec, cache.value_codec = p.value_codec;
+        cache.key_side = key_side(), cache.value_side = value_side();
         cache.table = table();
         if (in_file) {
             cache.file = p.file, cache.keys_at = keys_in_file(0), cache.values_at = values_in_file(0);
@@ -327,8 +334,8 @@ void load_page(const Head& head, size_t j, PageBuffer& buffer) {
     }
     const size_t width = p.key_codec.dim;
     float* out = p.channels ? buffer.pruned : buffer.keys;
-    k.decode(p.key_codec, p.kind, keys, out);
-    if (!p.shared()) k.decode(p.value_codec, p.kind, values, buffer.values);
+    k.decode(p.key_codec, p.kind, keys, head.key_side(), out);
+    if (!p.shared()) k.decode(p.value_codec, p.kind, values, head.value_side(), buffer.values);
     if (!p.channels) return;
     std::fill(buffer.keys, buffer.keys + PAGE * p.key_dim, 0.0f);
     for (size_t t = 0; t < PAGE; t++)
@@ -371,9 +378,9 @@ void store_page(const Head& head, size_t j, Where place, PageBuffer& buffer, siz
         keys = buffer.pruned;
     }
     const bool coded = place == Where::coded;
-    k.encode(p.key_codec, p.kind, keys, coded ? head.code(p.coded_keys, p.key_codec, page) : buffer.stored_keys);
+    k.encode(p.key_codec, p.kind, keys, head.key_side(), coded ? head.code(p.coded_keys, p.key_codec, page) : buffer.stored_keys);
     if (!p.shared())
-        k.encode(p.value_codec, p.kind, buffer.values,
+        k.encode(p.value_codec, p.kind, buffer.values, head.value_side(),
                  coded ? head.code(p.coded_values, p.value_codec, page) : buffer.stored_values);
     if (coded) return;
     write_at(p.file, buffer.stored_keys, p.key_codec.page_bytes(), head.keys_in_file(j));

@@ -17,17 +17,31 @@ constexpr size_t CODE_GROUP = 32;   // channels of a value that share a scale
 //
 // A page is 32 rows of codes, one for each token, then its scales, then its minima: of keys one for each channel, of values
 // one for each token and group of 32 channels, token by token.
+//
+// Other codecs store more, or something else, with a table of numbers beside the pages: see codec.py, and codecs.h.
 struct Codec {
     size_t bits = 16, dim = 0;
     bool per_channel = false;
+    size_t group = CODE_GROUP;
+    bool affine = false;
+    size_t coupled = 0, rank = 0, outliers = 0, wide = 2;
 
     bool dense() const { return bits >= 16; }
-    size_t row_bytes() const { return dense() ? dim * bits / 8 : (dim * bits + 7) / 8; }
-    size_t groups() const { return (dim + CODE_GROUP - 1) / CODE_GROUP; }
-    size_t scales() const { return dense() ? 0 : per_channel ? dim : PAGE * groups(); }
-    size_t page_bytes() const { return round_up(PAGE * row_bytes() + 2 * scales() * sizeof(F16), 64); }
+    // Whether a number is its code, scale and minimum, and nothing else.
+    bool plain() const { return !affine && !coupled && !rank && !outliers && group == CODE_GROUP; }
+    size_t codes() const { return coupled ? dim / coupled : dim; }
+    size_t row_bytes() const { return (codes() * bits + 7) / 8; }
+    size_t groups() const { return (dim + group - 1) / group; }
+    size_t scales() const { return dense() || coupled ? 0 : per_channel ? dim : PAGE * groups(); }
+    size_t side() const { return coupled ? dim << bits : (2 * affine + rank) * dim; }
+    size_t page_bytes() const {
+        const size_t more = PAGE * rank * sizeof(F16) + (sizeof(uint16_t) + wide) * outliers;
+        return round_up(PAGE * row_bytes() + 2 * scales() * sizeof(F16) + more, 64);
+    }
     const F16* scales_of(const uint8_t* page) const { return reinterpret_cast<const F16*>(page + PAGE * row_bytes()); }
     const F16* minima_of(const uint8_t* page) const { return scales_of(page) + scales(); }
+    const uint8_t* parts_of(const uint8_t* page) const { return page + PAGE * row_bytes() + 2 * scales() * sizeof(F16); }
+    const uint8_t* outliers_of(const uint8_t* page) const { return parts_of(page) + PAGE * rank * sizeof(F16); }
 };
 
 // Keys and values of one sequence and key-value head that are stored alike. Token i lies in slot i % slots, or with a
@@ -44,6 +58,7 @@ struct HeadCache {
     size_t committed = 0;
     bool coded = false;  // whether the pages are, by these codecs
     Codec key_codec{}, value_codec{};
+    const float *key_side = nullptr, *value_side = nullptr;  // tables of these
     int file = -1;  // where the pages are on the disk: at keys_at and values_at the first, one behind the other
     size_t keys_at = 0, values_at = 0;
 
@@ -87,6 +102,8 @@ struct Pages {
     uint8_t* bounds;                     // (sequences, kv_heads, table_pages, 2, key_dim) like dense pages, or null
     int file = -1;
     size_t keys_at = 0, values_at = 0;   // in it
+    const float *key_side, *value_side;  // tables of codecs (kv_heads, side)
+    size_t key_tables, value_tables;     // how many of these: one for each sequence, or one
 
     bool shared() const { return values == keys; }
     bool has_codes() const { return coded_keys != nullptr; }
