@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +42,7 @@ from tightfit.kv.reading import Encode, Reading
 from tightfit.kv.reserved import Reserved
 from tightfit.kv.rest import Resting
 from tightfit.kv.select.selecting import Selecting, Settled, Where
-from tightfit.kv.turning import Turning
+from tightfit.kv.turning import Turning, stand
 
 Made = TypeVar("Made")
 
@@ -235,18 +236,7 @@ class PagedCache(BaseCache):
     def standing(self, step: Step, positions: torch.Tensor) -> torch.Tensor:
         if not self.turning or self.reading is None or not isinstance(self.evictor, Structured):
             return positions
-        positions = positions.clone()
-        for segment, (a, b) in zip(step.segments, step.ranges, strict=True):
-            kept = self.layers[0]
-            assert kept.positions is not None
-            listed = kept.positions[segment.slot, 0, : int(kept.lengths[segment.slot, 0])].long()
-            for first, stop in self.reading.stretches(segment.slot, segment.start, b - a):
-                positions[a + first : a + stop] = len(listed) + torch.arange(stop - first)
-                tokens = segment.start + stop
-                listed = torch.cat([listed, torch.arange(segment.start + first, tokens)])
-                stays = self.evictor.stays(self.reading.seen(segment.slot, tokens))
-                listed = listed[stays[listed]][-self.reserved.limit(0, tokens) :]
-        return positions
+        return stand(self.layers[0], self.reading, self.evictor, partial(self.reserved.limit, 0), step, positions)
 
     # ---- a step ----
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import attention, ops
 from tightfit.kernels.pages import Pages, Run
-from tightfit.kv.base import Rotation
+from tightfit.kv.base import Rotation, Step
 from tightfit.kv.merge.tokens import TokensAt
+from tightfit.kv.method import Structured
+from tightfit.kv.reading import Reading
 
 
 class Turning:
@@ -49,3 +53,27 @@ class Turning:
                 if turned is not None:
                     ops.copy_(of_run[head, at : at + count], turned)
             at, moved = at + count, moved[count:]
+
+
+def stand(
+    kept: Pages,
+    reading: Reading,
+    evictor: Structured,
+    limit: Callable[[int], int],
+    step: Step,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Where the tokens of a step stand, which come at ``positions`` (tokens,): right behind what is kept then, of so
+    many tokens as ``limit`` says of those that came."""
+    assert kept.positions is not None
+    found = positions.clone()
+    for segment, (a, b) in zip(step.segments, step.ranges, strict=True):
+        slot = segment.slot
+        listed = kept.positions[slot, 0, : int(kept.lengths[slot, 0])].long()
+        for first, stop in reading.stretches(slot, segment.start, b - a):
+            found[a + first : a + stop] = len(listed) + torch.arange(stop - first)
+            tokens = segment.start + stop
+            listed = torch.cat([listed, torch.arange(segment.start + first, tokens)])
+            stays = evictor.stays(reading.seen(slot, tokens))
+            listed = listed[stays[listed]][-limit(tokens) :]
+    return found

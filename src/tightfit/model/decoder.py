@@ -180,20 +180,32 @@ class Decoder:
             for layers, again in self.spec.stretches:
                 passes = self._passes(batch) if again else 1
                 with ws.frame():
-                    before = ws.empty(*x.shape) if passes > 1 else x
-                    for count in range(passes, 0, -1):
-                        if passes > 1:
-                            source, target = (x, before) if count == passes else (before, x)
-                            ops.copy_(target, source)
-                        with cache.provisional(count > 1):
-                            for index in layers:
-                                with self.weights.layer(index) as weights:
-                                    layer = self.spec.layers[index]
-                                    self._layer(index, layer, weights, x, batch, cache, ropes, ws)
+                    entered = x
+                    if passes > 1:
+                        entered = ws.empty(*x.shape)
+                        ops.copy_(entered, x)
+                    for left in range(passes - 1, -1, -1):
+                        with cache.provisional(left > 0):
+                            self._stretch(layers, x, batch, cache, ropes, ws)
+                        if left:
+                            ops.copy_(x, entered)
+
+    def _stretch(
+        self,
+        layers: range,
+        x: torch.Tensor,
+        batch: Batch,
+        cache: BaseCache,
+        ropes: dict[RopeSpec, Tables],
+        ws: Workspace,
+    ) -> None:
+        for index in layers:
+            with self.weights.layer(index) as weights:
+                self._layer(index, self.spec.layers[index], weights, x, batch, cache, ropes, ws)
 
     def _passes(self, batch: Batch) -> int:
-        """How often layers that read a later one are computed: a token needs no more passes than there are tokens
-        before it in its chunk, and what decodes finds all that it reads."""
+        """How often layers that read a later one are computed: after as many passes as a chunk has tokens nothing
+        changes any more, and what decodes finds all that it reads."""
         longest = max((stop - start for _, start, stop in batch.prefills), default=1)
         return longest if self.spec.passes is None else min(longest, self.spec.passes)
 
