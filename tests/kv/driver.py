@@ -12,6 +12,7 @@ from tests.parity.harness import ROOM, make, save
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from tightfit.budget.ledger import Arena, Workspace
+from tightfit.catalog import spec_string
 from tightfit.checkpoints.checkpoint import open_checkpoint
 from tightfit.checkpoints.config import Config
 from tightfit.engine.engine import Engine
@@ -22,7 +23,7 @@ from tightfit.kernels.pages import Pages
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.cache import Cache
 from tightfit.kv.compose import Composition, compose
-from tightfit.kv.fitted import NOTHING, Known
+from tightfit.kv.fitted import NOTHING, Findings, Known
 from tightfit.kv.make import cache_of
 from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Batch, Segment
@@ -93,15 +94,17 @@ class Tiny:
     def encode(self, text: str) -> list[int]:
         return [ord(letter) % self.spec.vocab_size for letter in text]
 
+    def findings(self, kv: str) -> Findings:
+        """What the first method of ``kv`` that must know something of the model finds in a text of random tokens."""
+        method = compose(kv).fitted[0]
+        cache = Cache(cache_layouts(self.spec, 512, 64), 1, self.dtype, Arena(ROOM), self.dtype, 64)
+        engine = Engine(self.decoder, cache, Workspace(Arena(ROOM)), 512, 64, 1)
+        observed = Observing(engine, "tiny", self.tokens(600, seed=9), self.encode, ROOM)
+        return method.fit(observed, lambda done, total: None)
+
     def known(self, kv: str) -> Known:
-        """What the methods of ``kv`` must know of the model, found with a text of random tokens."""
-        tokens, found = self.tokens(600, seed=9), {}
-        for method in compose(kv).fitted:
-            cache = Cache(cache_layouts(self.spec, 512, 64), 1, self.dtype, Arena(ROOM), self.dtype, 64)
-            engine = Engine(self.decoder, cache, Workspace(Arena(ROOM)), 512, 64, 1)
-            observed = Observing(engine, "tiny", tokens, self.encode, ROOM)
-            found[method.name] = method.fit(observed, lambda done, total: None).tensors
-        return Known(tensors=found)
+        """What the methods of ``kv`` must know of the model."""
+        return Known(tensors={method.name: self.findings(spec_string(method)).tensors for method in compose(kv).fitted})
 
     def run(self, kv: str | Composition, **settings: Any) -> Run:
         return Run(self, kv, **settings)

@@ -13,6 +13,10 @@ SETTINGS = {
     "h2o": "h2o(keep=72,recent=0.25)",
     "snapkv": "snapkv(keep=70,window=12)",
     "d2o": "d2o(keep=70,recent=0.25)",
+    "kvmerger": "kvmerger(keep=70)",
+    "elastic": "elastic(keep=70,offset=12)",
+    "ems": "ems(keep=70,window=12,threshold=0.2)",
+    "less": "less(rank=4,hidden=16)",
     "tova": "tova(keep=70)",
     "scissorhands": "scissorhands(keep=70,recent=16,window=40)",
     "corm": "corm(keep=70,window=24)",
@@ -47,6 +51,7 @@ REFUSED: dict[str, set[str]] = {
 METHODS = [SETTINGS.get(entry.name, entry.name) for entry in all_techniques() if entry.seam == "kv"]
 DEFINED = [spec for spec in METHODS if spec.partition("(")[0] in KNOWN]  # those that the slow reference defines
 OTHERS = [spec for spec in METHODS if spec not in DEFINED]
+OTHERS.append("less(rank=4,hidden=16)+h2o(keep=72,recent=0.25)")  # alone it has nothing to do
 
 
 def refused(*specs: str) -> bool:

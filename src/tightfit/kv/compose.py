@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +17,8 @@ from tightfit.kv.offload.host import Host
 from tightfit.kv.share.kvsharer import KVSharer
 
 if TYPE_CHECKING:
+    import torch
+
     from tightfit.kv.base import LayerLayout
 
 EXACT = "none"  # the spec string of a cache that keeps everything as it is
@@ -85,6 +87,15 @@ class Composition:
     def recent(self) -> int:
         """How many of the last tokens are neither coded nor pruned."""
         return max([m.recent for m in self.methods if isinstance(m, Coder | ThinK)], default=0)
+
+    def with_found(self, known: Known, keep: Callable[[torch.Tensor], torch.Tensor]) -> Composition:
+        """The same composition, where methods that compute with what was found have it, as ``keep`` gives it."""
+        methods = []
+        for method in self.methods:
+            if isinstance(method, Fitted) and method.computes:
+                method = method.with_found({name: keep(tensor) for name, tensor in known.of(method).items()})
+            methods.append(method)
+        return Composition(tuple(methods))
 
     def check(self, layouts: Sequence[LayerLayout]) -> None:
         """Raises UsageError if a layer cannot use a method."""

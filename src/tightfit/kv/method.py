@@ -70,8 +70,12 @@ class Seen:
     together over them and over the heads of its group as the evictor's ``fold`` says; ``positions`` (kv_heads, n)
     int32; ``counts`` of the n are there in each head. With each query that was observed, from position ``since`` on,
     ``groups`` heads look at a token. ``tokens`` came so far, of which the first ``prompt`` are not generated: they are
-    of the last prompt, or came before it. Tokens are in the order of their positions. What they are is ``read`` for
-    methods that go by that.
+    of the last prompt, or came before it. Tokens are in the order of their positions.
+
+    ``keep`` of each head stay, on average; no query sees positions up to ``horizon`` any more. Where both kinds of
+    queries are observed, ``mass`` is from all of them, and ``lately`` (kv_heads, n) from the last ones, those from
+    ``since`` on. ``alike`` (kv_heads, n) float32 is the cosine of each key and the one before it, 0 for the first,
+    where a merger ``compares``. ``read`` is what the tokens are, for methods that go by that.
     """
 
     mass: torch.Tensor
@@ -81,6 +85,10 @@ class Seen:
     since: int
     tokens: int
     prompt: int
+    keep: int
+    horizon: int
+    lately: torch.Tensor | None
+    alike: torch.Tensor | None
     read: Read | None = None
 
 
@@ -102,7 +110,7 @@ class Evictor(Method):
     budget: str = "uniform"
 
     roles: ClassVar[tuple[str, ...]] = ("tokens",)
-    observes: ClassVar[str] = "nothing"  # "all" queries, or the "last" ones, `window` of them
+    observes: ClassVar[str] = "nothing"  # "all" queries, the "last" ones, `window` of them, or "both"
     window: ClassVar[int] = 0
     # How what queries give to a token is put together: its "sum", the "max" that one of them gives, or the "votes": how
     # many give it at least what they would if they looked alike at all tokens that came.
@@ -202,17 +210,38 @@ class Leaving(Protocol):
     @property
     def count(self) -> int: ...
 
+    @property
+    def places(self) -> torch.Tensor:
+        """(n,) int64, ascending: which of the head's tokens they are."""
+
+    def only(self, which: torch.Tensor) -> Leaving:
+        """Those of them that ``which`` (m,) int64 names, ascending."""
+
     def blocks(self) -> Iterator[Tokens]:
         """All of them, in order, some at a time, in scratch memory until the next ones are asked for."""
 
 
+class Judged(NamedTuple):
+    """The tokens of one head as :class:`Seen` had them, (n,) each, after they were judged."""
+
+    stays: torch.Tensor  # (m,) int64, ascending: the places among them of those that stay
+    positions: torch.Tensor
+    mass: torch.Tensor
+    alike: torch.Tensor | None
+    decoding: bool  # they were judged between two tokens that decode, not as part of a prompt
+
+
 @dataclass(frozen=True)
 class Merger(Evictor):
-    """An evictor that puts something of the tokens that are let go of into those that stay."""
+    """An evictor that puts something of the tokens that are let go of into those that stay. It may leave in the arrays
+    of :class:`Seen` what it wants to know again when it merges."""
 
     remembers: ClassVar[int] = 0  # numbers of each layer, sequence and head; they are NaN when a sequence begins
+    compares: ClassVar[bool] = False  # neighbouring keys, when it judges
 
-    def merge(self, staying_: Tokens, leaving: Leaving, memory_: torch.Tensor, ws: Workspace) -> torch.Tensor:
+    def merge(
+        self, staying_: Tokens, leaving: Leaving, judged: Judged, memory_: torch.Tensor, ws: Workspace
+    ) -> torch.Tensor:
         """Changes tokens that stay, and what is remembered (``remembers``,) float32; gives (n,) bool which of them were
         changed, in scratch memory of the enclosing frame. Computes with operations alone: in a dry run it takes its
         scratch and nothing else."""

@@ -96,6 +96,7 @@ class PagedCache(BaseCache):
         known: Known = NOTHING,
     ) -> None:
         composition.check(layouts)
+        composition = composition.with_found(known, lambda found: _placed(found, arena))
         self.layouts = layouts
         self.owners = list(range(len(layouts)) if known.owners is None else known.owners)
         self._last = {owner: layer for layer, owner in enumerate(self.owners)}  # the last one that reads an owner's
@@ -537,7 +538,7 @@ class PagedCache(BaseCache):
                 os.pwritev(self._file, [page], part.at)
             else:
                 get(part)
-        self.tokens[slot] = stop
+        self.tokens[slot] = self.prompts[slot] = stop
         self._begun[slot] = self._pruned[slot] = True
 
     def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
@@ -626,11 +627,11 @@ class PagedCache(BaseCache):
         if observed is None or self.rated is not None or whole.given is None or lse is None:
             return
         if observed.all:
-            observed.chunk(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
-        elif at + count == total:
+            observed.everything(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
+        if observed.last and at + count == total:
             turned = None if looking.anchor_q is None else whole.anchor_q
             last = Looking(whole.q, turned, looking.anchors)
-            observed.chunk(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
+            observed.lately(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
 
     def _look_first(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
         """The first queries ``q`` (n, heads, key_dim) of a sequence and its first tokens decide which channels of keys
@@ -664,7 +665,7 @@ class PagedCache(BaseCache):
                 self.turning[layer].take_most(slot, run, ws)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
-            for each in self.beside[layer]:
+            for each in self.beside[layer] if ops.is_dry() else ():
                 each.take_most(slot, kept, run, ws)
             keep(run)
             if selecting is not None:
@@ -687,18 +688,19 @@ class PagedCache(BaseCache):
         too_old = window is not None and oldest <= tokens - window
         too_many = sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit
         if too_old or too_many or (self.evictor is not None and self.evictor.selective):
-            mass, since = torch.zeros(positions.shape), 0
+            alike = self.merging[layer].compare(slot, run, counts, ws) if self.merging else None
+            mass, lately, since = torch.zeros(positions.shape), None, 0
             if self.observed is not None and given is not None:
-                mass, since = self.observed.judged(slot, given, tokens, run.count)
+                mass, lately, since = self.observed.judged(slot, given, tokens, run.count)
             prompt = tokens if run.count else int(self.prompts[slot])
-            indices, left = self._judge(layer, slot, mass, positions, counts, since, tokens, prompt, limit)
+            seen = self._seen(layer, slot, positions, counts, (since, tokens, prompt, limit), (mass, lately, alike))
+            indices, left = self._judge(layer, seen)
             listed = indices
-            horizon = -1 if window is None else tokens - window  # what no query sees any more does not count any more
             with self._writing():
-                for each in self.beside[layer]:
-                    each.take(slot, kept, run, indices, left, positions > horizon, ws)
+                for each in self.beside[layer]:  # what no query sees any more does not count any more
+                    each.take(slot, kept, run, indices, left, positions > seen.horizon, ws)
             if self.merging:
-                listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
+                listed = self.merging[layer].merge(slot, run, (indices, left), seen, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
             if self.turning:
                 listed = self.turning[layer].turn(slot, run, indices, left, ws)
@@ -742,7 +744,9 @@ class PagedCache(BaseCache):
             mass = torch.zeros(layout.kv_heads, width)
             positions = torch.arange(width, dtype=torch.int32).clamp(max=self.context - 1).repeat(layout.kv_heads, 1)
             limit = self.reserved.limit(layer, width)
-            self._judge(layer, 0, mass, positions, [width] * layout.kv_heads, 0, width, width, limit)
+            counts = [width] * layout.kv_heads
+            arrays = mass, mass.clone(), torch.zeros(positions.shape)
+            self._judge(layer, self._seen(layer, 0, positions, counts, (0, width, width, limit), arrays))
 
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
@@ -754,37 +758,41 @@ class PagedCache(BaseCache):
             return Run(keys, keys[..., : layout.value_dim], count)
         return Run(keys, ws.empty(layout.kv_heads, slots, layout.value_dim, dtype=self.dtype), count)
 
-    def _judge(
+    def _seen(
         self,
         layer: int,
         slot: int,
-        mass: torch.Tensor,
         positions: torch.Tensor,
         counts: list[int],
-        since: int,
-        tokens: int,
-        prompt: int,
-        limit: int,
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
-        evictor, window = self.evictor, self.layouts[layer].window
-        width = max(counts)
+        numbers: tuple[int, int, int, int],
+        arrays: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    ) -> Seen:
+        """What a layer's tokens are judged by; ``numbers``: where the queries that judge begin, and how many tokens
+        came, came with prompts, and stay; ``arrays``: ``mass``, ``lately`` and ``alike``."""
+        (since, tokens, prompt, limit), layout, width = numbers, self.layouts[layer], max(counts)
         positions = positions[:, :width]
+        groups = layout.heads // layout.kv_heads * self.owners.count(layer)
+        horizon = -1 if layout.window is None else tokens - layout.window
+        mass, lately, alike = (None if array is None else array[:, :width] for array in arrays)
+        assert mass is not None
         read = None if self.reading is None else self.reading.seen(slot, tokens)
+        return Seen(mass, positions, counts, groups, since, tokens, prompt, limit, horizon, lately, alike, read)
+
+    def _judge(self, layer: int, seen: Seen) -> tuple[torch.Tensor, list[int]]:
+        """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
+        evictor, window, limit = self.evictor, self.layouts[layer].window, seen.keep
         if evictor is None:
-            scores = positions.float()
+            scores = seen.positions.float()
         else:
-            groups = self.layouts[layer].heads // self.layouts[layer].kv_heads * self.owners.count(layer)
-            scores = evictor.scores(Seen(mass[:, :width], positions, counts, groups, since, tokens, prompt, read))
+            scores = evictor.scores(seen).clone()  # what it was given is left to mergers
             first, last = evictor.protected(limit)
             if window is not None:  # which hides the first tokens sooner or later
                 first, last = 0, first + last
-            for head, count in enumerate(counts):
+            for head, count in enumerate(seen.counts):
                 scores[head, : min(first, count)] = torch.inf
                 scores[head, max(count - last, 0) : count] = torch.inf
-        if window is not None:
-            scores = scores.masked_fill(positions <= tokens - window, -torch.inf)
-        indices, kept = budgets.choose(scores, counts, limit, "uniform" if evictor is None else evictor.budget)
+        scores = scores.masked_fill(seen.positions <= seen.horizon, -torch.inf)
+        indices, kept = budgets.choose(scores, seen.counts, limit, "uniform" if evictor is None else evictor.budget)
         return indices, kept.tolist()
 
 
@@ -803,3 +811,9 @@ def _look_up(
         if side is not None and method is not None and not codec.coupled:
             last = q[len(q) - min(method.queries, len(q)) :]
             side[slot] = method.table(codec, of_run[:, : run.count], last, of_run is run.keys)
+
+
+def _placed(x: torch.Tensor, arena: Arena) -> torch.Tensor:
+    placed = place(arena, tuple(x.shape), x.dtype)
+    placed.copy_(x)
+    return placed
