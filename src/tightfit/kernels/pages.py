@@ -206,7 +206,12 @@ class Run:
     count: int
 
     def arguments(self) -> tuple[int, int, int, int]:
-        return self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[1], self.count
+        slots = self.keys.stride(0) // self.keys.shape[2]
+        return self.keys.data_ptr(), self.values.data_ptr(), slots, self.count
+
+    def part(self, start: int, stop: int) -> Run:
+        """Some of its tokens."""
+        return Run(self.keys[:, start:], self.values[:, start:], stop - start)
 
 
 class Rows(NamedTuple):

@@ -12,7 +12,7 @@ from tightfit.errors import UsageError
 from tightfit.kv.fitted import Fitted, Known, known_for
 from tightfit.kv.lowrank.projector import Projector
 from tightfit.kv.lowrank.think import ThinK
-from tightfit.kv.method import Coder, Evictor, Method, Rest, Selector, Tier
+from tightfit.kv.method import Coder, Evictor, Method, Reads, Rest, Selector, Tier
 from tightfit.kv.share.kvsharer import KVSharer
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ class Composition:
         return self._only(Rest)
 
     @property
+    def reads(self) -> Reads | None:
+        """The one that goes by what tokens there are."""
+        return self._only(Reads)
+
+    @property
     def fitted(self) -> list[Fitted]:
         """Those that must know something of a model."""
         return [method for method in self.methods if isinstance(method, Fitted)]
@@ -96,6 +101,9 @@ class Composition:
         for method in self.methods:
             for layout in layouts:
                 reason = method.refusal(layout)
+                judges = isinstance(method, Evictor) and method.observes != "nothing"
+                if reason is None and layout.past and (judges or isinstance(method, Rest)):
+                    reason = "its tokens do not see themselves, and what they see is not observed then"
                 if reason is not None:
                     raise UsageError(f"this model cannot use {method.name}: {reason}", "Leave it out.")
 
@@ -143,6 +151,16 @@ def fitted(text: str) -> Fitted:
     return found[0]
 
 
-def known_of(kv: str, name: str, fingerprint: str, layers: int) -> Known:
-    """What the methods of ``kv`` know of the model ``name``. Raises CheckpointError if that was never looked for."""
-    return known_for(compose(kv).methods, name, fingerprint, layers)
+def known_of(kv: str, name: str, fingerprint: str, owners: list[int]) -> Known:
+    """What the methods of ``kv`` know of the model ``name``, whose layers were trained to read the keys and values of
+    ``owners``. Raises CheckpointError if that was never looked for, UsageError where layers would share twice."""
+    composition = compose(kv)
+    if owners == list(range(len(owners))):
+        return known_for(composition.methods, name, fingerprint, len(owners))
+    if composition.fitted:
+        method = composition.fitted[0].name
+        raise UsageError(
+            f"layers of {name} were trained to read what others keep, and {method} is not fitted to such",
+            f"Leave {method} out.",
+        )
+    return Known(owners)

@@ -49,6 +49,27 @@ class Method:
         return (self,)
 
 
+class Reads(Method):
+    """A method that goes by what tokens there are: they are told to the cache, and it acts at each with which something
+    ends, not at every 32. So no token can be tentative beside others."""
+
+    marks: ClassVar[tuple[str, ...]]  # settings that name tokens: texts of one token each, or #NUMBER, with | between
+
+    def ends(self, marks: Mapping[str, frozenset[int]], token: int) -> bool:
+        """Whether tokens are let go of when this one is certain."""
+        return False
+
+
+class Naming(Reads):
+    """A method that reads in the text which tokens the next ones see."""
+
+    tokens: int
+
+    def named(self, read: Read) -> tuple[list[int], int] | None:
+        """The places that the last token sees, ascending, and from which one on it sees all; None where that is all."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Seen:
     """What an evictor may judge tokens by, of one layer and sequence.
@@ -62,7 +83,7 @@ class Seen:
     ``keep`` of each head stay, on average; no query sees positions up to ``horizon`` any more. Where both kinds of
     queries are observed, ``mass`` is from all of them, and ``lately`` (kv_heads, n) from the last ones, those from
     ``since`` on. ``alike`` (kv_heads, n) float32 is the cosine of each key and the one before it, 0 for the first,
-    where a merger ``compares``.
+    where a merger ``compares``. ``read`` is what the tokens are, for methods that go by that.
     """
 
     mass: torch.Tensor
@@ -76,6 +97,15 @@ class Seen:
     horizon: int
     lately: torch.Tensor | None
     alike: torch.Tensor | None
+    read: Read | None = None
+
+
+class Read(NamedTuple):
+    """``ids`` (tokens,) int32 of all tokens that came; ``marks`` are those that a method looks for, by the names of its
+    settings."""
+
+    ids: torch.Tensor
+    marks: Mapping[str, frozenset[int]]
 
 
 @dataclass(frozen=True)
@@ -118,6 +148,34 @@ class Evictor(Method):
         """(kv_heads, n) float32: those with the highest stay, and none with minus infinity. It may write to
         ``seen.mass``."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Structured(Evictor, Reads):
+    """An evictor that keeps tokens for what they are; ``keep`` is the most, then the oldest go."""
+
+    selective: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.budget != "uniform":
+            raise UsageError(
+                f"{self.name} has no scores that budget={self.budget} could go by", "Leave the budget out."
+            )
+        super().__post_init__()
+
+    @property
+    def reuses(self) -> bool:
+        """Whether what comes next stands right behind what is kept, and that is turned to where it then stands."""
+        return False
+
+    def stays(self, read: Read) -> torch.Tensor:
+        """(tokens,) bool: which of all tokens that came may be kept."""
+        raise NotImplementedError
+
+    def scores(self, seen: Seen) -> torch.Tensor:
+        assert seen.read is not None
+        stays = self.stays(seen.read)[seen.positions.long()]
+        return seen.positions.float().masked_fill(~stays, -math.inf)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Counts, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn, Turned
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, SegmentLike, Step, Turn, Turned, before, check_alone
 from tightfit.kv.beside import Beside
 from tightfit.kv.cache import as_bytes, numbers, place
 from tightfit.kv.compose import Composition
@@ -34,12 +35,14 @@ from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Rater, Seen, Tabled
+from tightfit.kv.method import Merger, Rater, Seen, Structured, Tabled
 from tightfit.kv.observed import Observed
 from tightfit.kv.rated import Rated
+from tightfit.kv.reading import Encode, Reading
 from tightfit.kv.reserved import Reserved
 from tightfit.kv.rest import Resting
 from tightfit.kv.select.selecting import Selecting, Settled, Where
+from tightfit.kv.turning import Turning, stand
 
 Made = TypeVar("Made")
 
@@ -105,6 +108,11 @@ class PagedCache(BaseCache):
         self.tail = tail
         self.evictor = evictor = composition.evictor
         self.anchors = 0 if evictor is None else evictor.anchors
+        if isinstance(evictor, Structured) and self.own != list(range(len(layouts))):
+            raise UsageError(
+                f"{evictor.name} lets go of tokens of a layer before others would have read them",
+                "Use it without layers that share keys and values.",
+            )
         self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, known)
         self._file = -1 if composition.tier is None else composition.tier.open()
         self.staging: list[pages.Staging] = []
@@ -119,6 +127,12 @@ class PagedCache(BaseCache):
         selected = [reserved.selects(layer) for layer in self.own]
         if composition.tier is not None:
             self.staging += composition.tier.stage(self._stores, selected, arena)
+        self.reading = (
+            None if composition.reads is None else Reading(composition.reads, context, sequences, tail, arena)
+        )
+        self.turning: list[Turning] = []
+        if isinstance(evictor, Structured) and evictor.reuses:
+            self.turning = self._of_owners(self._turning)
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
@@ -159,6 +173,11 @@ class PagedCache(BaseCache):
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
+    def _turning(self, layer: int) -> Turning:
+        rotation = self.layouts[layer].rotation
+        assert rotation is not None
+        return Turning(self.layers[layer], rotation, self.reserved.sizes[layer].table_pages * PAGE)
+
     def _beside(self, layer: int, arena: Arena, known: Known) -> list[Beside]:
         """What queries of a layer see beside its pages."""
         found: list[Beside] = []
@@ -175,8 +194,9 @@ class PagedCache(BaseCache):
         if selector is None or not self.reserved.selects(layer):
             return None
         most = self.reserved.sizes[layer].table_pages * PAGE
+        names = None if self.reading is None else self.reading.names
         of_layer = layer, self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena
-        return selector.select(Where(*of_layer, known.tensors.get(selector.name)))
+        return selector.select(Where(*of_layer, known.tensors.get(selector.name), names))
 
     @property
     def _selections(self) -> list[Selecting]:
@@ -209,6 +229,25 @@ class PagedCache(BaseCache):
         counts = [Counts(0, 0, 0, 0), *(each.counts for each in self.staging)]
         return Counts(*(sum(numbers) for numbers in zip(*counts, strict=True)))
 
+    # ---- what tokens there are ----
+
+    @property
+    def reads(self) -> bool:
+        return self.reading is not None
+
+    def resolve(self, encode: Encode) -> None:
+        if self.reading is not None:
+            self.reading.resolve(encode)
+
+    def told(self, slot: int, start: int, tokens: Sequence[int]) -> None:
+        if self.reading is not None:
+            self.reading.told(slot, start, tokens)
+
+    def standing(self, step: Step, positions: torch.Tensor) -> torch.Tensor:
+        if not self.turning or self.reading is None or not isinstance(self.evictor, Structured):
+            return positions
+        return stand(self.layers[0], self.reading, self.evictor, partial(self.reserved.limit, 0), step, positions)
+
     # ---- a step ----
 
     def anchor_positions(self, positions: torch.Tensor) -> torch.Tensor:
@@ -224,8 +263,8 @@ class PagedCache(BaseCache):
     def through(self, step: Step, ws: Workspace) -> Iterator[None]:
         """What others read of a prompt's tokens stays in scratch memory until the last of them has."""
         with ws.frame():
-            for owner, last in self._last.items():
-                if last != owner:
+            for owner in self._last:
+                if self.owners.count(owner) > 1:
                     counts = [b - a for _, a, b in step.prefills]
                     self._shared[owner] = [self._new_shared(owner, count, ws) for count in counts]
             try:
@@ -234,7 +273,11 @@ class PagedCache(BaseCache):
                 self._shared = {}
 
     def _new_shared(self, owner: int, count: int, ws: Workspace) -> Shared:
-        return Shared(self._new_run(owner, count, ws), self._received(owner, count, ws))
+        run = self._new_run(owner, count, ws)
+        if owner in self.awaited:
+            ops.zero_(run.keys)
+            ops.zero_(run.values)
+        return Shared(run, self._received(owner, count, ws))
 
     def update(
         self,
@@ -280,17 +323,22 @@ class PagedCache(BaseCache):
         if isinstance(self.evictor, Window):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
-        kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
+        kept, rows, past = self.layers[layer], step.vector, self.layouts[layer].past
         watching = None if self.rated is not None else self.observed
         beside, selecting = self.beside[layer], self.selecting[layer]
-        shared = self._shared.get(owner)
+        shared = self._shared.get(self.owners[layer])
         sums = watching is not None or bool(beside) or (selecting is not None and selecting.joins)
         if rows:
+            if past:
+                check_alone(step)
             with ws.frame():
                 which = Rows(step.places, step.paths)
                 looking = self._looking(layer, which, q[:rows], _part(held.anchor_q, 0, rows), ws, scoring)
-                lse = ws.empty(rows, heads) if sums else None
-                pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
+                lse = ws.empty(rows, q.shape[1]) if sums else None
+                seen = scoring
+                if past:
+                    looking, seen = looking._replace(certain=True), before(scoring)
+                pages.attend_rows(kept, which, looking, out[:rows], lse, ws, seen)
                 if selecting is not None and lse is not None:
                     selecting.join_rows(which, looking, out[:rows], lse, ws, scoring)
                 if lse is not None:
@@ -303,27 +351,100 @@ class PagedCache(BaseCache):
                 elif watching is not None and lse is not None:
                     watching.rows(layer, kept, which, looking, lse, ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
-            with ws.frame():
-                looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-                lse = ws.empty(b - a, heads) if sums else None
-                bf16 = self.gemm_dtype == torch.bfloat16
-                pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
-                if lse is not None:
-                    for each in beside:
-                        each.join(segment.slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
-                held_by: Whole | Shared | None = self._whole or (None if shared is None else shared[index])
-                given = self._received(layer, run.count, ws) if held_by is None else held_by.given
-                if self.rated is not None and held.worth is not None and given is not None:
-                    self.rated.put_chunk(kept, segment.slot, at, held.worth[a:b], given)
-                if self._whole is not None:
-                    self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
-                    continue
-                if watching is not None and lse is not None and given is not None:
-                    watching.chunk(kept, segment.slot, run, at, looking, lse, given, ws, scoring)
-                if layer == owner:
-                    self._look_first(layer, segment.slot, run, looking.q)
-                if layer == self._last[owner]:
-                    self._settle(owner, segment.slot, run, given, ws, segment.stop >= (segment.length or 0))
+            common = None if shared is None else shared[index]
+            if self.reading is None:
+                self._attend_prompt(layer, segment, (a, b), run, at, held, q, out, common, ws, scoring)
+                continue
+            if ops.is_dry():  # a stretch may be the whole chunk
+                with ws.frame():
+                    part = self._part(layer, run, 0, b - a, ws)
+                    self._attend_prompt(layer, segment, (a, b), part, 0, held, q, out, common, ws, scoring)
+                continue
+            for first, stop in self.reading.stretches(segment.slot, segment.start, b - a):
+                self.tokens[segment.slot] = segment.start + first
+                stretch = a + first, a + stop
+                with ws.frame():
+                    part = self._part(layer, run, first, stop, ws)
+                    self._attend_prompt(layer, segment, stretch, part, 0, held, q, out, common, ws, scoring)
+            self.tokens[segment.slot] = segment.start
+
+    def _part(self, layer: int, run: Run, start: int, stop: int, ws: Workspace) -> Run:
+        """Some tokens of a run, with room behind them where some may be turned."""
+        if not self.turning:
+            return run.part(start, stop)
+        part = self._new_run(layer, stop - start, ws)
+        ops.copy_(part.keys[:, : stop - start], run.keys[:, start:stop])
+        ops.copy_(part.values[:, : stop - start], run.values[:, start:stop])
+        return part
+
+    def _attend_prompt(
+        self,
+        layer: int,
+        segment: SegmentLike,
+        rows: tuple[int, int],
+        run: Run,
+        at: int,
+        held: Held,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        common: Shared | None,
+        ws: Workspace,
+        scoring: Scoring,
+    ) -> None:
+        """Attention of ``rows`` of a step, which are the tokens from ``at`` on of a run; what the run adds is certain
+        then, unless others read it or more of the prompt comes first."""
+        kept, owner, beside = self.layers[layer], self.owners[layer], self.beside[layer]
+        watching = None if self.rated is not None else self.observed
+        (a, b), slot, past = rows, segment.slot, self.layouts[layer].past
+        with ws.frame():
+            looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
+            lse = ws.empty(b - a, q.shape[1]) if watching is not None or beside else None
+            bf16 = self.gemm_dtype == torch.bfloat16
+            if past:
+                self._attend_before(layer, segment, run, looking, out[a:b], ws, scoring, bf16)
+            else:
+                pages.attend(kept, slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
+            if lse is not None:
+                for each in beside:
+                    each.join(slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
+            held_by: Whole | Shared | None = self._whole or common
+            given = self._received(layer, run.count, ws) if held_by is None else held_by.given
+            if self.rated is not None and held.worth is not None and given is not None:
+                self.rated.put_chunk(kept, slot, at, held.worth[a:b], given)
+            if self._whole is not None:
+                self._watch(layer, slot, self._whole, run, at, looking, lse, ws, scoring)
+                return
+            if watching is not None and lse is not None and given is not None:
+                watching.chunk(kept, slot, run, at, looking, lse, given, ws, scoring)
+            if layer == owner and self.settled:
+                self._look_first(layer, slot, run, looking.q)
+            if layer == self._last[owner] and self.settled:
+                whole = segment.stop >= (segment.length or 0)
+                self._settle(owner, slot, run, given, ws, whole)
+
+    def _attend_before(
+        self,
+        layer: int,
+        segment: SegmentLike,
+        run: Run,
+        looking: Looking,
+        out: torch.Tensor,
+        ws: Workspace,
+        scoring: Scoring,
+        bf16: bool,
+    ) -> None:
+        """Attention of a prompt's chunk whose tokens see those before their own: the first one what is certain."""
+        kept, slot = self.layers[layer], segment.slot
+        first, others = (
+            Looking(looking.q[rows], None if looking.anchor_q is None else looking.anchor_q[rows], looking.anchors)
+            for rows in (slice(0, 1), slice(1, None))
+        )
+        if segment.start == 0:
+            ops.zero_(out[:1])
+        else:
+            pages.attend(kept, slot, run, 0, first._replace(certain=True), out[:1], None, ws, scoring, bf16)
+        if len(out) > 1:
+            pages.attend(kept, slot, run, 0, others, out[1:], None, ws, before(scoring), bf16)
 
     def _looking(
         self,
@@ -379,6 +500,8 @@ class PagedCache(BaseCache):
             self.observed.advance(slot, stop, stop - start)
 
     def room(self, slot: int) -> int:
+        if self.reads or any(layout.past for layout in self.layouts):
+            return 1
         return min(BLOCK - int(self.tokens[slot]) % BLOCK, self.tail)
 
     def reusable(self, slot: int, common: int) -> int:
@@ -404,6 +527,8 @@ class PagedCache(BaseCache):
 
     def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
         yield as_bytes(self.prompts[slot : slot + 1])
+        if self.reading is not None:
+            yield as_bytes(self.reading.ids[slot])
         if self.observed is not None:
             yield as_bytes(self.observed.since[slot])
         for layer in self.own:
@@ -439,20 +564,29 @@ class PagedCache(BaseCache):
             if drafted and path and self.observed is not None:
                 start = int(self.tokens[slot])
                 self.observed.commit_drafts(slot, order, start, self.layers, self._looking, ws)
+        if self.reading is not None:
+            self.reading.commit(slot, int(self.tokens[slot]), path)
         torch._foreach_add_([kept.lengths[slot] for kept in self._stores], len(path))
         self.tokens[slot] += len(path)
         for selecting in self._selections:
             selecting.commit(slot, path)
-        if int(self.tokens[slot]) % BLOCK == 0 and path:
+        tokens = int(self.tokens[slot])
+        ends = self.reading is not None and self.reading.ends(slot, tokens - 1)
+        if path and (tokens % BLOCK == 0 or ends):
             for layer in self.own:
                 with ws.frame():
                     given = self._received(layer, 0, ws)
                     self._settle(layer, slot, self._new_run(layer, 0, ws), given, ws)
             if self.observed is not None:
-                self.observed.advance(slot, int(self.tokens[slot]), 0)
+                self.observed.advance(slot, tokens, 0)
 
     @contextmanager
     def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:
+        if isinstance(self.evictor, Structured):
+            raise UsageError(
+                f"{self.evictor.name} sees of a prompt what it would see token by token, in any schedule",
+                "Leave --prefill layered out.",
+            )
         if self.own != list(range(len(self.owners))):
             raise UsageError(
                 "layers that share keys and values with methods that let go of some are computed chunk by chunk",
@@ -541,6 +675,8 @@ class PagedCache(BaseCache):
         if kept.positions is None or ops.is_dry():
             if kept.positions is not None:
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
+            if self.turning:
+                self.turning[layer].take_most(slot, run, ws)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
             for each in self.beside[layer] if ops.is_dry() else ():
@@ -571,7 +707,7 @@ class PagedCache(BaseCache):
             if self.observed is not None and given is not None:
                 mass, lately, since = self.observed.judged(slot, given, tokens, run.count)
             prompt = tokens if run.count else int(self.prompts[slot])
-            seen = self._seen(layer, positions, counts, (since, tokens, prompt, limit), (mass, lately, alike))
+            seen = self._seen(layer, slot, positions, counts, (since, tokens, prompt, limit), (mass, lately, alike))
             indices, left = self._judge(layer, seen)
             listed = indices
             with self._writing():
@@ -579,6 +715,9 @@ class PagedCache(BaseCache):
                     each.take(slot, kept, run, indices, left, seen.mass, positions > seen.horizon, ws)
             if self.merging:
                 listed = self.merging[layer].merge(slot, run, (indices, left), seen, ws)
+                run = Run(run.keys, run.values, run.keys.shape[1])
+            if self.turning:
+                listed = self.turning[layer].turn(slot, run, indices, left, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left
             keep(run, listed, torch.tensor(counts, dtype=torch.int32))
@@ -618,16 +757,17 @@ class PagedCache(BaseCache):
                 continue
             width = kept.shape[2] + count
             mass = torch.zeros(layout.kv_heads, width)
-            positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
+            positions = torch.arange(width, dtype=torch.int32).clamp(max=self.context - 1).repeat(layout.kv_heads, 1)
             limit = self.reserved.limit(layer, width)
             counts = [width] * layout.kv_heads
             arrays = mass, mass.clone(), torch.zeros(positions.shape)
-            self._judge(layer, self._seen(layer, positions, counts, (0, width, width, limit), arrays))
+            self._judge(layer, self._seen(layer, 0, positions, counts, (0, width, width, limit), arrays))
 
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
         layout = self.layouts[layer]
-        slots = max(count, 1) + (self.reserved.sizes[layer].table_pages * PAGE if self.merging else 0)
+        more = self.reserved.sizes[layer].table_pages * PAGE if self.merging or self.turning else 0
+        slots = max(count, 1) + more
         keys = ws.empty(layout.kv_heads, slots, layout.key_dim, dtype=self.dtype)
         if layout.shared:
             return Run(keys, keys[..., : layout.value_dim], count)
@@ -636,6 +776,7 @@ class PagedCache(BaseCache):
     def _seen(
         self,
         layer: int,
+        slot: int,
         positions: torch.Tensor,
         counts: list[int],
         numbers: tuple[int, int, int, int],
@@ -649,7 +790,8 @@ class PagedCache(BaseCache):
         horizon = -1 if layout.window is None else tokens - layout.window
         mass, lately, alike = (None if array is None else array[:, :width] for array in arrays)
         assert mass is not None
-        return Seen(mass, positions, counts, groups, since, tokens, prompt, limit, horizon, lately, alike)
+        read = None if self.reading is None else self.reading.seen(slot, tokens)
+        return Seen(mass, positions, counts, groups, since, tokens, prompt, limit, horizon, lately, alike, read)
 
     def _judge(self, layer: int, seen: Seen) -> tuple[torch.Tensor, list[int]]:
         """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""

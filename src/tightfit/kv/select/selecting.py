@@ -13,12 +13,14 @@ from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Looking, Pages, Rows
 from tightfit.kv.base import LayerLayout
+from tightfit.kv.reading import Names
 
 
 @dataclass(frozen=True)
 class Where:
     """A layer that is selected from: ``most`` tokens of each head at most, of which ``tail`` may be tentative, and the
-    arena that state is made in. ``known`` is what the method knows of the model, or None where it is only planned."""
+    arena that state is made in. ``known`` is what the method knows of the model, or None where it is only planned;
+    ``names`` is what the text names, for methods that go by it."""
 
     layer: int
     pages: Pages
@@ -28,6 +30,7 @@ class Where:
     tail: int
     arena: Arena
     known: Mapping[str, torch.Tensor] | None = None
+    names: Names | None = None
 
 
 @dataclass(frozen=True)
