@@ -158,8 +158,8 @@ struct Stored {
         for (size_t i = 0; i < table.size(); i++) {
             uint8_t* page = pages.get() + static_cast<size_t>(table[i]) * codec.page_bytes();
             const std::vector<float> original = random(PAGE * codec.dim, coarse);
-            attention_kernels().encode(codec, Kind::bf16, original.data(), page);
-            attention_kernels().decode(codec, Kind::bf16, page, &numbers[i * PAGE * codec.dim]);
+            attention_kernels().encode(codec, Kind::bf16, original.data(), nullptr, page);
+            attention_kernels().decode(codec, Kind::bf16, page, nullptr, &numbers[i * PAGE * codec.dim]);
         }
     }
 };

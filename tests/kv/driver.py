@@ -12,6 +12,7 @@ from tests.parity.harness import ROOM, make, save
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from tightfit.budget.ledger import Arena, Workspace
+from tightfit.catalog import spec_string
 from tightfit.checkpoints.checkpoint import open_checkpoint
 from tightfit.checkpoints.config import Config
 from tightfit.engine.engine import Engine
@@ -19,10 +20,11 @@ from tightfit.engine.fit import Observing
 from tightfit.kernels import pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Pages
-from tightfit.kv.base import BaseCache, LayerLayout
+from tightfit.kv.base import LayerLayout
 from tightfit.kv.cache import Cache
 from tightfit.kv.compose import Composition, compose
-from tightfit.kv.fitted import NOTHING, Known
+from tightfit.kv.fitted import NOTHING, Findings, Known
+from tightfit.kv.make import cache_of
 from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder, cache_layouts
@@ -92,15 +94,17 @@ class Tiny:
     def encode(self, text: str) -> list[int]:
         return [ord(letter) % self.spec.vocab_size for letter in text]
 
+    def findings(self, kv: str) -> Findings:
+        """What the first method of ``kv`` that must know something of the model finds in a text of random tokens."""
+        method = compose(kv).fitted[0]
+        cache = Cache(cache_layouts(self.spec, 512, 64), 1, self.dtype, Arena(ROOM), self.dtype, 64)
+        engine = Engine(self.decoder, cache, Workspace(Arena(ROOM)), 512, 64, 1)
+        observed = Observing(engine, "tiny", self.tokens(600, seed=9), self.encode, ROOM)
+        return method.fit(observed, lambda done, total: None)
+
     def known(self, kv: str) -> Known:
-        """What the methods of ``kv`` must know of the model, found with a text of random tokens."""
-        tokens, found = self.tokens(600, seed=9), {}
-        for method in compose(kv).fitted:
-            cache = Cache(cache_layouts(self.spec, 512, 64), 1, self.dtype, Arena(ROOM), self.dtype, 64)
-            engine = Engine(self.decoder, cache, Workspace(Arena(ROOM)), 512, 64, 1)
-            observed = Observing(engine, "tiny", tokens, self.encode, ROOM)
-            found[method.name] = method.fit(observed, lambda done, total: None).tensors
-        return Known(tensors=found)
+        """What the methods of ``kv`` must know of the model."""
+        return Known(tensors={method.name: self.findings(spec_string(method)).tensors for method in compose(kv).fitted})
 
     def run(self, kv: str | Composition, **settings: Any) -> Run:
         return Run(self, kv, **settings)
@@ -124,18 +128,14 @@ class Run:
         self.ws, self.arena = Workspace(Arena(ROOM)), Arena(ROOM)
         layouts, common = cache_layouts(tiny.spec, context, chunk), (sequences, tiny.dtype, self.arena, tiny.dtype)
         composition = compose(kv) if isinstance(kv, str) else kv
-        methods = [method for method in composition.methods if method.name != "kvsharer"]
-        self.cache: BaseCache = (
-            PagedCache(layouts, composition, context, *common, tail=tail, known=known)
-            if methods
-            else Cache(layouts, *common, chunk, known.owners)
-        )
+        self.cache = cache_of(composition, layouts, context, *common, chunk, known, tail)
         self.lengths = [0] * sequences
 
     @property
     def paged(self) -> PagedCache:
-        assert isinstance(self.cache, PagedCache)
-        return self.cache
+        stored = self.cache.stored
+        assert isinstance(stored, PagedCache)
+        return stored
 
     def prefill(self, tokens: Sequence[int], slot: int = 0, layered: bool = False) -> torch.Tensor:
         """Logits (vocab,) after the last of ``tokens``, with which a sequence goes on."""

@@ -13,11 +13,20 @@ SETTINGS = {
     "h2o": "h2o(keep=72,recent=0.25)",
     "snapkv": "snapkv(keep=70,window=12)",
     "d2o": "d2o(keep=70,recent=0.25)",
+    "kvmerger": "kvmerger(keep=70)",
+    "elastic": "elastic(keep=70,offset=12)",
+    "ems": "ems(keep=70,window=12,threshold=0.2)",
+    "less": "less(rank=4,hidden=16)",
     "tova": "tova(keep=70)",
     "scissorhands": "scissorhands(keep=70,recent=16,window=40)",
     "corm": "corm(keep=70,window=24)",
     "morphkv": "morphkv(keep=70,window=24)",
+    "locret": "locret(keep=70,recent=12,hidden=16)",
     "scope": "scope(keep=70,output=30,recent=12)",
+    "mikv": "mikv(keep=70,recent=0.25)",
+    "zipcache": "zipcache(keep=0.4,recent=16,window=12)",
+    "cq": "cq(coupled=2,recent=16)",
+    "gear": "gear(bits=4,recent=16)",
     "int8": "int8(recent=16)",
     "int4": "int4(recent=16)",
     "int2": "int2(recent=16)",
@@ -29,12 +38,29 @@ SETTINGS = {
     "squeezed": "squeezed(tokens=32,full=1,size=8,prefix=90)",
     "recycled": "recycled(tokens=32,full=1,stride=6)",
     "host": "host(resident=32)",
+    "hgca": "hgca(keep=64)",
+    "headinfer": "headinfer(resident=0)",
+    "tailor": "tailor(recent=16,tokens=32,resident=0,bits=8,threshold=0.7)",
+    "specache": "specache(tokens=32,ahead=32,resident=0,bits=8)",
+    "matryoshka": "matryoshka(share=0.75,steps=3)",
+    "gqa": "gqa",
+    "cskv": "cskv(keep=60,keys=0.6,values=0.6)",
 }
 # Methods that do not go with these, and say why. All others do.
-REFUSED: dict[str, set[str]] = {}
+REFUSED: dict[str, set[str]] = {
+    "cq": {"int4", "int8"},
+    "gear": {"int4", "int8"},
+    "zipcache": {"int4", "int8"},
+    "cskv": {"int4", "int8"},
+    "headinfer": {"host"},
+    "hgca": {"host"},
+    "tailor": {"host", "int4", "int8"},
+    "specache": {"host"},
+}
 METHODS = [SETTINGS.get(entry.name, entry.name) for entry in all_techniques() if entry.seam == "kv"]
 DEFINED = [spec for spec in METHODS if spec.partition("(")[0] in KNOWN]  # those that the slow reference defines
 OTHERS = [spec for spec in METHODS if spec not in DEFINED]
+OTHERS.append("less(rank=4,hidden=16)+h2o(keep=72,recent=0.25)")  # alone it has nothing to do
 
 
 def refused(*specs: str) -> bool:

@@ -27,9 +27,18 @@ SMALL = {
     "sliding": [LayerLayout(2, 8, 8, 0, heads=2, window=40), LayerLayout(2, 8, 8, 0, heads=2)],
     "latent": [LayerLayout(1, 12, 8, 0, heads=2, shared=True)] * 2,
 }
-EVICTORS = ["", "window(keep=40,positions=original)", "h2o(keep=37)", "d2o(keep=45,budget=adakv)"] + [
-    f"snapkv(keep={keep},window=8,budget={budget})" for keep in ("20", "70", "0.5") for budget in ("adakv", "pyramid")
-]
+EVICTORS = (
+    ["", "window(keep=40,positions=original)", "h2o(keep=37)", "d2o(keep=45,budget=adakv)"]
+    + [
+        "corm(keep=50,window=20)",
+        "scope(keep=60,output=30,recent=8)",
+    ]
+    + [
+        f"snapkv(keep={keep},window=8,budget={budget})"
+        for keep in ("20", "70", "0.5")
+        for budget in ("adakv", "pyramid")
+    ]
+)
 CODECS = ["", "int4(recent=0)", "int2(recent=40)", "int8(recent=33,of=keys)", "int8(recent=0)+think(recent=50)"]
 TIERS = ["", "host(resident=0)", "host(resident=70)", "quest(tokens=32,full=0)", "quest(full=0)+host(resident=32)"]
 
@@ -155,6 +164,8 @@ SHARES = {
         "snapkv(keep=512,budget=pyramid)": (512 / CONTEXT, 0.075),
         "h2o(keep=512,budget=adakv)": (512 / CONTEXT, 0.085),
         "d2o(keep=0.25)": (0.25, 0.27),
+        "tova(keep=512)": (512 / CONTEXT, 0.073),
+        "corm(keep=512)": (512 / CONTEXT, 0.08),
         "window(keep=512)": (512 / CONTEXT, 0.073),
         "snapkv(keep=512)+int4(recent=0)": (5 / 16 / 16, 0.04),
         "quest": (1 + 1 / 64, 1.03),  # in two layers of four

@@ -30,6 +30,11 @@ COMPOSITIONS = [
     "snapkv(keep=0.5,window=16,budget=pyramid)+int4(recent=0)",
     "snapkv(keep=48,window=8,budget=adakv)+host(resident=32)",
     "d2o(keep=48,recent=0.25)",
+    "tova(keep=48)",
+    "corm(keep=48,window=8)+int4(recent=0)",
+    "morphkv(keep=48,window=40,fusion=max)+host(resident=32)",
+    "scissorhands(keep=48,recent=8,window=12)",
+    "scope(keep=64,output=30,recent=8)",
     "d2o(keep=64,budget=adakv)+int4(recent=0)+host(resident=32)",
     "int4(recent=0)",
     "int8(recent=32)+host(resident=32)",
@@ -44,6 +49,7 @@ COMPOSITIONS = [
 ]
 PRUNED = ["think", "snapkv(keep=64,window=8)+think(recent=0)+int4(recent=0)+quest(tokens=32,full=1)+host(resident=0)"]
 SHARED = ["kvsharer", "h2o(keep=48)+int4(recent=0)+kvsharer", "snapkv(keep=40,window=8,budget=adakv)+kvsharer"]
+SHARED += ["scissorhands(keep=48,recent=8)+kvsharer"]
 CASES = [("llama", kv) for kv in COMPOSITIONS + PRUNED + SHARED] + [
     (model, kv.replace("window(keep=40)", "window(keep=40,positions=original)"))
     for model in ("sliding", "latent")

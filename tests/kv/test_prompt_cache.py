@@ -39,6 +39,8 @@ METHODS = [
     "h2o(keep=96)",
     "snapkv(keep=96,window=16,budget=adakv)",
     "d2o(keep=96)",
+    "corm(keep=96,window=40)",
+    "scope(keep=96,output=40,recent=16)",
     "int8(recent=0)",
     "int4(recent=40)",
     "int2(recent=32,of=keys)",

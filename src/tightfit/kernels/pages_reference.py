@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tightfit.kernels.codec import CODE_GROUP, PAGE, Codec
+from tightfit.kernels.codec import PAGE, Codec
 from tightfit.kernels.reference import LOG2_E
 
 if TYPE_CHECKING:
@@ -28,45 +28,117 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 # ---- codes ----
 
 
-def encode(codec: Codec, dtype: torch.dtype, numbers: torch.Tensor) -> torch.Tensor:
-    """The page (page_bytes,) uint8 of ``numbers`` (PAGE, dim) float32; ``dtype`` is what numbers as they are have."""
+def encode(codec: Codec, dtype: torch.dtype, numbers: torch.Tensor, side: torch.Tensor | None = None) -> torch.Tensor:
+    """The page (page_bytes,) uint8 of ``numbers`` (PAGE, dim) float32; ``dtype`` is what numbers as they are have, and
+    ``side`` (n,) float32 the codec's table, if it has one."""
     if codec.dense:
         parts = [numbers.to(dtype)]
+    elif codec.coupled and side is not None:
+        parts = [_packed(codec, _nearest(codec, numbers, side))]
     else:
-        parted = [numbers] if codec.per_channel else numbers.split(CODE_GROUP, 1)
-        axis = 0 if codec.per_channel else 1
-        low = torch.stack([part.amin(axis) for part in parted], -1)
-        high = torch.stack([part.amax(axis) for part in parted], -1)
-        scale, minimum = ((high - low) / (2**codec.bits - 1)).half(), low.half()
-        steps = (numbers - _spread(codec, minimum)) / _spread(codec, scale)
-        codes = torch.where(_spread(codec, scale) > 0, steps.round().clamp(0, 2**codec.bits - 1), 0).byte()
-        shifts = torch.arange(0, 8, codec.bits, dtype=torch.uint8)
-        padded = torch.nn.functional.pad(codes, (0, -codec.dim % len(shifts)))
-        packed = (padded.view(PAGE, -1, len(shifts)) << shifts).sum(-1, dtype=torch.uint8)
-        parts = [packed, scale, minimum]
+        parts = _coded(codec, dtype, numbers, side)
     page = torch.zeros(codec.page_bytes, dtype=torch.uint8)
     stored = torch.cat([part.contiguous().flatten().view(torch.uint8) for part in parts])
     page[: len(stored)] = stored
     return page
 
 
-def decode(codec: Codec, dtype: torch.dtype, page: torch.Tensor) -> torch.Tensor:
-    """The numbers (PAGE, dim) float32 of a page."""
-    stored = PAGE * codec.row_bytes
-    if codec.dense:
-        return page[:stored].view(dtype).view(PAGE, codec.dim).float()
+def _coded(codec: Codec, dtype: torch.dtype, numbers: torch.Tensor, side: torch.Tensor | None) -> list[torch.Tensor]:
+    axis, x = 0 if codec.per_channel else 1, numbers
+    if codec.affine and side is not None:
+        offset, factor = side[: 2 * codec.dim].view(2, -1)
+        x = (x - offset) / factor
+    outliers: list[torch.Tensor] = []
+    if codec.outliers:
+        middle = x.median(axis, keepdim=True).values.expand_as(x)
+        furthest = (x - middle).abs().flatten().sort(descending=True, stable=True).indices[: codec.outliers]
+        outliers = [furthest.to(torch.uint16), numbers.flatten()[furthest].to(dtype)]
+        x = x.flatten().scatter(0, furthest, middle.flatten()[furthest]).view_as(x)
+    parted = [x] if codec.per_channel else x.split(codec.group, 1)
+    low = torch.stack([part.amin(axis) for part in parted], -1)
+    high = torch.stack([part.amax(axis) for part in parted], -1)
+    scale, minimum = ((high - low) / (2**codec.bits - 1)).half(), low.half()
+    steps = (x - _spread(codec, minimum)) / _spread(codec, scale)
+    codes = torch.where(_spread(codec, scale) > 0, steps.round().clamp(0, 2**codec.bits - 1), 0)
+    parts = [_packed(codec, codes.byte()), scale, minimum]
+    if codec.rank and side is not None:
+        missed = x - (codes * _spread(codec, scale) + _spread(codec, minimum))
+        if codec.outliers:
+            missed = missed.flatten().scatter(0, furthest, 0.0).view_as(missed)
+        directions = side[codec.side - codec.rank * codec.dim :].view(codec.rank, -1)
+        along = torch.zeros(PAGE, codec.rank)
+        for channel in range(codec.dim):  # in this order
+            along = along + missed[:, channel, None] * directions[:, channel]
+        parts.append(along.half())
+    return parts + outliers
+
+
+def _packed(codec: Codec, codes: torch.Tensor) -> torch.Tensor:
+    """``codes`` (PAGE, n) uint8, as many in a byte as there is room for."""
     shifts = torch.arange(0, 8, codec.bits, dtype=torch.uint8)
-    codes = (page[:stored].view(PAGE, -1, 1) >> shifts) & (2**codec.bits - 1)
-    scale, minimum = page[stored : stored + 4 * codec.scales].view(torch.float16).view(2, -1)
-    numbers: torch.Tensor = codes.flatten(1)[:, : codec.dim].float()
-    return numbers * _spread(codec, scale) + _spread(codec, minimum)
+    padded = torch.nn.functional.pad(codes, (0, -codec.codes % len(shifts)))
+    packed: torch.Tensor = (padded.view(PAGE, -1, len(shifts)) << shifts).sum(-1, dtype=torch.uint8)
+    return packed
+
+
+def _unpacked(codec: Codec, page: torch.Tensor) -> torch.Tensor:
+    shifts = torch.arange(0, 8, codec.bits, dtype=torch.uint8)
+    codes: torch.Tensor = (page[: PAGE * codec.row_bytes].view(PAGE, -1, 1) >> shifts) & (2**codec.bits - 1)
+    return codes.flatten(1)[:, : codec.codes]
+
+
+def _nearest(codec: Codec, numbers: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+    """The codes (PAGE, n) uint8 of the nearest centroids."""
+    centroids = side.view(codec.codes, -1, codec.coupled)
+    parts, distances = numbers.view(PAGE, codec.codes, 1, codec.coupled), torch.zeros(())
+    for i in range(codec.coupled):  # in this order
+        distances = distances + (parts[..., i] - centroids[..., i]) ** 2
+    return distances.sort(dim=-1, stable=True).indices[..., 0].byte()
+
+
+def decode(codec: Codec, dtype: torch.dtype, page: torch.Tensor, side: torch.Tensor | None = None) -> torch.Tensor:
+    """The numbers (PAGE, dim) float32 of a page."""
+    at = PAGE * codec.row_bytes
+    if codec.dense:
+        return page[:at].view(dtype).view(PAGE, codec.dim).float()
+    codes = _unpacked(codec, page)
+    if codec.coupled and side is not None:
+        centroids = side.view(codec.codes, -1, codec.coupled)
+        return centroids[torch.arange(codec.codes), codes.long()].flatten(1)
+
+    def take(count: int, kind: torch.dtype) -> torch.Tensor:
+        nonlocal at
+        begin, at = at, at + count * kind.itemsize
+        return page[begin:at].clone().view(kind)
+
+    scale, minimum = take(2 * codec.scales, torch.float16).view(2, -1)
+    numbers: torch.Tensor = codes.float() * _spread(codec, scale) + _spread(codec, minimum)
+    if codec.rank and side is not None:
+        directions = side[codec.side - codec.rank * codec.dim :].view(codec.rank, 1, -1)
+        of_tokens = take(PAGE * codec.rank, torch.float16).float().view(PAGE, -1)
+        for along, direction in zip(of_tokens.T, directions, strict=True):
+            numbers = numbers + along[:, None] * direction
+    if codec.affine and side is not None:
+        offset, factor = side[: 2 * codec.dim].view(2, -1)
+        numbers = numbers * factor + offset
+    if codec.outliers:
+        places = take(codec.outliers, torch.uint16).long()
+        numbers = numbers.flatten().scatter(0, places, take(codec.outliers, dtype).float()).view_as(numbers)
+    return numbers
 
 
 def _spread(codec: Codec, of_groups: torch.Tensor) -> torch.Tensor:
     """Of each number of a page what its group has, in float32."""
     if codec.per_channel:
         return of_groups.float().view(1, -1)
-    return of_groups.float().view(PAGE, -1).repeat_interleave(CODE_GROUP, 1)[:, : codec.dim]
+    return of_groups.float().view(PAGE, -1).repeat_interleave(codec.group, 1)[:, : codec.dim]
+
+
+def _sides(pages: Pages, sequence: int, head: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The tables of the codecs of keys and of values of a head."""
+    tables = pages.key_side, pages.value_side
+    of_keys, of_values = (None if table is None else table[sequence % len(table), head] for table in tables)
+    return of_keys, of_values
 
 
 # ---- pages ----
@@ -99,11 +171,12 @@ def _load(pages: Pages, sequence: int, head: int, j: int) -> KeysValues:
         return pages.keys[sequence, number].float(), pages.values[sequence, number].float()
     stored = _stored(pages, sequence, head, j, place)
     dtype, value_dim = pages.keys.dtype, pages.values.shape[3]
-    keys = decode(pages.key_codec, dtype, stored[0])
+    key_side, value_side = _sides(pages, sequence, head)
+    keys = decode(pages.key_codec, dtype, stored[0], key_side)
     if pages.channels is not None:
         kept, keys = keys, torch.zeros(PAGE, pages.keys.shape[3])
         keys[:, pages.channels[sequence, head].long()] = kept
-    return keys, keys[:, :value_dim] if pages.shared else decode(pages.value_codec, dtype, stored[1])
+    return keys, keys[:, :value_dim] if pages.shared else decode(pages.value_codec, dtype, stored[1], value_side)
 
 
 def _take(free: torch.Tensor) -> int:
@@ -141,9 +214,10 @@ def _store(
         return
     if pages.channels is not None:
         keys = keys[:, pages.channels[sequence, head].long()]
-    stored = [encode(pages.key_codec, pages.keys.dtype, keys)]
+    key_side, value_side = _sides(pages, sequence, head)
+    stored = [encode(pages.key_codec, pages.keys.dtype, keys, key_side)]
     if not pages.shared:
-        stored.append(encode(pages.value_codec, pages.keys.dtype, values))
+        stored.append(encode(pages.value_codec, pages.keys.dtype, values, value_side))
     if place == FILE:
         _write(pages, sequence, head, j, stored)
         return
@@ -410,17 +484,26 @@ def keep(
     recent: int,
     resident: int,
     tail: int,
+    step: int,
 ) -> None:
     before = pages.lengths[sequence].tolist()
     after = [length + run.count for length in before] if counts is None else counts.tolist()
     # Heads that shrink come first: their pages may be wanted by those that grow.
     for head in sorted(range(len(before)), key=lambda head: after[head] - before[head]):
         kept = torch.arange(after[head]) if indices is None else indices[head, : after[head]].long()
-        _keep_head(pages, sequence, head, run, kept, recent, resident, tail)
+        _keep_head(pages, sequence, head, run, kept, recent, resident, tail, step)
 
 
 def _keep_head(
-    pages: Pages, sequence: int, head: int, run: Run, kept: torch.Tensor, recent: int, resident: int, tail: int
+    pages: Pages,
+    sequence: int,
+    head: int,
+    run: Run,
+    kept: torch.Tensor,
+    recent: int,
+    resident: int,
+    tail: int,
+    step: int,
 ) -> None:
     at = sequence, head
     before, after = int(pages.lengths[at]), len(kept)
@@ -430,7 +513,7 @@ def _keep_head(
     coded = max(after - recent, 0) // PAGE if has_codes else 0
     coded = max(coded, min(int(pages.coded[at]), first))
     whole, used = coded if has_codes else after // PAGE, -(-after // PAGE)
-    cold = min(max(used - resident, 0), whole) if has_file else 0
+    cold = min(max(used - resident, 0), whole) // step * step if has_file else 0
     cold = max(cold, min(int(pages.cold[at]), first))
 
     def place(j: int) -> int:
@@ -521,3 +604,27 @@ def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor) -> N
             best = largest.sort(descending=True, stable=True).indices[:count].sort().values
             chosen[row, head] = -1
             chosen[row, head, : len(best)] = best.int()
+
+
+def rank(
+    pages: Pages,
+    rows: Rows,
+    q: torch.Tensor,
+    chosen: torch.Tensor,
+    following: torch.Tensor,
+    others: torch.Tensor,
+) -> None:
+    count, more = chosen.shape[2], following.shape[2]
+    for row, (sequence, _) in enumerate(rows.places[: len(q)].tolist()):
+        for head, queries in enumerate(q[row].unflatten(0, (chosen.shape[1], -1))):
+            found = int(pages.coded[sequence, head])
+            keys = [_load(pages, sequence, head, j)[0] for j in range(found)]
+            scores = torch.stack([(queries @ page.T).amax() for page in keys]) if keys else torch.empty(0)
+            order = scores.sort(descending=True, stable=True).indices
+            for out, best in (
+                (chosen, order[:count]),
+                (following, order[count : count + more]),
+                (others, order[count:]),
+            ):
+                out[row, head] = -1
+                out[row, head, : len(best)] = best.sort().values.int()

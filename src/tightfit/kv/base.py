@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from tightfit.budget.ledger import Workspace
-from tightfit.kernels.attention import Scoring
+from tightfit.kernels import ops
+from tightfit.kernels.attention import Scoring, rotate_
 
 Move = Callable[[torch.Tensor], None]  # writes a flat uint8 tensor somewhere, or fills it from there
 BLOCK = 32  # tokens that become certain between two moments at which a cache lets go of tokens or codes them
@@ -55,6 +56,8 @@ class Step(Protocol):
     @property
     def vector(self) -> int: ...
     @property
+    def split(self) -> Any: ...
+    @property
     def prefills(self) -> Sequence[tuple[Any, int, int]]: ...
 
 
@@ -65,6 +68,27 @@ class Turn(NamedTuple):
     tables: tuple[torch.Tensor, torch.Tensor]
     interleaved: bool
     anchors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def apply(self, q_: torch.Tensor, k_: torch.Tensor | None, anchored: bool, ws: Workspace) -> torch.Tensor | None:
+        """Turns ``q`` and ``k`` in place. Gives, where layers are ``anchored`` and queries look at their first tokens
+        from elsewhere, these queries, in scratch memory of the enclosing frame."""
+        anchor_q = None
+        if self.anchors is not None and anchored:
+            anchor_q = ws.empty(*q_.shape)
+            ops.copy_(anchor_q, q_)
+            rotate_(anchor_q, *self.anchors, self.interleaved, ws)
+        for x_ in (q_,) if k_ is None else (q_, k_):
+            rotate_(x_, *self.tables, self.interleaved, ws)
+        return anchor_q
+
+
+class Turned(NamedTuple):
+    """In place of a :class:`Turn` where queries and keys were turned already: what it gave."""
+
+    anchor_q: torch.Tensor
+
+    def apply(self, q_: torch.Tensor, k_: torch.Tensor | None, anchored: bool, ws: Workspace) -> torch.Tensor | None:
+        return self.anchor_q if anchored else None
 
 
 class BaseCache(ABC):
@@ -92,6 +116,11 @@ class BaseCache(ABC):
         """The layers that have keys and values of their own."""
         return [layer for layer, owner in enumerate(self.owners) if layer == owner]
 
+    @property
+    def stored(self) -> BaseCache:
+        """The cache that holds what is kept: itself, or one that it is around."""
+        return self
+
     @contextmanager
     def through(self, step: Step, ws: Workspace) -> Iterator[None]:
         """Inside, a step goes through all layers in turn."""
@@ -105,7 +134,7 @@ class BaseCache(ABC):
         q_: torch.Tensor | None,
         k_: torch.Tensor | None,
         v: torch.Tensor | None,
-        turn: Turn | None,
+        turn: Turn | Turned | None,
         ws: Workspace,
     ) -> Any:
         """Adds ``k`` (n, kv_heads, key_dim) and ``v`` (n, kv_heads, value_dim) of a step's tokens to a layer, after

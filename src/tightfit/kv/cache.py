@@ -14,7 +14,8 @@ import torch
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import attention
 from tightfit.kernels.attention import KeysValues, Scoring
-from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kernels.codec import Codec
+from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn, Turned
 
 
 class Cache(BaseCache):
@@ -55,14 +56,14 @@ class Cache(BaseCache):
         q_: torch.Tensor | None,
         k_: torch.Tensor | None,
         v: torch.Tensor | None,
-        turn: Turn | None,
+        turn: Turn | Turned | None,
         ws: Workspace,
     ) -> None:
         if k_ is None:
             if turn is not None and q_ is not None:
-                attention.rotate_(q_, *turn.tables, turn.interleaved, ws)
+                turn.apply(q_, None, False, ws)
             return
-        if turn is None or q_ is None or v is None:
+        if not isinstance(turn, Turn) or q_ is None or v is None:
             attention.append(self.layers[layer], step.places, k_, v)
             return
         cos, sin = turn.tables
@@ -138,6 +139,17 @@ def place(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Ten
     for size in shape:
         nbytes *= size
     return arena.take(nbytes).view(dtype).view(shape)
+
+
+def numbers(arena: Arena, *shape: int) -> torch.Tensor:
+    """Room for int32 numbers."""
+    return place(arena, shape, torch.int32)
+
+
+def table(arena: Arena, codec: Codec, sequences: int, kv_heads: int) -> torch.Tensor | None:
+    """Room for the table of a codec, if it has one: for each sequence, or for all where it was fitted."""
+    shape = 1 if codec.coupled else sequences, kv_heads, codec.side
+    return place(arena, shape, torch.float32) if codec.side else None
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:

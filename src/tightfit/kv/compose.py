@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING, TypeVar
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, TypeVar
 from tightfit.catalog import all_techniques, parse, spec_string
 from tightfit.errors import UsageError
 from tightfit.kv.fitted import Fitted, Known, known_for
+from tightfit.kv.lowrank.projector import Projector
 from tightfit.kv.lowrank.think import ThinK
-from tightfit.kv.method import Evictor, Method, Quantizer, Rest, Selector
-from tightfit.kv.offload.host import Host
+from tightfit.kv.method import Coder, Evictor, Method, Rest, Selector, Tier
 from tightfit.kv.share.kvsharer import KVSharer
 
 if TYPE_CHECKING:
+    import torch
+
     from tightfit.kv.base import LayerLayout
 
 EXACT = "none"  # the spec string of a cache that keeps everything as it is
@@ -33,12 +35,12 @@ class Composition:
         return self._only(Evictor)
 
     @property
-    def key_codec(self) -> Quantizer | None:
-        return next((m for m in self.methods if isinstance(m, Quantizer) and m.of in ("both", "keys")), None)
+    def key_codec(self) -> Coder | None:
+        return next((m for m in self.methods if isinstance(m, Coder) and "codec of keys" in m.roles), None)
 
     @property
-    def value_codec(self) -> Quantizer | None:
-        return next((m for m in self.methods if isinstance(m, Quantizer) and m.of in ("both", "values")), None)
+    def value_codec(self) -> Coder | None:
+        return next((m for m in self.methods if isinstance(m, Coder) and "codec of values" in m.roles), None)
 
     @property
     def pruner(self) -> ThinK | None:
@@ -49,8 +51,12 @@ class Composition:
         return self._only(Selector)
 
     @property
-    def tier(self) -> Host | None:
-        return self._only(Host)
+    def tier(self) -> Tier | None:
+        return self._only(Tier)
+
+    @property
+    def projector(self) -> Projector | None:
+        return self._only(Projector)
 
     @property
     def rest(self) -> Rest | None:
@@ -68,13 +74,22 @@ class Composition:
 
     @property
     def exact(self) -> bool:
-        """Whether all that a layer has is kept as it is."""
-        return all(isinstance(method, KVSharer) for method in self.methods)
+        """Whether all that a layer has, or what it is projected to, is kept as it is."""
+        return all(isinstance(method, KVSharer | Projector) for method in self.methods)
 
     @property
     def recent(self) -> int:
         """How many of the last tokens are neither coded nor pruned."""
-        return max([m.recent for m in self.methods if isinstance(m, Quantizer | ThinK)], default=0)
+        return max([m.recent for m in self.methods if isinstance(m, Coder | ThinK)], default=0)
+
+    def with_found(self, known: Known, keep: Callable[[torch.Tensor], torch.Tensor]) -> Composition:
+        """The same composition, where methods that compute with what was found have it, as ``keep`` gives it."""
+        methods = []
+        for method in self.methods:
+            if isinstance(method, Fitted) and method.computes:
+                method = method.with_found({name: keep(tensor) for name, tensor in known.of(method).items()})
+            methods.append(method)
+        return Composition(tuple(methods))
 
     def check(self, layouts: Sequence[LayerLayout]) -> None:
         """Raises UsageError if a layer cannot use a method."""
@@ -83,6 +98,10 @@ class Composition:
                 reason = method.refusal(layout)
                 if reason is not None:
                     raise UsageError(f"this model cannot use {method.name}: {reason}", "Leave it out.")
+
+    def of_layer(self, layer: int, known: Known) -> Composition:
+        """The composition of one layer."""
+        return Composition(tuple(part for method in self.methods for part in method.of_layer(layer, known)))
 
     def _only(self, kind: type[Kind]) -> Kind | None:
         return next((method for method in self.methods if isinstance(method, kind)), None)

@@ -32,7 +32,7 @@ def parts(
     yield as_bytes(kept.table[slot])
     if kept.channels is not None:
         yield as_bytes(kept.channels[slot])
-    for state in states:
+    for state in (*kept.tables, *states):
         yield as_bytes(state[slot])
     for head, length in enumerate(kept.lengths[slot].tolist()):
         if kept.positions is not None:  # those of the next tokens are there too

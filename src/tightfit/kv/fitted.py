@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from tightfit.budget.machine import cache_folder, remember
 from tightfit.catalog import spec_string
@@ -37,7 +37,9 @@ class Findings(NamedTuple):
 
 
 class Fitted(Method):
-    """A method that must know something of a model."""
+    """A method that must know something of a model; ``found`` is that, in a cache."""
+
+    found: ClassVar[Mapping[str, Any]]  # tensors
 
     def fitted_by(self) -> str:
         """The settings on which what is found depends, as a spec string."""
@@ -46,6 +48,14 @@ class Fitted(Method):
     def fit(self, model: Observed, progress: Progress) -> Findings:
         """Finds it. Raises UsageError where the model or the text will not do, BudgetError where there is no room."""
         raise NotImplementedError
+
+    computes: ClassVar[bool] = False  # with the tensors, which a cache then keeps: they are of its account
+
+    def with_found(self, tensors: Mapping[str, torch.Tensor]) -> Fitted:
+        """The same method with what was found for it in ``found``."""
+        method = replace(self)  # type: ignore[type-var]
+        object.__setattr__(method, "found", tensors)
+        return method
 
     def check(self, tensors: Mapping[str, torch.Tensor], layers: int) -> bool:
         """Whether ``tensors`` can be what was found for a model of so many layers."""

@@ -17,10 +17,10 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.beside import Beside
-from tightfit.kv.cache import place
+from tightfit.kv.cache import numbers, place, table
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
-from tightfit.kv.method import Demoter
+from tightfit.kv.method import Lowering
 
 
 class LowerStore(Beside):
@@ -32,7 +32,7 @@ class LowerStore(Beside):
 
     def __init__(
         self,
-        demoter: Demoter,
+        demoter: Lowering,
         layout: LayerLayout,
         most: int,
         longest: int,
@@ -43,7 +43,8 @@ class LowerStore(Beside):
         file: int = -1,
         at: int = 0,
     ) -> None:
-        heads, as_they_are = layout.kv_heads, 8 * dtype.itemsize
+        self.merged = demoter.merges(layout)
+        heads, as_they_are = layout.kv_heads // self.merged, 8 * dtype.itemsize
         key_codec, value_codec = demoter.lower(layout, as_they_are)
         key_dim, value_dim = key_codec.dim, value_codec.dim
         table_pages = -(-longest // PAGE)
@@ -52,23 +53,20 @@ class LowerStore(Beside):
         values = keys[..., :value_dim] if layout.shared else place(arena, (sequences, heads, PAGE, value_dim), dtype)
         coded = sequences, coded_pages
 
-        def numbers(*shape: int) -> torch.Tensor:
-            return place(arena, shape, torch.int32)
-
         values_at = at + sequences * heads * table_pages * key_codec.page_bytes
         self.end = values_at + sequences * heads * table_pages * value_codec.page_bytes if file >= 0 else at
         self.resident = 0 if file >= 0 else pages.EVERYTHING
-        self.dtype = dtype
+        self.demoter, self.dtype = demoter, dtype
         self.pages = Pages(
             keys,
             values,
-            numbers(sequences, heads, table_pages),
-            lengths=numbers(sequences, heads),
-            coded=numbers(sequences, heads),
-            cold=numbers(sequences, heads),
-            bounded=numbers(sequences, heads),
-            dense_free=numbers(sequences, 1 + heads),
-            coded_free=numbers(sequences, 1 + coded_pages),
+            numbers(arena, sequences, heads, table_pages),
+            lengths=numbers(arena, sequences, heads),
+            coded=numbers(arena, sequences, heads),
+            cold=numbers(arena, sequences, heads),
+            bounded=numbers(arena, sequences, heads),
+            dense_free=numbers(arena, sequences, 1 + heads),
+            coded_free=numbers(arena, sequences, 1 + coded_pages),
             tokens=tokens,
             key_codec=key_codec,
             value_codec=value_codec,
@@ -77,12 +75,14 @@ class LowerStore(Beside):
             file=file,
             keys_at=at,
             values_at=values_at,
+            key_side=table(arena, key_codec, sequences, heads),
+            value_side=None if layout.shared else table(arena, value_codec, sequences, heads),
         )
-        self.projected = key_dim != layout.key_dim or value_dim != layout.value_dim
+        self.projected = self.merged > 1 or (key_dim, value_dim) != (layout.key_dim, layout.value_dim)
         if self.projected:
 
             def matrices(rows: int, columns: int) -> torch.Tensor:
-                return place(arena, (heads, rows, columns), torch.float32)
+                return place(arena, (layout.kv_heads, rows, columns), torch.float32)
 
             # To what is kept of keys and of values, of queries to what keys are multiplied with, and back to values.
             self.to_keys, self.to_queries = matrices(layout.key_dim, key_dim), matrices(layout.key_dim, key_dim)
@@ -100,12 +100,14 @@ class LowerStore(Beside):
         run: Run,
         staying: torch.Tensor,
         counts: list[int],
+        given: torch.Tensor,
         seen: torch.Tensor,
         ws: Workspace,
     ) -> None:
         totals = [length + run.count for length in upper.lengths[slot].tolist()]
         with ws.frame():
             leaving = self._room_for_leaving(upper, run, ws)
+            came = max(below + total for below, total in zip(self.pages.lengths[slot].tolist(), totals, strict=True))
             left = [total - count for total, count in zip(totals, counts, strict=True)]
             for head, (total, count) in enumerate(zip(totals, counts, strict=True)):
                 leaves = torch.ones(total, dtype=torch.bool)
@@ -114,7 +116,23 @@ class LowerStore(Beside):
             for at in range(0, max(left), READ_AT_ONCE):
                 stops = [min(count, at + READ_AT_ONCE) for count in left]
                 places = [leaving[head, at:stop].long() for head, stop in enumerate(stops)]
+                self.judge(slot, given, places, came)
                 self._take(slot, upper, run, places, ws)
+
+    def judge(self, slot: int, given: torch.Tensor, places: list[torch.Tensor], tokens: int) -> None:
+        """Sees what tokens at ``places`` (n,) int64 of each head received of ``given`` (kv_heads, m), before they are
+        taken over; ``tokens`` came so far."""
+
+    def copy(self, slot: int, upper: Pages, ws: Workspace) -> None:
+        """Takes those whole pages of a sequence that came since the last time, which stay in ``upper`` too. All heads
+        must have the same tokens."""
+        nothing, heads = Run(upper.keys[slot], upper.values[slot], 0), upper.table.shape[1]
+        have, whole = int(self.pages.lengths[slot, 0]), int(upper.lengths[slot, 0]) // PAGE * PAGE
+        if ops.is_dry():
+            have, whole = 0, READ_AT_ONCE
+        for at in range(have, whole, READ_AT_ONCE):
+            places = torch.arange(at, min(at + READ_AT_ONCE, whole))
+            self._take(slot, upper, nothing, [places] * heads, ws)
 
     def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:
         with ws.frame():
@@ -126,27 +144,38 @@ class LowerStore(Beside):
 
     def _take(self, slot: int, upper: Pages, run: Run, places: list[torch.Tensor], ws: Workspace) -> None:
         """Takes over the tokens at ``places`` (n,) int64 of each head, ascending, at most READ_AT_ONCE."""
-        kept, heads = self.pages, len(places)
+        kept, places = self.pages, places[:: self.merged]
         with ws.frame():
-            keys = ws.empty(heads, READ_AT_ONCE, kept.key_shape[1], dtype=self.dtype)
-            values = keys if kept.shared else ws.empty(heads, READ_AT_ONCE, kept.value_shape[1], dtype=self.dtype)
+            shape = len(places), READ_AT_ONCE
+            keys = ws.empty(*shape, kept.key_shape[1], dtype=self.dtype)
+            values = keys if kept.shared else ws.empty(*shape, kept.value_shape[1], dtype=self.dtype)
             before, capacity = kept.lengths[slot].tolist(), kept.table.shape[2] * PAGE
-            indices = ws.empty(heads, capacity, dtype=torch.int32)
+            indices = ws.empty(len(places), capacity, dtype=torch.int32)
             counts = [length + len(part) for length, part in zip(before, places, strict=True)]
             for head, part in enumerate(places):
-                at = 0
-                for block in TokensAt(upper, slot, head, run, part, ws).blocks():
-                    rows = slice(at, at + len(block.keys))
-                    with ws.frame():
-                        ops.copy_(keys[head, rows], self._features(block.keys, head, "to_keys", ws))
-                        if block.values is not None:
-                            ops.copy_(values[head, rows], self._features(block.values, head, "to_values", ws))
-                    at = rows.stop
+                with ws.frame():
+                    k, v = ws.empty(len(part), kept.key_shape[1]), ws.empty(len(part), kept.value_shape[1])
+                    for index in range(self.merged):
+                        self._read(TokensAt(upper, slot, head * self.merged + index, run, part, ws), k, v, index > 0)
+                    ops.copy_(keys[head, : len(part)], k)
+                    if not kept.shared:
+                        ops.copy_(values[head, : len(part)], v)
                 if not ops.is_dry():
                     indices[head, : counts[head]] = torch.arange(counts[head])
             taken = Run(keys, values, READ_AT_ONCE)
             listed = torch.tensor(counts, dtype=torch.int32)
             pages.keep(kept, slot, taken, ws, indices, listed, resident=self.resident, tail=0)
+
+    def _read(self, tokens: TokensAt, keys_: torch.Tensor, values_: torch.Tensor, add: bool) -> None:
+        """Writes what is kept of tokens into ``keys`` and ``values`` (n, dim) in float32, or adds it."""
+        write, at, ws = ops.add_ if add else ops.copy_, 0, tokens.ws
+        for block in tokens.blocks():
+            rows = slice(at, at + len(block.keys))
+            with ws.frame():
+                write(keys_[rows], self._features(block.keys, tokens.head, "to_keys", ws))
+                if block.values is not None:
+                    write(values_[rows], self._features(block.values, tokens.head, "to_values", ws))
+            at = rows.stop
 
     def _features(self, x: torch.Tensor, head: int, matrix: str, ws: Workspace) -> torch.Tensor:
         """What is kept of keys or values ``x`` (n, dim) of a head."""
@@ -164,7 +193,7 @@ class LowerStore(Beside):
     ) -> None:
         with ws.frame():
             looking, part, sums = self._look(q, ws)
-            pages.attend_rows(self.pages, Rows(rows.places), looking, part, sums, ws, _alone(scoring))
+            pages.attend_rows(self.pages, Rows(rows.places), looking, part, sums, ws, alone(scoring))
             self._join(out_, lse_, part, sums, ws)
 
     def join(
@@ -181,7 +210,7 @@ class LowerStore(Beside):
         with ws.frame():
             looking, part, sums = self._look(q, ws)
             nothing = Run(kept.keys[slot], kept.values[slot], 0)
-            pages.attend(kept, slot, nothing, 0, looking, part, sums, ws, _alone(scoring), bf16)
+            pages.attend(kept, slot, nothing, 0, looking, part, sums, ws, alone(scoring), bf16)
             self._join(out_, lse_, part, sums, ws)
 
     def clear(self, slot: int) -> None:
@@ -209,6 +238,6 @@ class LowerStore(Beside):
         pages.join(out_, lse_, part, sums)
 
 
-def _alone(scoring: Scoring) -> Scoring:
+def alone(scoring: Scoring) -> Scoring:
     """No layer with a window has a lower store, and sinks were summed up already."""
     return scoring._replace(window=None, sinks=None)

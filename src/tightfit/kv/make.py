@@ -7,8 +7,9 @@ import torch
 from tightfit.budget.ledger import Arena
 from tightfit.kv.base import BaseCache, LayerLayout
 from tightfit.kv.cache import Cache
-from tightfit.kv.compose import compose
+from tightfit.kv.compose import Composition, compose
 from tightfit.kv.fitted import NOTHING, Known
+from tightfit.kv.lowrank.features import Features
 from tightfit.kv.paged import PagedCache
 
 VIRTUAL = 1 << 38  # address space of an arena that is never written
@@ -28,11 +29,34 @@ def make_cache(
 ) -> BaseCache:
     """The cache of the methods that ``kv`` names, for prompts of up to ``context`` tokens in chunks of ``chunk``;
     ``known`` is what they know of the model. Raises UsageError if the model cannot use one of them."""
-    composition = compose(kv)
+    return cache_of(compose(kv), layouts, context, sequences, dtype, arena, gemm_dtype, chunk, known)
+
+
+def cache_of(
+    composition: Composition,
+    layouts: list[LayerLayout],
+    context: int,
+    sequences: int,
+    dtype: torch.dtype,
+    arena: Arena,
+    gemm_dtype: torch.dtype,
+    chunk: int,
+    known: Known = NOTHING,
+    tail: int = 1,
+) -> BaseCache:
+    """:func:`make_cache` of a composition; ``tail`` tokens of each sequence may be tentative at once."""
     composition.check(layouts)
+    projector = composition.projector
+    if projector is not None:
+        maps = projector.maps(layouts, known.of(projector))
+        owners = range(len(layouts)) if known.owners is None else known.owners
+        stored = [maps[owner].stored(layout) for owner, layout in zip(owners, layouts, strict=True)]
+        rest = Composition(tuple(method for method in composition.methods if method is not projector))
+        inner = cache_of(rest, stored, context, sequences, dtype, arena, gemm_dtype, chunk, known, tail)
+        return Features(inner, layouts, maps, arena)
     if composition.exact:
         return Cache(layouts, sequences, dtype, arena, gemm_dtype, chunk, known.owners)
-    return PagedCache(layouts, composition, context, sequences, dtype, arena, gemm_dtype, known=known)
+    return PagedCache(layouts, composition, context, sequences, dtype, arena, gemm_dtype, tail, known)
 
 
 def kv_nbytes(

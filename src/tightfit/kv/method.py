@@ -6,10 +6,13 @@ Nothing here imports torch when it is imported: spec strings are read before any
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+from tightfit.budget.mounts import in_memory
 from tightfit.errors import UsageError
 from tightfit.kernels.codec import Codec
 from tightfit.kv.budgets import BUDGETS
@@ -17,9 +20,12 @@ from tightfit.kv.budgets import BUDGETS
 if TYPE_CHECKING:
     import torch
 
-    from tightfit.budget.ledger import Workspace
+    from tightfit.budget.ledger import Arena, Workspace
     from tightfit.kernels.attention import Scoring
-    from tightfit.kv.base import LayerLayout
+    from tightfit.kernels.pages import Pages, Staging
+    from tightfit.kv.base import LayerLayout, Step
+    from tightfit.kv.fitted import Known
+    from tightfit.kv.lower import LowerStore
     from tightfit.kv.select.selecting import Selecting, Where
 
 
@@ -38,6 +44,10 @@ class Method:
         """Why it cannot be used on such a layer, if it cannot."""
         return None
 
+    def of_layer(self, layer: int, known: Known) -> tuple[Method, ...]:
+        """What it is in one layer, where layers differ by what is known of the model."""
+        return (self,)
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -48,6 +58,11 @@ class Seen:
     int32; ``counts`` of the n are there in each head. With each query that was observed, from position ``since`` on,
     ``groups`` heads look at a token. ``tokens`` came so far, of which the first ``prompt`` are not generated: they are
     of the last prompt, or came before it. Tokens are in the order of their positions.
+
+    ``keep`` of each head stay, on average; no query sees positions up to ``horizon`` any more. Where both kinds of
+    queries are observed, ``mass`` is from all of them, and ``lately`` (kv_heads, n) from the last ones, those from
+    ``since`` on. ``alike`` (kv_heads, n) float32 is the cosine of each key and the one before it, 0 for the first,
+    where a merger ``compares``.
     """
 
     mass: torch.Tensor
@@ -57,6 +72,10 @@ class Seen:
     since: int
     tokens: int
     prompt: int
+    keep: int
+    horizon: int
+    lately: torch.Tensor | None
+    alike: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ class Evictor(Method):
     budget: str = "uniform"
 
     roles: ClassVar[tuple[str, ...]] = ("tokens",)
-    observes: ClassVar[str] = "nothing"  # "all" queries, or the "last" ones, `window` of them
+    observes: ClassVar[str] = "nothing"  # "all" queries, the "last" ones, `window` of them, or "both"
     window: ClassVar[int] = 0
     # How what queries give to a token is put together: its "sum", the "max" that one of them gives, or the "votes": how
     # many give it at least what they would if they looked alike at all tokens that came.
@@ -101,6 +120,33 @@ class Evictor(Method):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Rater(Evictor):
+    """An evictor that knows what a token is worth when it comes: ``seen.mass`` is what :meth:`rate` said then."""
+
+    observes: ClassVar[str] = "itself"
+
+    def prepare(self, layer: int, tensors: Mapping[str, torch.Tensor], arena: Arena) -> Any:
+        """What rating the tokens of a layer takes, in ``arena``; ``tensors`` is what is known of the model."""
+        raise NotImplementedError
+
+    def rate(
+        self,
+        prepared: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        worth: torch.Tensor,
+        step: Step,
+        dtype: torch.dtype,
+        ws: Workspace,
+    ) -> None:
+        """Rates a step's tokens, ``q`` (n, heads, key_dim), ``k`` (n, kv_heads, key_dim) before they are turned and
+        ``v`` (n, kv_heads, value_dim), into ``worth`` (n, kv_heads). Prompts are multiplied in ``dtype``. Computes with
+        operations alone, rows that decode each by itself."""
+        raise NotImplementedError
+
+
 class Tokens(NamedTuple):
     """Keys (n, key_dim) and values (n, value_dim) of one head in float32. No values where they are part of the keys."""
 
@@ -114,20 +160,64 @@ class Leaving(Protocol):
     @property
     def count(self) -> int: ...
 
+    @property
+    def places(self) -> torch.Tensor:
+        """(n,) int64, ascending: which of the head's tokens they are."""
+
+    def only(self, which: torch.Tensor) -> Leaving:
+        """Those of them that ``which`` (m,) int64 names, ascending."""
+
     def blocks(self) -> Iterator[Tokens]:
         """All of them, in order, some at a time, in scratch memory until the next ones are asked for."""
 
 
+class Judged(NamedTuple):
+    """The tokens of one head as :class:`Seen` had them, (n,) each, after they were judged."""
+
+    stays: torch.Tensor  # (m,) int64, ascending: the places among them of those that stay
+    positions: torch.Tensor
+    mass: torch.Tensor
+    alike: torch.Tensor | None
+    decoding: bool  # they were judged between two tokens that decode, not as part of a prompt
+
+
 @dataclass(frozen=True)
 class Merger(Evictor):
-    """An evictor that puts something of the tokens that are let go of into those that stay."""
+    """An evictor that puts something of the tokens that are let go of into those that stay. It may leave in the arrays
+    of :class:`Seen` what it wants to know again when it merges."""
 
     remembers: ClassVar[int] = 0  # numbers of each layer, sequence and head; they are NaN when a sequence begins
+    compares: ClassVar[bool] = False  # neighbouring keys, when it judges
 
-    def merge(self, staying_: Tokens, leaving: Leaving, memory_: torch.Tensor, ws: Workspace) -> torch.Tensor:
+    def merge(
+        self, staying_: Tokens, leaving: Leaving, judged: Judged, memory_: torch.Tensor, ws: Workspace
+    ) -> torch.Tensor:
         """Changes tokens that stay, and what is remembered (``remembers``,) float32; gives (n,) bool which of them were
         changed, in scratch memory of the enclosing frame. Computes with operations alone: in a dry run it takes its
         scratch and nothing else."""
+        raise NotImplementedError
+
+
+class Tabled(Method):
+    """A method whose codecs may have tables beside the pages, which the first tokens of each sequence decide."""
+
+    queries: ClassVar[int] = 0  # the last ones of a prompt, or of its first chunk, that it wants to see
+
+    def table(self, codec: Codec, numbers: torch.Tensor, q: torch.Tensor, of_keys: bool) -> torch.Tensor:
+        """(kv_heads, codec.side) float32 for keys or values ``numbers`` (kv_heads, n, dim) and queries (m, heads,
+        key_dim)."""
+        raise NotImplementedError
+
+
+class Coder(Tabled):
+    """Codes all tokens of the (first) store but the last ``recent``."""
+
+    bits: ClassVar[int]
+    recent: int
+
+    def codec(self, dim: int, of_keys: bool, as_they_are: int) -> Codec:
+        """How it stores keys or values of ``dim`` features; a number of the cache's own type takes ``as_they_are``
+        bits."""
         raise NotImplementedError
 
 
@@ -202,27 +292,42 @@ class Rest(Method):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Demoter(Evictor):
-    """An evictor whose tokens are not gone when they leave: they go on in a lower store (:mod:`tightfit.kv.lower`), and
-    queries see them there. Layers with a sliding window have none, and keep all that it shows as it is."""
+class Lowering(Tabled):
+    """A method with a lower store (:mod:`tightfit.kv.lower`)."""
 
     def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
         """How a layer's lower store keeps keys and values; numbers of the cache's own type take ``as_they_are`` bits.
-        If these have fewer features than the layer's, the store's matrices say which (they are zeros when it is
-        made)."""
+        If these have fewer features than the layer's, the store's matrices say which."""
         raise NotImplementedError
+
+    def merges(self, layout: LayerLayout) -> int:
+        """How many neighbouring heads of a layer are one in its lower store: the sum of what they are projected to.
+        They let go of the same tokens."""
+        return 1
 
 
 @dataclass(frozen=True)
-class Quantizer(Method):
+class Demoter(Evictor, Lowering):
+    """An evictor whose tokens are not gone when they leave: they go on in a lower store, and queries see them there.
+    Layers with a sliding window have none, and keep all that it shows as it is."""
+
+    def prepare(self, layer: int, store: LowerStore, known: Known) -> None:
+        """Writes the matrices of a layer's lower store, which has some if it keeps fewer features."""
+
+    def store(self, *arguments: Any) -> LowerStore:
+        """A layer's lower store, of the arguments of :class:`~tightfit.kv.lower.LowerStore`."""
+        from tightfit.kv.lower import LowerStore
+
+        return LowerStore(self, *arguments)
+
+
+@dataclass(frozen=True)
+class Quantizer(Coder):
     """Codes of few bits for all tokens but the last ``recent`` ones, which stay as they are. ``of`` says whether that
     is for keys, values or both."""
 
     recent: int = 128
     of: str = "both"
-
-    bits: ClassVar[int]
 
     def __post_init__(self) -> None:
         if self.of not in ("both", "keys", "values"):
@@ -230,8 +335,49 @@ class Quantizer(Method):
         if self.recent < 0:
             raise UsageError(f"{self.name} cannot leave {self.recent} tokens as they are", "Give recent=0 or more.")
 
+    def codec(self, dim: int, of_keys: bool, as_they_are: int) -> Codec:
+        return Codec(self.bits, dim, per_channel=of_keys)
+
     @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]
         return {"both": ("codec of keys", "codec of values"), "keys": ("codec of keys",)}.get(
             self.of, ("codec of values",)
         )
+
+
+@dataclass(frozen=True)
+class Tier(Method):
+    """Each head's last ``resident`` tokens are in memory, in whole pages, and the others in a file without a name in
+    ``folder`` (default: the system's for temporary files)."""
+
+    resident: int = 256
+    folder: str = ""
+
+    roles: ClassVar[tuple[str, ...]] = ("tier",)
+    step: ClassVar[int] = 1  # pages that go to the file at once
+
+    def __post_init__(self) -> None:
+        if self.resident < 0:
+            raise UsageError(f"{self.name} cannot keep {self.resident} tokens in memory", "Give resident=0 or more.")
+
+    def open(self) -> int:
+        """A new file's descriptor. Raises UsageError if the folder is in memory or cannot be written."""
+        folder = self.folder or tempfile.gettempdir()
+        if in_memory(folder):
+            raise UsageError(
+                f"{folder} lies in memory (tmpfs): pages there would count twice",
+                f"Name a folder on a disk: {self.name}(folder=...), or set TMPDIR.",
+            )
+        try:
+            file, path = tempfile.mkstemp(prefix="tightfit-kv-", dir=folder)
+        except OSError as error:
+            raise UsageError(
+                f"{folder} cannot hold a cache: {error.strerror}", f"Name another: {self.name}(folder=...)."
+            ) from None
+        os.unlink(path)
+        return file
+
+    def stage(self, layers: Sequence[Pages], selected: Sequence[bool], arena: Arena) -> list[Staging]:
+        """Has pages of the file brought into memory in ``arena`` before they are wanted, if they are. ``layers`` are
+        looked at in this order; of those that are ``selected`` from, tokens that decode see only some pages."""
+        return []

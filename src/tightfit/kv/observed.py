@@ -11,19 +11,19 @@ from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Looking, Pages, Rows, Run
 from tightfit.kv.base import BLOCK, LayerLayout
-from tightfit.kv.cache import place
+from tightfit.kv.cache import numbers, place
 from tightfit.kv.drafts import Drafts
 from tightfit.kv.method import Evictor
-from tightfit.kv.reserved import numbers
 
 
 class Observed:
-    """Of each layer ``mass`` (sequences, kv_heads, blocks, n) float32: what each token received from a block of
-    queries, the newest block first, put together as the evictor's ``fold`` says.
+    """Of each layer ``mass`` (sequences, kv_heads, planes, n) float32: what each token received from a block of
+    queries, the newest block first, put together as the evictor's ``fold`` says; and behind these, where all queries
+    are observed, from all of them.
 
-    Where all queries are observed there is one block. Of the last ones, so many blocks are kept that they always hold
-    the evictor's ``window``: tokens that decode fill the first one until tokens are judged, of a chunk every 32 queries
-    are a block. ``since`` (sequences, blocks) int32 are the positions at which blocks begin.
+    Of the last queries, so many blocks are kept that they always hold the evictor's ``window``: tokens that decode fill
+    the first one until tokens are judged, of a chunk every 32 queries are a block. ``since`` (sequences, blocks) int32
+    are the positions at which blocks begin.
     """
 
     def __init__(
@@ -37,12 +37,14 @@ class Observed:
         arena: Arena,
     ) -> None:
         self.evictor, self._widths, self._layouts = evictor, widths, layouts
-        self.all = evictor.observes == "all"
+        self.all = evictor.observes != "last"
+        self.last = evictor.observes in ("last", "both")
         # One more than a window has where blocks are full: some are not.
-        self.blocks = 1 if self.all or evictor.window == 1 else -(-evictor.window // BLOCK) + 1
+        self.blocks = (1 if evictor.window == 1 else -(-evictor.window // BLOCK) + 1) if self.last else 0
+        self._planes = self.blocks + int(self.all)
         self.since = numbers(arena, sequences, self.blocks)
         self.mass = of_owners(
-            lambda layer: place(arena, (sequences, layouts[layer].kv_heads, self.blocks, widths[layer]), torch.float32)
+            lambda layer: place(arena, (sequences, layouts[layer].kv_heads, self._planes, widths[layer]), torch.float32)
         )
         self.drafts = [Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
 
@@ -53,14 +55,14 @@ class Observed:
 
     @property
     def window(self) -> int:
-        """How many last queries are wanted, if not all."""
-        return 0 if self.all else self.evictor.window
+        """How many last queries are wanted for themselves."""
+        return self.evictor.window if self.last else 0
 
     # ---- what queries give ----
 
     def room(self, layer: int, count: int, ws: Workspace) -> torch.Tensor:
-        """Zeros (kv_heads, blocks, tokens), for what the certain tokens and ``count`` others receive."""
-        given = ws.empty(self._layouts[layer].kv_heads, self.blocks, self._widths[layer] + count)
+        """Zeros (kv_heads, planes, tokens), for what the certain tokens and ``count`` others receive."""
+        given = ws.empty(self._layouts[layer].kv_heads, self._planes, self._widths[layer] + count)
         ops.zero_(given)
         return given
 
@@ -68,8 +70,11 @@ class Observed:
         self, layer: int, kept: Pages, rows: Rows, looking: Looking, lse: torch.Tensor, ws: Workspace, scoring: Scoring
     ) -> None:
         """Notes what certain rows that decode give."""
-        last = BLOCK if self.all else min(self.evictor.window, BLOCK)
-        pages.weigh_rows(kept, rows, looking, lse, self.mass[layer], ws, scoring, self.evictor.fold, last)
+        mass, fold = self.mass[layer], self.evictor.fold
+        if self.last:
+            pages.weigh_rows(kept, rows, looking, lse, mass, ws, scoring, fold, min(self.evictor.window, BLOCK))
+        if self.all:
+            pages.weigh_rows(kept, rows, looking, lse, mass[:, :, self.blocks :], ws, scoring, fold)
 
     def chunk(
         self,
@@ -85,8 +90,40 @@ class Observed:
     ) -> None:
         """Notes in ``given`` what those queries of a run give, the first of which is its token ``at``, that are
         observed."""
-        count = len(looking.q)
-        for block, (start, stop) in enumerate(self._parts(count)):
+        if self.all:
+            self.everything(kept, slot, run, at, looking, lse, given_, ws, scoring)
+        if self.last:
+            self.lately(kept, slot, run, at, looking, lse, given_, ws, scoring)
+
+    def everything(
+        self,
+        kept: Pages,
+        slot: int,
+        run: Run,
+        at: int,
+        looking: Looking,
+        lse: torch.Tensor,
+        given_: torch.Tensor,
+        ws: Workspace,
+        scoring: Scoring,
+    ) -> None:
+        """What :meth:`chunk` notes of all queries."""
+        pages.weigh(kept, slot, run, at, looking, lse, given_[:, self.blocks], ws, scoring, self.evictor.fold)
+
+    def lately(
+        self,
+        kept: Pages,
+        slot: int,
+        run: Run,
+        at: int,
+        looking: Looking,
+        lse: torch.Tensor,
+        given_: torch.Tensor,
+        ws: Workspace,
+        scoring: Scoring,
+    ) -> None:
+        """What :meth:`chunk` notes of the last queries."""
+        for block, (start, stop) in enumerate(self._parts(len(looking.q))):
             turned = None if looking.anchor_q is None else looking.anchor_q[start:stop]
             part = Looking(looking.q[start:stop], turned, looking.anchors)
             to = given_[:, block]
@@ -94,8 +131,6 @@ class Observed:
 
     def _parts(self, count: int) -> list[tuple[int, int]]:
         """Of so many queries those that make blocks, the last ones first."""
-        if self.all:
-            return [(0, count)]
         first = max(count - self.evictor.window, 0)
         return [(max(stop - BLOCK, first), stop) for stop in range(count, first, -BLOCK)]
 
@@ -103,13 +138,28 @@ class Observed:
 
     def recall(self, layer: int, slot: int, given_: torch.Tensor, lengths: list[int], tokens: int, count: int) -> None:
         """Puts what tokens received before into ``given``, behind what the ``count`` last of ``tokens`` gave."""
-        first, taken = self._earlier(slot, tokens, count)
-        before = self.mass[layer][slot, :, first:]
-        to = given_[:, taken : taken + before.shape[1]]
-        for head, length in enumerate(lengths):
-            to[head, :, :length] = self._put_together(to[head, :, :length], before[head, : to.shape[1], :length])
+        before, pairs = self.mass[layer][slot], [(self.blocks, self.blocks)] if self.all else []
+        if self.last:
+            first, taken = self._earlier(slot, tokens, count)
+            pairs += zip(range(taken, self.blocks), range(first, self.blocks), strict=False)
+        for to, plane in pairs:
+            for head, length in enumerate(lengths):
+                here = given_[head, to, :length]
+                here.copy_(self._put_together(here, before[head, plane, :length]))
 
-    def judged(self, slot: int, given: torch.Tensor, tokens: int, count: int) -> tuple[torch.Tensor, int]:
+    def judged(
+        self, slot: int, given: torch.Tensor, tokens: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """What tokens received from all queries, (kv_heads, n), and from the last ones; where only these are observed,
+        the first of both is theirs. And where the last ones, or all, begin."""
+        everything = given[:, self.blocks].clone() if self.all else None
+        if not self.last:
+            assert everything is not None
+            return everything, None, 0
+        lately, since = self._lately(slot, given, tokens, count)
+        return (lately, None, since) if everything is None else (everything, lately, since)
+
+    def _lately(self, slot: int, given: torch.Tensor, tokens: int, count: int) -> tuple[torch.Tensor, int]:
         """(kv_heads, n): what tokens received from those blocks of ``given`` that are needed to have a window, and
         where these begin."""
         starts = self._starts(slot, tokens, count)
@@ -123,14 +173,15 @@ class Observed:
 
     def keep(self, layer: int, slot: int, given: torch.Tensor, counts: list[int]) -> None:
         """Keeps what the first ``counts`` tokens of each head received, in another block than what comes."""
-        mass, fresh = self.mass[layer][slot], 0 if self.all else 1
+        mass, blocks = self.mass[layer][slot], self.blocks
         mass[:] = 0.0
         for head, count in enumerate(counts):
-            mass[head, fresh:, :count] = given[head, : self.blocks - fresh, :count]
+            mass[head, 1:blocks, :count] = given[head, : max(blocks - 1, 0), :count]
+            mass[head, blocks:, :count] = given[head, blocks:, :count]
 
     def advance(self, slot: int, tokens: int, count: int) -> None:
         """All layers were judged when there were ``tokens``, of which the last ``count`` came as a chunk."""
-        if not self.all:
+        if self.last:
             starts = [tokens, *self._starts(slot, tokens, count)][: self.blocks]
             self.since[slot, : len(starts)] = torch.tensor(starts, dtype=torch.int32)
 
@@ -139,7 +190,7 @@ class Observed:
 
     def _earlier(self, slot: int, tokens: int, count: int) -> tuple[int, int]:
         """The first block that is still wanted after a chunk of ``count`` tokens, and behind how many new ones."""
-        if self.all or not count:
+        if not count:
             return 0, 0
         if count >= self.evictor.window:
             return self.blocks, 0

@@ -21,22 +21,23 @@ import torch
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import TightfitError, UsageError
-from tightfit.kernels import attention, ops, pages
+from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
-from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
+from tightfit.kernels.pages import PAGE, Counts, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn, Turned
 from tightfit.kv.beside import Beside
-from tightfit.kv.cache import as_bytes, place
+from tightfit.kv.cache import as_bytes, numbers, place
 from tightfit.kv.compose import Composition
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Seen
+from tightfit.kv.method import Merger, Rater, Seen, Tabled
 from tightfit.kv.observed import Observed
-from tightfit.kv.reserved import Reserved, numbers
+from tightfit.kv.rated import Rated
+from tightfit.kv.reserved import Reserved
 from tightfit.kv.rest import Resting
 from tightfit.kv.select.selecting import Selecting, Settled, Where
 
@@ -46,10 +47,11 @@ Made = TypeVar("Made")
 @dataclass
 class Held:
     """A step's tokens of one layer on their way through attention: the run of each prefill segment and the place of its
-    first token there, and the queries that look at anchors."""
+    first token there, the queries that look at anchors, and what the tokens are worth (n, kv_heads)."""
 
     runs: list[tuple[Run, int]]
     anchor_q: torch.Tensor | None
+    worth: torch.Tensor | None = None
 
 
 @dataclass
@@ -91,6 +93,7 @@ class PagedCache(BaseCache):
         known: Known = NOTHING,
     ) -> None:
         composition.check(layouts)
+        composition = composition.with_found(known, lambda found: _placed(found, arena))
         self.layouts = layouts
         self.owners = list(range(len(layouts)) if known.owners is None else known.owners)
         self._last = {owner: layer for layer, owner in enumerate(self.owners)}  # the last one that reads an owner's
@@ -102,23 +105,36 @@ class PagedCache(BaseCache):
         self.tail = tail
         self.evictor = evictor = composition.evictor
         self.anchors = 0 if evictor is None else evictor.anchors
-        self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners)
+        self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, known)
         self._file = -1 if composition.tier is None else composition.tier.open()
-        self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
-        before = arena.used
+        self.staging: list[pages.Staging] = []
+        self._closing = weakref.finalize(self, _close, self._file, self.staging)
+        prepared = []
+        if isinstance(evictor, Rater):
+            tensors = known.of(evictor)
+            prepared = self._of_owners(lambda layer: evictor.prepare(layer, tensors, arena))
+        before = arena.used  # from here on it is of sequences
         self.tokens = numbers(arena, sequences)
         self.layers = self._of_owners(lambda layer: reserved.pages(layer, arena, dtype, self.tokens, self._file))
+        selected = [reserved.selects(layer) for layer in self.own]
+        if composition.tier is not None:
+            self.staging += composition.tier.stage(self._stores, selected, arena)
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
         self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena, known))
         self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
-        self.observed: Observed | None = None
-        if evictor is not None and evictor.observes != "nothing":
-            widths = [size.table_pages * PAGE for size in reserved.sizes]
+        widths = [size.table_pages * PAGE for size in reserved.sizes]
+        self.observed: Observed | None = None  # by what tokens are judged
+        self.rated: Rated | None = None  # the same, where they bring it with them
+        if isinstance(evictor, Rater):
+            common = layouts, widths, self._of_owners, sequences
+            self.observed = self.rated = Rated(evictor, prepared, *common, gemm_dtype, arena)
+        elif evictor is not None and evictor.observes != "nothing":
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
-        self.beside = self._of_owners(lambda layer: self._beside(layer, arena))
+        self.beside = self._of_owners(lambda layer: self._beside(layer, arena, known))
         self._nbytes = arena.used - before
+        self._keep_centroids(known)
         self._begun = [False] * sequences
         self._drafting = [False] * sequences
         self._pruned = [False] * sequences
@@ -143,10 +159,11 @@ class PagedCache(BaseCache):
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
-    def _beside(self, layer: int, arena: Arena) -> list[Beside]:
+    def _beside(self, layer: int, arena: Arena, known: Known) -> list[Beside]:
         """What queries of a layer see beside its pages."""
         found: list[Beside] = []
-        lower, rest = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file), self.composition.rest
+        lower = self.reserved.lower(layer, arena, self.dtype, self.tokens, self._file, known)
+        rest = self.composition.rest
         if lower is not None:
             found.append(lower)
         if rest is not None:
@@ -154,7 +171,7 @@ class PagedCache(BaseCache):
         return found
 
     def _selecting(self, layer: int, arena: Arena, known: Known) -> Selecting | None:
-        selector = self.composition.selector
+        selector = self.reserved.of_layers[layer].selector
         if selector is None or not self.reserved.selects(layer):
             return None
         most = self.reserved.sizes[layer].table_pages * PAGE
@@ -165,16 +182,32 @@ class PagedCache(BaseCache):
     def _selections(self) -> list[Selecting]:
         return [found for layer in self.own if (found := self.selecting[layer]) is not None]
 
+    def _keep_centroids(self, known: Known) -> None:
+        """Copies what was fitted into the tables of codecs."""
+        for method, of_keys in ((self.composition.key_codec, True), (self.composition.value_codec, False)):
+            if method is None or method.name not in known.tensors:
+                continue
+            for layer in self.own:
+                kept = self.layers[layer]
+                side, name = (kept.key_side, "keys") if of_keys else (kept.value_side, "values")
+                if side is not None:
+                    side[0] = known.of(method)[f"{name}.{layer}"].flatten(1)
+
     def close(self) -> None:
-        if self._file >= 0:
-            self._closing()
+        self._closing()
 
     def chosen(self, layer: int, slot: int = 0) -> list[tuple[int, float]]:
         """Of each head, among how many tokens the next one chooses, and how many of them it reads on average."""
-        selector, selecting = self.composition.selector, self.selecting[layer]
+        selector, selecting = self.reserved.of_layers[layer].selector, self.selecting[layer]
         if selector is None or selecting is None:
             return [(0, 0.0)] * self.layouts[layer].kv_heads
         return [(among, selector.reads(among)) for among in selecting.among(slot)]
+
+    @property
+    def fetched(self) -> Counts:
+        """What was brought from the file so far by a tier that reads ahead, of all layers."""
+        counts = [Counts(0, 0, 0, 0), *(each.counts for each in self.staging)]
+        return Counts(*(sum(numbers) for numbers in zip(*counts, strict=True)))
 
     # ---- a step ----
 
@@ -210,24 +243,22 @@ class PagedCache(BaseCache):
         q_: torch.Tensor | None,
         k_: torch.Tensor | None,
         v: torch.Tensor | None,
-        turn: Turn | None,
+        turn: Turn | Turned | None,
         ws: Workspace,
     ) -> Held:
-        kept, anchor_q = self.layers[layer], None
+        kept, anchor_q, worth = self.layers[layer], None, None
+        if self.rated is not None and q_ is not None and k_ is not None and v is not None:
+            worth = self.rated.rate(layer, step, q_, k_, v, ws)
         if turn is not None and q_ is not None:
-            if turn.anchors is not None and self._anchors(layer):
-                anchor_q = ws.empty(*q_.shape)
-                ops.copy_(anchor_q, q_)
-                attention.rotate_(anchor_q, *turn.anchors, turn.interleaved, ws)
-            attention.rotate_(q_, *turn.tables, turn.interleaved, ws)
-            if k_ is not None:
-                attention.rotate_(k_, *turn.tables, turn.interleaved, ws)
+            anchor_q = turn.apply(q_, k_, self._anchors(layer) > 0, ws)
         shared = self._shared.get(self.owners[layer])
         if k_ is None:
             return Held([(each.run, 0) for each in shared or ()], anchor_q)
         rows = step.vector
         if rows:
             pages.append(kept, Rows(step.places), k_[:rows], None if v is None else v[:rows])
+            if self.rated is not None and worth is not None:
+                self.rated.put(layer, kept, Rows(step.places), worth[:rows])
         runs = []
         for index, (segment, a, b) in enumerate(step.prefills):
             if shared is not None:
@@ -241,7 +272,7 @@ class PagedCache(BaseCache):
             if v is not None:
                 ops.copy_(run.values[:, at : at + b - a], v[a:b].transpose(0, 1))
             runs.append((run, at))
-        return Held(runs, anchor_q)
+        return Held(runs, anchor_q, worth)
 
     def attend_step(
         self, layer: int, step: Step, held: Held, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
@@ -250,23 +281,27 @@ class PagedCache(BaseCache):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
         kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
-        observed, beside = self.observed, self.beside[layer]
-        shared, sums = self._shared.get(owner), observed is not None or bool(beside)
+        watching = None if self.rated is not None else self.observed
+        beside, selecting = self.beside[layer], self.selecting[layer]
+        shared = self._shared.get(owner)
+        sums = watching is not None or bool(beside) or (selecting is not None and selecting.joins)
         if rows:
             with ws.frame():
                 which = Rows(step.places, step.paths)
                 looking = self._looking(layer, which, q[:rows], _part(held.anchor_q, 0, rows), ws, scoring)
                 lse = ws.empty(rows, heads) if sums else None
                 pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
+                if selecting is not None and lse is not None:
+                    selecting.join_rows(which, looking, out[:rows], lse, ws, scoring)
                 if lse is not None:
                     for each in beside:
                         each.join_rows(which, q[:rows], out[:rows], lse, ws, scoring)
-                if observed is not None and lse is not None and step.tentative:
-                    observed.drafts[layer].put(which, self.tokens, looking, lse, scoring)
+                if watching is not None and lse is not None and step.tentative:
+                    watching.drafts[layer].put(which, self.tokens, looking, lse, scoring)
                     for slot in set(step.places[:rows, 0].tolist()):
                         self._drafting[slot] = True
-                elif observed is not None and lse is not None:
-                    observed.rows(layer, kept, which, looking, lse, ws, scoring)
+                elif watching is not None and lse is not None:
+                    watching.rows(layer, kept, which, looking, lse, ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             with ws.frame():
                 looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
@@ -276,15 +311,17 @@ class PagedCache(BaseCache):
                 if lse is not None:
                     for each in beside:
                         each.join(segment.slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
+                held_by: Whole | Shared | None = self._whole or (None if shared is None else shared[index])
+                given = self._received(layer, run.count, ws) if held_by is None else held_by.given
+                if self.rated is not None and held.worth is not None and given is not None:
+                    self.rated.put_chunk(kept, segment.slot, at, held.worth[a:b], given)
                 if self._whole is not None:
                     self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
                     continue
-                given = None if shared is None else shared[index].given
-                if observed is not None and lse is not None:
-                    given = observed.room(layer, run.count, ws) if given is None else given
-                    observed.chunk(kept, segment.slot, run, at, looking, lse, given, ws, scoring)
+                if watching is not None and lse is not None and given is not None:
+                    watching.chunk(kept, segment.slot, run, at, looking, lse, given, ws, scoring)
                 if layer == owner:
-                    self._choose_channels(layer, segment.slot, run, looking.q)
+                    self._look_first(layer, segment.slot, run, looking.q)
                 if layer == self._last[owner]:
                     self._settle(owner, segment.slot, run, given, ws, segment.stop >= (segment.length or 0))
 
@@ -388,15 +425,17 @@ class PagedCache(BaseCache):
                 os.pwritev(self._file, [page], part.at)
             else:
                 get(part)
-        self.tokens[slot] = stop
+        self.tokens[slot] = self.prompts[slot] = stop
         self._begun[slot] = self._pruned[slot] = True
 
     def commit(self, slot: int, path: Sequence[int], ws: Workspace) -> None:
         drafted, self._drafting[slot] = self._drafting[slot], False
         if drafted or list(path) != list(range(len(path))):
             order = torch.tensor(path, dtype=torch.int32)
-            for kept in self._stores:
-                pages.straighten(kept, slot, order)
+            for layer in self.own:
+                pages.straighten(self.layers[layer], slot, order)
+                if self.rated is not None:
+                    self.rated.straighten(layer, self.layers[layer], slot, order)
             if drafted and path and self.observed is not None:
                 start = int(self.tokens[slot])
                 self.observed.commit_drafts(slot, order, start, self.layers, self._looking, ws)
@@ -423,6 +462,7 @@ class PagedCache(BaseCache):
         wanted = 0 if self.observed is None else self.observed.window
         if self.composition.pruner is not None:
             wanted = max(wanted, self.composition.pruner.window)
+        wanted = max([wanted, *(method.queries for method in self.composition.methods if isinstance(method, Tabled))])
         last = min(wanted, count)
         with ws.frame():
             run = self._new_run(layer, count, ws)
@@ -434,7 +474,7 @@ class PagedCache(BaseCache):
                 yield
             finally:
                 self._whole = None
-            self._choose_channels(layer, segment.slot, run, whole.q)
+            self._look_first(layer, segment.slot, run, whole.q)
             self._settle(layer, segment.slot, run, given, ws)
 
     def _watch(
@@ -462,20 +502,26 @@ class PagedCache(BaseCache):
             if lse is not None:
                 ops.copy_(whole.lse[rows], lse[first:])
         observed, kept = self.observed, self.layers[layer]
-        if observed is None or whole.given is None or lse is None:
+        if observed is None or self.rated is not None or whole.given is None or lse is None:
             return
         if observed.all:
-            observed.chunk(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
-        elif at + count == total:
+            observed.everything(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
+        if observed.last and at + count == total:
             turned = None if looking.anchor_q is None else whole.anchor_q
             last = Looking(whole.q, turned, looking.anchors)
-            observed.chunk(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
+            observed.lately(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
 
-    def _choose_channels(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
-        """The first queries ``q`` (n, heads, key_dim) of a sequence decide which channels of keys stay."""
-        pruner, channels = self.composition.pruner, self.layers[layer].channels
-        if pruner is not None and channels is not None and not ops.is_dry() and not self._pruned[slot]:
-            channels[slot] = pruner.choose(q, run.keys[:, : run.count])
+    def _look_first(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
+        """The first queries ``q`` (n, heads, key_dim) of a sequence and its first tokens decide which channels of keys
+        stay, and what is in the tables of codecs."""
+        if ops.is_dry() or self._pruned[slot]:
+            return
+        composition, kept, lower = self.composition, self.layers[layer], self.lower[layer]
+        if composition.pruner is not None and kept.channels is not None:
+            kept.channels[slot] = composition.pruner.choose(q, run.keys[:, : run.count])
+        _look_up(kept, slot, composition.key_codec, composition.value_codec, run, q)
+        if lower is not None:
+            _look_up(lower.pages, slot, lower.demoter, lower.demoter, run, q)
 
     def _settle(
         self, layer: int, slot: int, run: Run, given: torch.Tensor | None, ws: Workspace, whole: bool = True
@@ -483,19 +529,21 @@ class PagedCache(BaseCache):
         """The tokens of ``run`` are certain: what is too much is let go, and what stays is written. ``whole`` says
         whether the prompt is."""
         kept, selecting = self.layers[layer], self.selecting[layer]
-        heads, tier = self.layouts[layer].kv_heads, self.composition.tier
-        resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
+        heads, composition = self.layouts[layer].kv_heads, self.reserved.of_layers[layer]
+        tier = composition.tier
+        resident, step = (pages.EVERYTHING, 1) if tier is None else (tier.resident // PAGE, tier.step)
 
         def keep(run: Run, indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
             with self._writing():
-                pages.keep(kept, slot, run, ws, indices, held, self.composition.recent, resident, self.reserved.ahead)
+                recent, ahead = composition.recent, self.reserved.ahead
+                pages.keep(kept, slot, run, ws, indices, held, recent, resident, ahead, step)
 
         if kept.positions is None or ops.is_dry():
             if kept.positions is not None:
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
-            for each in self.beside[layer]:
+            for each in self.beside[layer] if ops.is_dry() else ():
                 each.take_most(slot, kept, run, ws)
             keep(run)
             if selecting is not None:
@@ -518,18 +566,19 @@ class PagedCache(BaseCache):
         too_old = window is not None and oldest <= tokens - window
         too_many = sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit
         if too_old or too_many or (self.evictor is not None and self.evictor.selective):
-            mass, since = torch.zeros(positions.shape), 0
+            alike = self.merging[layer].compare(slot, run, counts, ws) if self.merging else None
+            mass, lately, since = torch.zeros(positions.shape), None, 0
             if self.observed is not None and given is not None:
-                mass, since = self.observed.judged(slot, given, tokens, run.count)
+                mass, lately, since = self.observed.judged(slot, given, tokens, run.count)
             prompt = tokens if run.count else int(self.prompts[slot])
-            indices, left = self._judge(layer, mass, positions, counts, since, tokens, prompt, limit)
+            seen = self._seen(layer, positions, counts, (since, tokens, prompt, limit), (mass, lately, alike))
+            indices, left = self._judge(layer, seen)
             listed = indices
-            horizon = -1 if window is None else tokens - window  # what no query sees any more does not count any more
             with self._writing():
-                for each in self.beside[layer]:
-                    each.take(slot, kept, run, indices, left, positions > horizon, ws)
+                for each in self.beside[layer]:  # what no query sees any more does not count any more
+                    each.take(slot, kept, run, indices, left, seen.mass, positions > seen.horizon, ws)
             if self.merging:
-                listed = self.merging[layer].merge(slot, run, (indices, left), positions > horizon, ws)
+                listed = self.merging[layer].merge(slot, run, (indices, left), seen, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left
             keep(run, listed, torch.tensor(counts, dtype=torch.int32))
@@ -556,9 +605,10 @@ class PagedCache(BaseCache):
         try:
             yield
         except RuntimeError as error:
-            if self.composition.tier is None:
+            tier = self.composition.tier
+            if tier is None:
                 raise
-            hint = "Make room on it, or name a folder on another: host(folder=...)."
+            hint = f"Make room on it, or name a folder on another: {tier.name}(folder=...)."
             raise TightfitError(str(error), hint) from error
 
     def rehearse(self, count: int) -> None:
@@ -570,7 +620,9 @@ class PagedCache(BaseCache):
             mass = torch.zeros(layout.kv_heads, width)
             positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
             limit = self.reserved.limit(layer, width)
-            self._judge(layer, mass, positions, [width] * layout.kv_heads, 0, width, width, limit)
+            counts = [width] * layout.kv_heads
+            arrays = mass, mass.clone(), torch.zeros(positions.shape)
+            self._judge(layer, self._seen(layer, positions, counts, (0, width, width, limit), arrays))
 
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
@@ -581,37 +633,67 @@ class PagedCache(BaseCache):
             return Run(keys, keys[..., : layout.value_dim], count)
         return Run(keys, ws.empty(layout.kv_heads, slots, layout.value_dim, dtype=self.dtype), count)
 
-    def _judge(
+    def _seen(
         self,
         layer: int,
-        mass: torch.Tensor,
         positions: torch.Tensor,
         counts: list[int],
-        since: int,
-        tokens: int,
-        prompt: int,
-        limit: int,
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
-        evictor, window = self.evictor, self.layouts[layer].window
-        width = max(counts)
+        numbers: tuple[int, int, int, int],
+        arrays: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    ) -> Seen:
+        """What a layer's tokens are judged by; ``numbers``: where the queries that judge begin, and how many tokens
+        came, came with prompts, and stay; ``arrays``: ``mass``, ``lately`` and ``alike``."""
+        (since, tokens, prompt, limit), layout, width = numbers, self.layouts[layer], max(counts)
         positions = positions[:, :width]
+        groups = layout.heads // layout.kv_heads * self.owners.count(layer)
+        horizon = -1 if layout.window is None else tokens - layout.window
+        mass, lately, alike = (None if array is None else array[:, :width] for array in arrays)
+        assert mass is not None
+        return Seen(mass, positions, counts, groups, since, tokens, prompt, limit, horizon, lately, alike)
+
+    def _judge(self, layer: int, seen: Seen) -> tuple[torch.Tensor, list[int]]:
+        """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
+        evictor, window, limit = self.evictor, self.layouts[layer].window, seen.keep
         if evictor is None:
-            scores = positions.float()
+            scores = seen.positions.float()
         else:
-            groups = self.layouts[layer].heads // self.layouts[layer].kv_heads * self.owners.count(layer)
-            scores = evictor.scores(Seen(mass[:, :width], positions, counts, groups, since, tokens, prompt))
+            scores = evictor.scores(seen).clone()  # what it was given is left to mergers
             first, last = evictor.protected(limit)
             if window is not None:  # which hides the first tokens sooner or later
                 first, last = 0, first + last
-            for head, count in enumerate(counts):
+            for head, count in enumerate(seen.counts):
                 scores[head, : min(first, count)] = torch.inf
                 scores[head, max(count - last, 0) : count] = torch.inf
-        if window is not None:
-            scores = scores.masked_fill(positions <= tokens - window, -torch.inf)
-        indices, kept = budgets.choose(scores, counts, limit, "uniform" if evictor is None else evictor.budget)
+        scores = scores.masked_fill(seen.positions <= seen.horizon, -torch.inf)
+        indices, kept = budgets.choose(scores, seen.counts, limit, "uniform" if evictor is None else evictor.budget)
         return indices, kept.tolist()
+
+
+def _close(file: int, staging: Sequence[pages.Staging]) -> None:
+    for each in staging:
+        each.rest()
+    if file >= 0:
+        os.close(file)
 
 
 def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:
     return None if x is None else x[start:stop]
+
+
+def _look_up(
+    kept: Pages, slot: int, of_keys: Tabled | None, of_values: Tabled | None, run: Run, q: torch.Tensor
+) -> None:
+    """Fills the tables of codecs that a sequence has for itself."""
+    for codec, side, method, of_run in (
+        (kept.key_codec, kept.key_side, of_keys, run.keys),
+        (kept.value_codec, kept.value_side, of_values, run.values),
+    ):
+        if side is not None and method is not None and not codec.coupled:
+            last = q[len(q) - min(method.queries, len(q)) :]
+            side[slot] = method.table(codec, of_run[:, : run.count], last, of_run is run.keys)
+
+
+def _placed(x: torch.Tensor, arena: Arena) -> torch.Tensor:
+    placed = place(arena, tuple(x.shape), x.dtype)
+    placed.copy_(x)
+    return placed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,9 @@ from tightfit.budget.ledger import Arena
 from tightfit.kernels.pages import PAGE, Codec, Pages
 from tightfit.kv import budgets
 from tightfit.kv.base import BLOCK, LayerLayout
-from tightfit.kv.cache import place
+from tightfit.kv.cache import numbers, place, table
 from tightfit.kv.compose import Composition
+from tightfit.kv.fitted import Known
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.method import Demoter
 
@@ -30,7 +30,7 @@ class Sizes:
 
 class Reserved:
     """What a composition reserves for ``context`` tokens of each of ``sequences``; ``tail`` tokens of each may be
-    tentative at once. ``owners`` says of each layer which one's keys and values it reads."""
+    tentative at once. ``known`` is what the methods know of the model."""
 
     def __init__(
         self,
@@ -39,17 +39,18 @@ class Reserved:
         context: int,
         sequences: int,
         tail: int,
-        owners: Sequence[int],
+        known: Known,
     ) -> None:
         self.layouts = layouts
         self.composition = composition
+        self.of_layers = [composition.of_layer(layer, known) for layer in range(len(layouts))]
         self.context = context
         self.sequences = sequences
-        self.owners = owners
+        self.owners = range(len(layouts)) if known.owners is None else known.owners
         self.ahead = BLOCK + tail  # tokens between two moments at which some are let go of, and tentative ones behind
         self.ragged = composition.evictor is not None and composition.evictor.budget == "adakv"
         self.file_bytes = 0
-        self.sizes = [self._size(layout, kept) for layout, kept in zip(layouts, self._kept(context), strict=True)]
+        self.sizes = [self._size(layer, kept) for layer, kept in enumerate(self._kept(context))]
 
     def limit(self, layer: int, tokens: int) -> int:
         """How many tokens each head of a layer keeps on average of so many that came; queries may see no more than a
@@ -60,7 +61,7 @@ class Reserved:
 
     def selects(self, layer: int) -> bool:
         """Whether tokens that decode see only some of a layer."""
-        selector = self.composition.selector
+        selector = self.of_layers[layer].selector
         return selector is not None and selector.selects(layer, self.layouts[layer])
 
     def _kept(self, tokens: int) -> list[int]:
@@ -77,35 +78,40 @@ class Reserved:
         """Whether a layer keeps what its window shows, whatever the evictor does elsewhere."""
         return isinstance(self.composition.evictor, Demoter) and self.layouts[layer].window is not None
 
-    def lower(self, layer: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int) -> LowerStore | None:
+    def lower(
+        self, layer: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int, known: Known
+    ) -> LowerStore | None:
         """The lower store of a layer, as :meth:`pages`, if its evictor has one."""
         evictor, layout = self.composition.evictor, self.layouts[layer]
         if not isinstance(evictor, Demoter) or self._all_of_window(layer):
             return None
         most = self.context - self.sizes[layer].kept
         longest = self.context if self.ragged else max(most, PAGE)
-        kept = LowerStore(evictor, layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes)
+        kept = evictor.store(layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes)
         self.file_bytes = kept.end
+        evictor.prepare(layer, kept, known)
         return kept
 
-    @property
-    def _has_codes(self) -> bool:
-        c = self.composition
+    def _has_codes(self, layer: int) -> bool:
+        c = self.of_layers[layer]
         return c.key_codec is not None or c.value_codec is not None or c.pruner is not None
 
-    def _size(self, layout: LayerLayout, kept: int) -> Sizes:
+    def _size(self, layer: int, kept: int) -> Sizes:
+        layout, composition = self.layouts[layer], self.of_layers[layer]
         kept = min(kept, self.context, layout.window or kept)
-        heads, tier, recent = layout.kv_heads, self.composition.tier, self.composition.recent
+        heads, tier, recent = layout.kv_heads, composition.tier, composition.recent
         ragged, more = self.ragged, self.ahead
         table_pages = -(-(min(kept * heads if ragged else kept, self.context) + more) // PAGE)
         # Of all heads together; each has a page that is not full.
         whole = heads * -(-(kept + more) // PAGE) + (heads if ragged else 0)
-        if not self._has_codes:
-            in_memory = whole if tier is None else heads * (-(-tier.resident // PAGE) + -(-more // PAGE) + 2)
+        if not self._has_codes(layer):
+            in_memory = (
+                whole if tier is None else heads * (-(-tier.resident // PAGE) + tier.step + -(-more // PAGE) + 1)
+            )
             return Sizes(kept, table_pages, min(whole, in_memory), 0)
         # What is not coded yet; and while pages change their kind, that of one head once more.
         dense = heads * -(-(recent + PAGE - 1 + more) // PAGE) + -(-recent // PAGE) + 1
-        coded = whole if tier is None else heads * (max(-(-tier.resident // PAGE) - recent // PAGE, 0) + 1)
+        coded = whole if tier is None else heads * (max(-(-tier.resident // PAGE) - recent // PAGE, 0) + tier.step)
         return Sizes(kept, table_pages, min(dense, whole + 1), min(whole, coded))
 
     def pages(self, index: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int) -> Pages:
@@ -113,18 +119,25 @@ class Reserved:
 
         Keys and values that are not coded are of ``dtype``; ``tokens`` (sequences,) says how many came of each.
         """
-        layout, size, composition, sequences = self.layouts[index], self.sizes[index], self.composition, self.sequences
+        layout, size, composition, sequences = (
+            self.layouts[index],
+            self.sizes[index],
+            self.of_layers[index],
+            self.sequences,
+        )
         heads, as_they_are = layout.kv_heads, 8 * dtype.itemsize
         pruner, key, value = composition.pruner, composition.key_codec, composition.value_codec
         width = layout.key_dim if pruner is None else pruner.kept(layout.key_dim)
-        key_codec = Codec(as_they_are if key is None else key.bits, width, per_channel=True)
-        value_codec = Codec(as_they_are if value is None else value.bits, layout.value_dim, per_channel=False)
+        key_codec, value_codec = (
+            Codec(as_they_are, dim, of_keys) if coder is None else coder.codec(dim, of_keys, as_they_are)
+            for coder, dim, of_keys in ((key, width, True), (value, layout.value_dim, False))
+        )
         dense, coded = (sequences, size.dense_pages, PAGE), (sequences, size.coded_pages)
         keys = place(arena, (*dense, layout.key_dim), dtype)
         shared, listed = layout.shared, (sequences, heads, size.table_pages)
         values = keys[..., : layout.value_dim] if shared else place(arena, (*dense, layout.value_dim), dtype)
         coded_keys = coded_values = positions = channels = bounds = None
-        if self._has_codes:
+        if self._has_codes(index):
             coded_keys = place(arena, (*coded, key_codec.page_bytes), torch.uint8)
             coded_values = None if shared else place(arena, (*coded, value_codec.page_bytes), torch.uint8)
         if composition.evictor is not None or layout.window is not None:
@@ -133,6 +146,7 @@ class Reserved:
             channels = numbers(arena, sequences, heads, width)
         if composition.selector is not None and composition.selector.bounds and self.selects(index):
             bounds = place(arena, (*listed, 2, layout.key_dim), dtype)
+        file = -1 if composition.tier is None else file
         keys_at = self.file_bytes
         values_at = keys_at + sequences * heads * size.table_pages * key_codec.page_bytes
         self.file_bytes = values_at + sequences * heads * size.table_pages * value_codec.page_bytes
@@ -157,9 +171,6 @@ class Reserved:
             file=file,
             keys_at=keys_at,
             values_at=values_at,
+            key_side=table(arena, key_codec, sequences, heads),
+            value_side=None if shared else table(arena, value_codec, sequences, heads),
         )
-
-
-def numbers(arena: Arena, *shape: int) -> torch.Tensor:
-    """Room for int32 numbers."""
-    return place(arena, shape, torch.int32)

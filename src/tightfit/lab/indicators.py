@@ -59,6 +59,7 @@ def weight_bytes_per_token(checkpoint: Checkpoint, spec: ModelSpec, outer: str, 
 
 def attended(cache: BaseCache, slot: int = 0) -> list[float]:
     """How many tokens the next query of a sequence sees in each layer, on average over the heads."""
+    cache = cache.stored
     assert isinstance(cache, Cache | PagedCache)
     windows = [layout.window for layout in cache.layouts]
     if isinstance(cache, Cache):

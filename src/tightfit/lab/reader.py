@@ -8,7 +8,7 @@ import torch
 
 from tightfit.api import Model
 from tightfit.errors import UsageError
-from tightfit.kernels.pages import PAGE
+from tightfit.kernels.pages import PAGE, Pages
 from tightfit.kv.cache import Cache
 from tightfit.kv.paged import PagedCache
 
@@ -50,7 +50,7 @@ class Reader:
 
     def read_bytes(self) -> int:
         """Bytes of keys and values, and of bounds of pages, that one more token would read, from memory or a file."""
-        cache, total = self.model.borrow_engine().cache, 0.0
+        cache, total = self.model.borrow_engine().cache.stored, 0.0
         for layer in cache.own:
             readers = cache.owners.count(layer)
             if isinstance(cache, PagedCache):
@@ -66,8 +66,9 @@ class Reader:
 def _paged_bytes(cache: PagedCache, layer: int) -> float:
     """What one query of all heads reads of the first sequence in a layer. Of what a selector chooses among, tokens in
     few bits are chosen as often as others."""
-    pages, selecting = cache.layers[layer], cache.selecting[layer]
+    pages, selecting, lower = cache.layers[layer], cache.selecting[layer], cache.lower[layer]
     total = 0.0 if selecting is None else float(selecting.index_bytes(0))
+    total += 0.0 if lower is None else _bytes_below(lower.pages)
     token = (pages.keys.shape[3] + pages.values.shape[3]) * pages.keys.element_size()
     code = pages.key_codec.page_bytes + pages.value_codec.page_bytes
     lists = [counts[0].tolist() for counts in (pages.lengths, pages.coded)]
@@ -77,3 +78,11 @@ def _paged_bytes(cache: PagedCache, layer: int) -> float:
         coded = (whole * share + coded * PAGE - whole) / PAGE
         total += coded * code + dense * token
     return total
+
+
+def _bytes_below(pages: Pages) -> float:
+    """What is read of a lower store."""
+    token = (pages.keys.shape[3] + pages.values.shape[3]) * pages.keys.element_size()
+    code = pages.key_codec.page_bytes + pages.value_codec.page_bytes
+    coded = int(pages.coded[0].sum())
+    return coded * code + (int(pages.lengths[0].sum()) - coded * PAGE) * token

@@ -5,19 +5,16 @@
 // https://arxiv.org/abs/1805.02867). Powers are of two: queries come multiplied by log2(e).
 #pragma once
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <type_traits>
 
 #include "attention_tasks.h"
+#include "codecs.h"
 #include "math.h"
+#include "reader.h"
 
 namespace tightfit {
 namespace {
@@ -371,8 +368,13 @@ void decode_row(const Codec& codec, Kind kind, const uint8_t* page, size_t t, fl
 }
 
 template <class Isa>
-void decode_page(const Codec& codec, Kind kind, const uint8_t* page, float* out) {
+void decode_page(const Codec& codec, Kind kind, const uint8_t* page, const float* side, float* out) {
     const size_t dim = codec.dim, row_bytes = codec.row_bytes();
+    if (codec.coupled) return decode_coupled(codec, page, side, out);
+    if (!codec.plain())
+        return decode_side(codec, kind, page, side, out, [](const uint8_t* from, Kind of, size_t count, float* to) {
+            load_numbers<Isa>(from, of, count, to);
+        });
     if (codec.dense()) return load_numbers<Isa>(page, kind, PAGE * dim, out);
     float scales[1024], minima[1024];  // of some rows
     for (size_t t = 0; t < PAGE; t++) {
@@ -432,9 +434,15 @@ inline void round_scales(float* low, float* high, size_t count, float most, F16*
 }
 
 template <class Isa>
-void encode_page(const Codec& codec, Kind kind, const float* numbers, uint8_t* page) {
+void encode_page(const Codec& codec, Kind kind, const float* numbers, const float* side, uint8_t* page) {
     constexpr size_t AT_ONCE = 256;  // channels, a multiple of what shares a byte and of a group
     const size_t dim = codec.dim, row_bytes = codec.row_bytes(), bits = codec.bits, groups = codec.groups();
+    if (codec.coupled) return encode_coupled(codec, numbers, side, page);
+    if (!codec.plain())
+        return encode_side(
+            codec, kind, numbers, side, page,
+            [](const uint8_t* from, Kind of, size_t count, float* to) { load_numbers<Isa>(from, of, count, to); },
+            store<Isa>);
     if (codec.dense()) return store<Isa>(numbers, PAGE * dim, kind, page);
     const float most = static_cast<float>((1 << bits) - 1);
     F16* scales = const_cast<F16*>(codec.scales_of(page));
@@ -478,18 +486,6 @@ void encode_page(const Codec& codec, Kind kind, const float* numbers, uint8_t* p
     }
 }
 
-inline void read_at(int file, uint8_t* out, size_t count, size_t at) {
-    while (count > 0) {
-        const ssize_t got = pread(file, out, count, static_cast<off_t>(at));
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) {  // the file is ours, and has no name: nobody else can have cut it
-            std::perror("tightfit: the cache cannot be read from the disk");
-            std::abort();
-        }
-        out += got, at += static_cast<size_t>(got), count -= static_cast<size_t>(got);
-    }
-}
-
 // Where the pages of a block lie in memory; values in those of the keys where these are shared.
 struct BlockPages {
     const uint8_t *keys[KEY_BLOCK / PAGE], *values[KEY_BLOCK / PAGE];
@@ -509,8 +505,8 @@ inline BlockPages find_pages(const HeadCache& head, size_t block, size_t from, s
         count = 1;  // neighbours in one request
         while (j + count < pages && head.listed(first + j + count) == page + count) count++;
         uint8_t *keys = raw + j * key_page, *values = raw + KEY_BLOCK / PAGE * key_page + j * value_page;
-        read_at(head.file, keys, count * key_page, head.keys_at + page * key_page);
-        if (!head.shared()) read_at(head.file, values, count * value_page, head.values_at + page * value_page);
+        read_now({head.file, keys, count * key_page, head.keys_at + page * key_page});
+        if (!head.shared()) read_now({head.file, values, count * value_page, head.values_at + page * value_page});
         for (size_t i = 0; i < count; i++) {
             found.keys[j + i] = keys + i * key_page;
             found.values[j + i] = head.shared() ? keys + i * key_page : values + i * value_page;
@@ -520,24 +516,32 @@ inline BlockPages find_pages(const HeadCache& head, size_t block, size_t from, s
 }
 
 // Decodes the listed tokens [from, end), which lie in one page, to the places of `keys` and `values` on. Of a page in the
-// file, it is read from the first of them on to the last, or where its numbers are codes to the scales behind these.
+// file, it is read from the first of them on to the last, or where its numbers are codes to the scales behind these; whole
+// where they are not plain.
 template <class Isa>
 void load_listed(const HeadCache& head, size_t from, size_t end, float* keys, float* values, uint8_t* raw) {
     const size_t number = head.token(from) / PAGE, first = head.token(from) % PAGE, last = head.token(end - 1) % PAGE;
-    const auto load = [&](const Codec& codec, const uint8_t* data, size_t file_at, float* out) {
+    const auto load = [&](const Codec& codec, const float* side, const uint8_t* data, size_t file_at, float* out) {
         const uint8_t* page = raw;
         if (head.file >= 0) {
-            const size_t start = first * codec.row_bytes();
-            const size_t stop = codec.dense() ? (last + 1) * codec.row_bytes() : codec.page_bytes();
-            read_at(head.file, raw + start, stop - start, file_at + number * codec.page_bytes() + start);
+            const size_t start = codec.plain() ? first * codec.row_bytes() : 0;
+            const size_t stop = codec.plain() && codec.dense() ? (last + 1) * codec.row_bytes() : codec.page_bytes();
+            read_now({head.file, raw + start, stop - start, file_at + number * codec.page_bytes() + start});
         } else {
             page = data + static_cast<size_t>(head.table[number]) * codec.page_bytes();
         }
+        if (codec.plain()) {
+            for (size_t i = from; i < end; i++, out += codec.dim)
+                decode_row<Isa>(codec, head.kind, page, head.token(i) % PAGE, out);
+            return;
+        }
+        float* whole = reinterpret_cast<float*>(raw + round_up(codec.page_bytes(), 64));
+        decode_page<Isa>(codec, head.kind, page, side, whole);
         for (size_t i = from; i < end; i++, out += codec.dim)
-            decode_row<Isa>(codec, head.kind, page, head.token(i) % PAGE, out);
+            std::copy_n(whole + head.token(i) % PAGE * codec.dim, codec.dim, out);
     };
-    load(head.key_codec, head.keys, head.keys_at, keys);
-    if (!head.shared()) load(head.value_codec, head.values, head.values_at, values);
+    load(head.key_codec, head.key_side, head.keys, head.keys_at, keys);
+    if (!head.shared()) load(head.value_codec, head.value_side, head.values, head.values_at, values);
 }
 
 // The pages of the block at token `block` that have tokens [from, end), in memory and as they are multiplied; `scratch`
@@ -560,9 +564,10 @@ HeadCache load_block(const HeadCache& head, size_t block, size_t from, size_t en
     }
     const BlockPages pages = find_pages(head, block, from, end, reinterpret_cast<uint8_t*>(raw));
     for (size_t j = (from - block) / PAGE; j < (end - block + PAGE - 1) / PAGE; j++) {
-        decode_page<Isa>(head.key_codec, head.kind, pages.keys[j], keys + j * PAGE * head.key_dim);
+        decode_page<Isa>(head.key_codec, head.kind, pages.keys[j], head.key_side, keys + j * PAGE * head.key_dim);
         if (!shared)
-            decode_page<Isa>(head.value_codec, head.kind, pages.values[j], values + j * PAGE * head.value_dim);
+            decode_page<Isa>(head.value_codec, head.kind, pages.values[j], head.value_side,
+                             values + j * PAGE * head.value_dim);
     }
     return loaded;
 }

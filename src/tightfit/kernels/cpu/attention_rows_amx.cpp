@@ -634,7 +634,7 @@ bool multiplies(const HeadCache& head) {
     if (head.loaded()) return head.kind == Kind::bf16;
     if (head.tokens) return false;  // of pages a few tokens each are decoded
     const auto fits = [&](const Codec& codec, bool per_channel) {
-        return codec.dense() ? head.kind == Kind::bf16 : codec.per_channel == per_channel;
+        return codec.dense() ? head.kind == Kind::bf16 : codec.plain() && codec.per_channel == per_channel;
     };
     return fits(head.key_codec, true) && fits(head.shared() ? head.key_codec : head.value_codec, false);
 }

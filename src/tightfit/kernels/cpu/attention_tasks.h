@@ -90,10 +90,10 @@ struct AttentionKernels {
                   float* out, size_t stride);
     // The softmax of `count` scores in their place, of which there is room up to a multiple of 16.
     void (*softmax)(float* scores, size_t count);
-    // The numbers of page `page` of coded keys or values, token by token.
-    void (*decode)(const Codec& codec, Kind kind, const uint8_t* page, float* out);
+    // The numbers of page `page` of coded keys or values, token by token; `side` is the codec's table, if it has one.
+    void (*decode)(const Codec& codec, Kind kind, const uint8_t* page, const float* side, float* out);
     // The page of `numbers`.
-    void (*encode)(const Codec& codec, Kind kind, const float* numbers, uint8_t* page);
+    void (*encode)(const Codec& codec, Kind kind, const float* numbers, const float* side, uint8_t* page);
     void (*load)(const uint8_t* from, Kind kind, size_t count, float* out);
     // The largest score that a key between `bounds` (2, dim), the lowest and the highest of each channel, can have with one
     // of `rows` queries (rows, dim).

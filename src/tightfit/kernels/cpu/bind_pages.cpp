@@ -9,6 +9,7 @@
 
 #include "bind.h"
 #include "pages.h"
+#include "staging.h"
 
 namespace nb = nanobind;
 using namespace tightfit;
@@ -26,6 +27,13 @@ using RunOf = std::tuple<uintptr_t, uintptr_t, size_t, size_t>; // keys, values,
 using Scores = std::tuple<size_t, float, size_t, float, uintptr_t>;  // heads, scale, window, softcap, sinks
 // q, anchor_q, anchors, what is chosen and how many for each head, from which token on all is, whether only what is certain
 using Views = std::tuple<Strided, Strided, size_t, uintptr_t, size_t, uintptr_t, bool>;
+
+using CodecOf = std::tuple<size_t, size_t, size_t, size_t, size_t, size_t, size_t, size_t, size_t>;  // see codec.py
+
+Codec codec_of(const CodecOf& of) {
+    const auto& [bits, dim, per_channel, group, affine, coupled, rank, outliers, wide] = of;
+    return {bits, dim, per_channel != 0, group, affine != 0, coupled, rank, outliers, wide};
+}
 
 template <class T>
 Block<T> block(const Strided& of) {
@@ -95,20 +103,41 @@ void tightfit::bind_pages(nb::module_& m) {
         const auto& [kv_heads, from, to] = shape;
         project(block<const float>(x), rows, heads, at<const float>(matrices), kv_heads, from, to, block<float>(out));
     });
-    m.def("page_bytes", [](size_t bits, size_t dim, bool per_channel) { return Codec{bits, dim, per_channel}.page_bytes(); });
+    m.def("page_bytes", [](const CodecOf& of) { return codec_of(of).page_bytes(); });
+    nb::class_<Staging>(m, "Staging")
+        .def("counts", [](const Staging& s) {
+            return std::make_tuple(s.counts().wanted, s.counts().ahead, s.counts().bytes, s.counts().waited);
+        })
+        .def("rest", &Staging::rest, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<Reader>(m, "Reader").def(nb::init<>());
+    nb::class_<HeadStaging, Staging>(m, "HeadStaging")
+        .def("__init__", [](HeadStaging* self, Reader& reader, uintptr_t memory, size_t buffer_bytes, size_t heads,
+                            size_t table_pages) {
+            new (self) HeadStaging(reader, at<uint8_t>(memory), buffer_bytes, heads, table_pages);
+        }, nb::keep_alive<1, 2>());
+    nb::class_<PageStaging, Staging>(m, "PageStaging")
+        .def("__init__", [](PageStaging* self, Reader& reader, uintptr_t memory, uintptr_t staged, size_t lists,
+                            size_t table_pages, size_t places) {
+            new (self) PageStaging(reader, at<uint8_t>(memory), at<int32_t>(staged), lists, table_pages, places);
+        }, nb::keep_alive<1, 2>())
+        .def("prefetch", [](PageStaging& s, const Pages& p, const Ragged& places, size_t rows, uintptr_t wanted, size_t count) {
+            const Place* where = places_of(p, places, rows, true);
+            nb::gil_scoped_release release;
+            s.prefetch(p, where, rows, at<const int32_t>(wanted), count);
+        });
     nb::class_<Pages>(m, "Pages")
         .def(nb::new_([](const std::string& kind, const std::tuple<size_t, size_t, size_t, size_t>& sizes,
-                         const std::tuple<size_t, size_t, size_t>& pages, const std::tuple<size_t, size_t, size_t>& codes,
+                         const std::tuple<size_t, size_t, size_t>& pages, const std::tuple<CodecOf, CodecOf>& codecs,
                          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& stores,
                          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& lists,
                          uintptr_t tokens, uintptr_t positions, uintptr_t channels, uintptr_t bounds,
-                         const std::tuple<int, size_t, size_t>& file) {
+                         const std::tuple<int, size_t, size_t>& file,
+                         const std::tuple<uintptr_t, size_t, uintptr_t, size_t>& sides) {
             Pages p{};
             p.kind = kind == "f32" ? Kind::f32 : kind == "f16" ? Kind::f16 : Kind::bf16;
             std::tie(p.sequences, p.kv_heads, p.key_dim, p.value_dim) = sizes;
             std::tie(p.table_pages, p.dense_pages, p.coded_pages) = pages;
-            const auto& [key_bits, value_bits, width] = codes;
-            p.key_codec = {key_bits, width, true}, p.value_codec = {value_bits, p.value_dim, false};
+            p.key_codec = codec_of(std::get<0>(codecs)), p.value_codec = codec_of(std::get<1>(codecs));
             p.keys = at<uint8_t>(std::get<0>(stores)), p.values = at<uint8_t>(std::get<1>(stores));
             p.coded_keys = at<uint8_t>(std::get<2>(stores)), p.coded_values = at<uint8_t>(std::get<3>(stores));
             p.table = at<int32_t>(std::get<0>(lists)), p.lengths = at<int32_t>(std::get<1>(lists));
@@ -118,8 +147,26 @@ void tightfit::bind_pages(nb::module_& m) {
             p.tokens = at<const int32_t>(tokens), p.positions = at<const int32_t>(positions);
             p.channels = at<const int32_t>(channels), p.bounds = at<uint8_t>(bounds);
             std::tie(p.file, p.keys_at, p.values_at) = file;
+            p.all_heads = p.kv_heads;
+            p.key_side = at<const float>(std::get<0>(sides)), p.key_tables = std::get<1>(sides);
+            p.value_side = at<const float>(std::get<2>(sides)), p.value_tables = std::get<3>(sides);
             return p;
         }))
+        .def("stage", [](Pages& p, Staging& staging, const Pages& next) { p.staging = &staging, p.next = &next; })
+        .def("forget", [](const Pages& p, size_t sequence) {
+            nb::gil_scoped_release release;
+            for (size_t h = 0; p.staging && h < p.kv_heads; h++) p.staging->forget(p, sequence, h, 0);
+        })
+        .def("rank_scratch", &rank_scratch)
+        .def("rank", [](const Pages& p, const Ragged& places, size_t rows, const Strided& q, size_t heads,
+                        const std::tuple<uintptr_t, size_t>& chosen, const std::tuple<uintptr_t, size_t>& next,
+                        uintptr_t others, uintptr_t scratch, size_t threads) {
+            const Place* where = places_of(p, places, rows, true);
+            nb::gil_scoped_release release;
+            const Ranked ranked{at<int32_t>(std::get<0>(chosen)), at<int32_t>(std::get<0>(next)), at<int32_t>(others),
+                                std::get<1>(chosen), std::get<1>(next)};
+            rank(p, where, rows, block<const float>(q), heads, ranked, at<uint8_t>(scratch), threads);
+        })
         .def("append", [](const Pages& p, const Ragged& places, size_t count, const Strided& k, const Strided& v,
                           size_t threads) {
             const Place* where = places_of(p, places, count);
@@ -173,10 +220,10 @@ void tightfit::bind_pages(nb::module_& m) {
         })
         .def("keep_scratch", &keep_scratch)
         .def("keep", [](const Pages& p, size_t sequence, const RunOf& run, uintptr_t indices, size_t stride,
-                        uintptr_t counts, size_t recent, size_t resident, size_t tail, uintptr_t scratch) {
+                        uintptr_t counts, size_t recent, size_t resident, size_t step, size_t tail, uintptr_t scratch) {
             check_sequence(p, sequence);
             nb::gil_scoped_release release;
-            keep(p, sequence, run_of(run), {at<const int32_t>(indices), stride, at<const int32_t>(counts), recent, resident, tail},
+            keep(p, sequence, run_of(run), {at<const int32_t>(indices), stride, at<const int32_t>(counts), recent, resident, step, tail},
                  at<uint8_t>(scratch));
         })
         .def("read", [](const Pages& p, size_t sequence, size_t head, const RunOf& run, size_t from, size_t to, uintptr_t k,

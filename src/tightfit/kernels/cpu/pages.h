@@ -17,17 +17,31 @@ constexpr size_t CODE_GROUP = 32;   // channels of a value that share a scale
 //
 // A page is 32 rows of codes, one for each token, then its scales, then its minima: of keys one for each channel, of values
 // one for each token and group of 32 channels, token by token.
+//
+// Other codecs store more, or something else, with a table of numbers beside the pages: see codec.py, and codecs.h.
 struct Codec {
     size_t bits = 16, dim = 0;
     bool per_channel = false;
+    size_t group = CODE_GROUP;
+    bool affine = false;
+    size_t coupled = 0, rank = 0, outliers = 0, wide = 2;
 
     bool dense() const { return bits >= 16; }
-    size_t row_bytes() const { return dense() ? dim * bits / 8 : (dim * bits + 7) / 8; }
-    size_t groups() const { return (dim + CODE_GROUP - 1) / CODE_GROUP; }
-    size_t scales() const { return dense() ? 0 : per_channel ? dim : PAGE * groups(); }
-    size_t page_bytes() const { return round_up(PAGE * row_bytes() + 2 * scales() * sizeof(F16), 64); }
+    // Whether a number is its code, scale and minimum, and nothing else.
+    bool plain() const { return !affine && !coupled && !rank && !outliers && group == CODE_GROUP; }
+    size_t codes() const { return coupled ? dim / coupled : dim; }
+    size_t row_bytes() const { return (codes() * bits + 7) / 8; }
+    size_t groups() const { return (dim + group - 1) / group; }
+    size_t scales() const { return dense() || coupled ? 0 : per_channel ? dim : PAGE * groups(); }
+    size_t side() const { return coupled ? dim << bits : (2 * affine + rank) * dim; }
+    size_t page_bytes() const {
+        const size_t more = PAGE * rank * sizeof(F16) + (sizeof(uint16_t) + wide) * outliers;
+        return round_up(PAGE * row_bytes() + 2 * scales() * sizeof(F16) + more, 64);
+    }
     const F16* scales_of(const uint8_t* page) const { return reinterpret_cast<const F16*>(page + PAGE * row_bytes()); }
     const F16* minima_of(const uint8_t* page) const { return scales_of(page) + scales(); }
+    const uint8_t* parts_of(const uint8_t* page) const { return page + PAGE * row_bytes() + 2 * scales() * sizeof(F16); }
+    const uint8_t* outliers_of(const uint8_t* page) const { return parts_of(page) + PAGE * rank * sizeof(F16); }
 };
 
 // Keys and values of one sequence and key-value head that are stored alike. Token i lies in slot i % slots, or with a
@@ -44,6 +58,7 @@ struct HeadCache {
     size_t committed = 0;
     bool coded = false;  // whether the pages are, by these codecs
     Codec key_codec{}, value_codec{};
+    const float *key_side = nullptr, *value_side = nullptr;  // tables of these
     int file = -1;  // where the pages are on the disk: at keys_at and values_at the first, one behind the other
     size_t keys_at = 0, values_at = 0;
 
@@ -68,6 +83,8 @@ struct HeadCache {
     bool shared() const { return values == keys; }
 };
 
+class Staging;
+
 // Pages of one layer. Of each sequence and head, `lengths` tokens are certain; page j of them is table[j] of the coded
 // pages for j below `coded`, of the dense ones from there on, or if j is below `cold`, in the file. What a decoding step
 // adds lies behind them until it is certain too. `tokens` of each sequence were certain so far, those that are no longer
@@ -87,11 +104,27 @@ struct Pages {
     uint8_t* bounds;                     // (sequences, kv_heads, table_pages, 2, key_dim) like dense pages, or null
     int file = -1;
     size_t keys_at = 0, values_at = 0;   // in it
+    const float *key_side, *value_side;  // tables of codecs (kv_heads, side)
+    size_t key_tables, value_tables;     // how many of these: one for each sequence, or one
+    size_t first_head = 0, all_heads = 0;  // these heads are some of a layer's
+    // Pages of the file that are in memory, as they are in the file: page j of a head in place staged[at * staged_stride + j]
+    // of both lists. Null: they are read as they are multiplied.
+    const int32_t* staged = nullptr;
+    size_t staged_stride = 0;
+    const uint8_t *staged_keys = nullptr, *staged_values = nullptr;
+    Staging* staging = nullptr;   // brings them there, if it is not null
+    const Pages* next = nullptr;  // the layer that is looked at after this one
 
     bool shared() const { return values == keys; }
     bool has_codes() const { return coded_keys != nullptr; }
-    size_t at(size_t sequence, size_t head) const { return sequence * kv_heads + head; }
+    size_t at(size_t sequence, size_t head) const { return sequence * all_heads + first_head + head; }
     size_t capacity() const { return table_pages * PAGE; }
+    // One head alone, without staging.
+    Pages of_head(size_t head) const {
+        Pages one = *this;
+        one.kv_heads = 1, one.first_head = first_head + head, one.staging = nullptr;
+        return one;
+    }
 };
 
 // Keys and values (kv_heads, slots, dim) of one sequence behind its certain tokens, `count` of them, in the type of dense
@@ -154,12 +187,12 @@ void project(Block<const float> x, size_t rows, size_t heads, const float* matri
 
 // What happens to a sequence when tokens become certain: those of `run` are added, all but counts[head] `indices` (kv_heads,
 // stride) are let go, if that is not null, all but the last `recent` are coded page by page where pages have codes, and all
-// but `resident` pages go to the file. Pages for `tail` more tokens are there afterwards.
+// but `resident` pages go to the file, `step` at a time. Pages for `tail` more tokens are there afterwards.
 struct Keeping {
     const int32_t* indices = nullptr;
     size_t stride = 0;
     const int32_t* counts = nullptr;
-    size_t recent = 0, resident = ~size_t(0), tail = 1;
+    size_t recent = 0, resident = ~size_t(0), step = 1, tail = 1;
 };
 size_t keep_scratch(const Pages& pages);
 void keep(const Pages& pages, size_t sequence, const Run& run, const Keeping& keeping, uint8_t* scratch);
@@ -176,6 +209,16 @@ void select(const Pages& pages, const Place* places, size_t rows, Block<const fl
             int32_t* chosen, uint8_t* scratch, size_t threads);
 size_t select_scratch(const Pages& pages, size_t threads);
 
+// The same by the largest score of any of a page's keys, of all pages that are whole: the best into `chosen` (rows, kv_heads,
+// count), the next best into `next` (rows, kv_heads, more), and all but the best into `others` (rows, kv_heads, table_pages),
+// each in order and then -1.
+struct Ranked {
+    int32_t *chosen, *next, *others;
+    size_t count, more;
+};
+void rank(const Pages& pages, const Place* places, size_t rows, Block<const float> q, size_t heads, const Ranked& ranked,
+          uint8_t* scratch, size_t threads);
+size_t rank_scratch(const Pages& pages, size_t threads);
 // shares (kv_heads, stride of `shares`) = what the heads of `q` would give to each of the first `until` (kv_heads) tokens of
 // a sequence, if these were all: the sums of their softmaxes.
 size_t shares_scratch(const Pages& pages, size_t heads, size_t threads);

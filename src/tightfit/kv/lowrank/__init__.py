@@ -1,5 +1,5 @@
-"""Methods that store fewer channels."""
+"""Methods that store fewer channels, features or heads."""
 
-from tightfit.kv.lowrank import think
+from tightfit.kv.lowrank import cskv, gqa, matryoshka, think
 
-__all__ = ["think"]
+__all__ = ["cskv", "gqa", "matryoshka", "think"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
-from tightfit.kv.method import Leaving, Merger, Seen, Tokens
+from tightfit.kv.method import Judged, Leaving, Merger, Seen, Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -57,11 +57,13 @@ class D2O(Merger):
     def scores(self, seen: Seen) -> torch.Tensor:
         return seen.mass
 
-    def merge(self, staying_: Tokens, leaving: Leaving, memory_: torch.Tensor, ws: Workspace) -> torch.Tensor:
+    def merge(
+        self, staying_: Tokens, leaving: Leaving, judged: Judged, memory_: torch.Tensor, ws: Workspace
+    ) -> torch.Tensor:
         import torch
 
-        from tightfit.kernels import ops
-        from tightfit.kv.merge.nearest import find_closest, scale_rows_, weigh_similar
+        from tightfit.kv.merge.merging import blend
+        from tightfit.kv.merge.nearest import find_closest, weigh_similar
 
         n, count = len(staying_.keys), leaving.count
         own, changed = ws.empty(n), ws.empty(n, dtype=torch.bool)
@@ -73,14 +75,5 @@ class D2O(Merger):
             find_closest(keys, staying_.keys, lengths, products, similarity[here], closest[here])
             at = here.stop
         weigh_similar(similarity, closest, memory_, self.ema, own, changed)
-        for kept in staying_:
-            if kept is not None:
-                scale_rows_(kept, own)
-        at = 0
-        for block in leaving.blocks():
-            here = slice(at, at + len(block.keys))
-            for kept, added in zip(staying_, block, strict=True):
-                if kept is not None and added is not None:
-                    ops.add_rows_(kept, closest[here], added, similarity[here])
-            at = here.stop
+        blend(staying_, leaving, closest, (similarity, similarity), own)
         return changed

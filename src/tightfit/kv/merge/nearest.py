@@ -30,6 +30,19 @@ def find_closest(
 
 
 @ops.op
+def compare_neighbours(
+    keys_: torch.Tensor, before_: torch.Tensor, lengths: torch.Tensor, cosines: torch.Tensor
+) -> None:
+    """The ``cosines`` (n,) of each of ``keys`` (n, dim) and the one before it. ``before`` (dim,) is the one before the
+    first, of length 1, or zeros; it becomes the last. Keys are scaled to length 1; ``lengths`` (n,) is scratch."""
+    torch.linalg.vector_norm(keys_, dim=1, out=lengths).clamp_(min=SHORTEST)
+    keys_.div_(lengths[:, None])
+    cosines[0] = before_ @ keys_[0]
+    torch.linalg.vecdot(keys_[1:], keys_[:-1], out=cosines[1:])
+    before_.copy_(keys_[-1])
+
+
+@ops.op
 def weigh_similar(
     similarity_: torch.Tensor,
     closest: torch.Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +37,10 @@ class TokensAt:
     @property
     def count(self) -> int:
         return len(self.places)
+
+    def only(self, which: torch.Tensor) -> TokensAt:
+        """Those of them that ``which`` (m,) int64 names, ascending."""
+        return replace(self, places=self.places[which])
 
     def blocks(self) -> Iterator[Tokens]:
         """All of them in float32, some at a time, in scratch memory until the next ones are asked for."""

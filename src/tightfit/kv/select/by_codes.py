@@ -11,8 +11,7 @@ from tightfit.kernels import ops
 from tightfit.kernels.ops import op
 from tightfit.kernels.pages import Rows
 from tightfit.kernels.reference import rotate_
-from tightfit.kv.cache import as_bytes, place
-from tightfit.kv.reserved import numbers
+from tightfit.kv.cache import as_bytes, numbers, place
 from tightfit.kv.select.a2ats import A2ATS
 from tightfit.kv.select.clusters import READ_AT_ONCE, Keys
 from tightfit.kv.select.grouped import Grouped

@@ -11,8 +11,7 @@ from tightfit.kernels import lists, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.ops import op
 from tightfit.kernels.pages import Looking, Rows
-from tightfit.kv.cache import as_bytes
-from tightfit.kv.reserved import numbers
+from tightfit.kv.cache import as_bytes, numbers
 from tightfit.kv.select.selecting import Selecting, Settled, Where
 from tightfit.kv.select.tentative import Tentative
 

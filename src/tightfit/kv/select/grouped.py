@@ -11,7 +11,7 @@ from tightfit.kernels import lists
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.ops import op
 from tightfit.kernels.pages import Looking, Rows
-from tightfit.kv.reserved import numbers
+from tightfit.kv.cache import numbers
 from tightfit.kv.select.selecting import Selecting, Where
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -49,6 +50,14 @@ class Selecting(ABC):
     def look(self, rows: Rows, looking: Looking, ws: Workspace, scoring: Scoring) -> Looking:
         """How rows that decode look: at what is chosen, in scratch memory of the enclosing frame. Rows may be drafts,
         of which each depends only on those before it on its path."""
+
+    joins: ClassVar[bool] = False  # whether rows see more than what they are told to look at
+
+    def join_rows(  # noqa: B027
+        self, rows: Rows, looking: Looking, out_: torch.Tensor, lse_: torch.Tensor, ws: Workspace, scoring: Scoring
+    ) -> None:
+        """Makes of attention of rows over what they were told to look at, ``out`` (n, heads, value_dim) and ``lse`` (n,
+        heads), that over all that they see."""
 
     @abstractmethod
     def among(self, slot: int) -> list[int]:
