@@ -60,7 +60,6 @@ def main(methods: list[str]) -> None:
     lines: list[list[str]] = []
     exact = []
     for kv in ("none", *(methods or METHODS)):
-        print(kv, file=sys.stderr, flush=True)
         with loaded(kv, fitted_with) as model:
             material = Material.of_text(model.tokenizer._tokenizer, measured_on)
             rng, reader = random.Random(0), Reader(model)
@@ -74,6 +73,7 @@ def main(methods: list[str]) -> None:
             reserved, _ = reader.kv_bytes()
             loss = f"{statistics.mean(losses):.4f} ± {interval(losses):.4f}"
             lines.append([f"`{kv}`", f"{reserved / 2**20:.2f}", loss, f"{found} of {QUESTIONS}"])
+            print(*lines[-1], file=sys.stderr, flush=True)
     print(machine(2, "torch"))
     print(table(["methods", "kv MiB reserved for 2048 tokens", "KL, nats", "numbers found"], lines))
     print(f"\nMeasured in {time.monotonic() - began:.0f} s.")

@@ -27,19 +27,29 @@ SMALL = {
     "sliding": [LayerLayout(2, 8, 8, 0, heads=2, window=40), LayerLayout(2, 8, 8, 0, heads=2)],
     "latent": [LayerLayout(1, 12, 8, 0, heads=2, shared=True)] * 2,
 }
-EVICTORS = (
-    ["", "window(keep=40,positions=original)", "h2o(keep=37)", "d2o(keep=45,budget=adakv)"]
-    + [
-        "corm(keep=50,window=20)",
-        "scope(keep=60,output=30,recent=8)",
-    ]
-    + [
-        f"snapkv(keep={keep},window=8,budget={budget})"
-        for keep in ("20", "70", "0.5")
-        for budget in ("adakv", "pyramid", "dynamickv")
-    ]
-)
-CODECS = ["", "int4(recent=0)", "int2(recent=40)", "int8(recent=33,of=keys)", "int8(recent=0)+think(recent=50)"]
+EVICTORS = [
+    "",
+    "window(keep=40,positions=original)",
+    "h2o(keep=37)",
+    "d2o(keep=45,budget=adakv)",
+    "corm(keep=50,window=20)",
+    "scope(keep=60,output=30,recent=8)",
+    "mikv(keep=40)",
+    "mikv(keep=0.3,budget=adakv)",
+    "mikv(keep=50,budget=pyramid)",
+] + [
+    f"snapkv(keep={keep},window=8,budget={budget})"
+    for keep in ("20", "70", "0.5")
+    for budget in ("adakv", "pyramid", "dynamickv")
+]
+CODECS = [
+    "",
+    "int4(recent=0)",
+    "int2(recent=40)",
+    "int8(recent=33,of=keys)",
+    "int8(recent=0)+think(recent=50)",
+    "gear(recent=0)",
+]
 TIERS = ["", "host(resident=0)", "host(resident=70)", "quest(tokens=32,full=0)", "quest(full=0)+host(resident=32)"]
 
 
@@ -88,15 +98,18 @@ class Layers:
         for pages in self.cache.layers:
             pools.setdefault(pages.dense_free.data_ptr(), []).append(pages)
         for layers in pools.values():
-            self._check_pool(layers)
+            self._check_pool(layers, self.cache.room(0))
+        for lower in self.cache.lower:
+            if lower is not None:
+                self._check_pool([lower.pages], 0)
 
-    def _check_pool(self, layers: list[Pages]) -> None:
+    def _check_pool(self, layers: list[Pages], room: int) -> None:
         kinds: dict[bool, list[int]] = {False: [], True: []}
         for pages in layers:
             for table, length, coded, cold in zip(
                 pages.table[0], pages.lengths[0], pages.coded[0], pages.cold[0], strict=True
             ):
-                ahead = int(length) + self.cache.room(0)  # for which there is room already
+                ahead = int(length) + room  # for which there is room already
                 assert (table[int(cold) : -(-ahead // PAGE)] >= 0).all()
                 for j in range(int(cold), len(table)):
                     if table[j] >= 0:

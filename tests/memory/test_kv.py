@@ -19,6 +19,8 @@ METHODS = {
     "snapkv(keep=1024)+int4(recent=32)": 0.14,
     "host(resident=128)": 0.07,
     "quest(tokens=256)+int4": 0.46,
+    "clusterkv(tokens=256,size=10)+int4": 0.6,
+    "recycled(tokens=256)+int4": 0.46,
     "snapkv(keep=512)+int4+host(resident=64)": 0.09,
 }
 

@@ -150,7 +150,7 @@ def open_model(wish: Wish, headers_only: bool = False) -> Opened:
                 f"Use --context {spec.context} or less.",
             )
         if kv is not None:
-            known_of(kv, checkpoint.name, checkpoint.fingerprint, len(spec.layers))
+            known_of(kv, checkpoint.name, checkpoint.fingerprint, spec.owners)
         opened = Opened(checkpoint, spec, budget, context)
         if how is not None:
             opened.check_experts(how)

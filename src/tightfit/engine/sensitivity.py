@@ -81,6 +81,11 @@ def measure_sensitivity(
             f"{checkpoint.name} is compressed: all of it is in {checkpoint.compressed.weights}",
             f"Measure the model that it was made from: {checkpoint.compressed.source}.",
         )
+    if opened.spec.shares:
+        raise UsageError(
+            f"layers of {checkpoint.name} read what others keep, and are measured one after the other",
+            "Plans for it go by what other models showed: nothing has to be measured.",
+        )
     ids = checkpoint.tokenizer().encode(text[:CHARACTERS])
     row = min(ROW, opened.spec.context)
     rows = [ids[start : start + row] for start in range(0, min(tokens, len(ids)) - row + 1, row)]

@@ -87,12 +87,13 @@ class Shape:
 
 
 def different_layers(checkpoint: Checkpoint, spec: ModelSpec, formats: Sequence[str]) -> list[int]:
-    """The first layer of each kind and way of storing it: the others run just as these do."""
+    """The first layer of each kind and way of storing it, and those that these read: the others run just as these
+    do."""
     first: dict[tuple[object, ...], int] = {}
     for index, (layer, fmt) in enumerate(zip(spec.layers, formats, strict=True)):
         group = group_of(checkpoint, spec, layer_name(index), fmt)
         first.setdefault((layer.kind, *(place.format for place in group.places)), index)
-    return list(first.values())
+    return sorted({*first.values(), *(spec.owners[index] for index in first.values())})
 
 
 def _tried_layers(checkpoint: Checkpoint, spec: ModelSpec, shape: Shape) -> list[int]:
@@ -113,8 +114,8 @@ def build(
     slots: Arena | None = None,
 ) -> tuple[Placement, Decoder, BaseCache]:
     """Weights, decoder and cache of the given layers in their arenas; nothing is read or written. Parameters are all
-    resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts. Layers share
-    keys and values only if all are there."""
+    resident unless a ``plan`` for all layers says something else. ``slots`` is the arena of its experts. Layers that
+    were not trained to share keys and values do so only if all are there."""
     formats = {index: shape.formats[index] for index in layers}
     gemm, kv_type = DTYPES[shape.numerics.gemm], DTYPES[shape.numerics.kv]
     activations = shape.numerics.activations
@@ -131,16 +132,18 @@ def build(
             placement = CachedExperts(checkpoint, spec, placement, experts, slots, plan.experts, (gemm, activations))
     else:
         placement = Resident(checkpoint, spec, shape.outer, formats, gemm, weights, activations)
-    spec = replace(spec, layers=tuple(spec.layers[index] for index in layers))
+    spec = spec.part(layers)
     layouts = cache_layouts(spec, shape.context, shape.chunk)
-    known = known_of(shape.cache, checkpoint.name, checkpoint.fingerprint, len(shape.formats))
+    known = known_of(shape.cache, checkpoint.name, checkpoint.fingerprint, spec.owners)
     cache = make_cache(shape.cache, layouts, shape.context, shape.sequences, kv_type, kv, gemm, shape.chunk, known)
+    if cache.reads:
+        cache.resolve(partial(checkpoint.tokenizer().encode, add_special_tokens=False))
     return placement, Decoder(spec, placement), cache
 
 
-def _known(plan: Plan) -> Known:
-    """What the methods of the cache know of the model."""
-    return known_of(plan.cache, plan.model.name, plan.model.fingerprint, len(plan.layers))
+def _known(plan: Plan, owners: list[int]) -> Known:
+    """What the methods of the cache know of a model that was trained with these owners of keys and values."""
+    return known_of(plan.cache, plan.model.name, plan.model.fingerprint, owners)
 
 
 def head_rows(spec: ModelSpec, plan: Plan) -> int:
@@ -162,6 +165,8 @@ def workspace_bytes(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> int:
     shape = Shape.of(plan)
     cpu.set_threads(plan.threads)  # each of them has scratch
     layers = _tried_layers(checkpoint, spec, shape)
+    if spec.shares:  # what some read of others lies in scratch memory
+        layers = list(range(len(spec.layers)))
     _, decoder, cache = build(checkpoint, spec, layers, shape, Arena(VIRTUAL), Arena(VIRTUAL))
     ws = Workspace(Arena(VIRTUAL))
     everyone = [Segment(slot, shape.context - 1, [0], decode=True) for slot in range(shape.sequences)]
@@ -403,7 +408,7 @@ def bits_of(plan: Plan) -> bytes:
         "formats": [plan.outer.format, *(layer.format for layer in plan.layers)],
         "numerics": plan.numerics.model_dump(),
         "cache": plan.cache,
-        "known": _known(plan).digest,
+        "known": _known(plan, list(range(len(plan.layers)))).digest,  # owners that it was trained with are its own
         "context": None if plan.cache == EXACT else plan.context,  # methods keep shares of it
         "prefill": plan.prefill,
         "chunk": plan.chunk,
@@ -429,5 +434,6 @@ def _prompts_in_memory(plan: Plan, spec: ModelSpec, cache: BaseCache, arena: Are
     if arena is None or kept is None or kept.memory is None:
         return None
     layouts = cache_layouts(spec, plan.context, plan.chunk)
-    largest = entry_nbytes(plan.cache, layouts, plan.context, plan.numerics.kv, plan.chunk, _known(plan))
+    known = _known(plan, spec.owners)
+    largest = entry_nbytes(plan.cache, layouts, plan.context, plan.numerics.kv, plan.chunk, known)
     return Memory(arena, kept.memory, unit_of(largest, cache.whole_entries))

@@ -8,13 +8,13 @@ with 16 bits and more, numbers as they are. Pages may also lie in a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from tightfit.budget.ledger import Workspace
+from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import cpu
 from tightfit.kernels import pages_reference as reference
 from tightfit.kernels.attention import KINDS, Scoring, _block, _run
@@ -62,6 +62,7 @@ class Pages:
     key_shape: tuple[int, int] = field(init=False)  # of one token
     value_shape: tuple[int, int] = field(init=False)
     handle: Any = field(init=False, default=None)
+    staging: Staging | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         sequences, dense_pages, _, key_dim = self.keys.shape
@@ -108,6 +109,8 @@ class Pages:
 
     def reset(self, sequence: int) -> None:
         """Lets go of everything of a sequence."""
+        if self.staging is not None:
+            self.handle.forget(sequence)
         for codec, side in ((self.key_codec, self.key_side), (self.value_codec, self.value_side)):
             if side is not None and not codec.coupled:
                 side[sequence] = 0.0
@@ -121,6 +124,78 @@ class Pages:
             free[sequence, 1:] = torch.arange(pages - 1, -1, -1)
 
 
+class Counts(NamedTuple):
+    """What was wanted of the file, heads or pages, how many of them had been asked for before they were wanted, the
+    bytes that were read, and the nanoseconds for which attention waited for them."""
+
+    wanted: int
+    ahead: int
+    bytes: int
+    waited: int
+
+
+class Staging:
+    """Brings what lies in the file into ``memory``, ahead of its use, by a thread of its own. Without the compiled
+    library there is none: pages are read when they are wanted."""
+
+    def __init__(self, handle: Any, *memory: torch.Tensor) -> None:
+        self.memory, self.handle = memory, handle
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(*self.handle.counts())
+
+    def rest(self) -> None:
+        """Returns when nothing is being read."""
+        self.handle.rest()
+
+
+def stage_heads(layers: Sequence[Pages], heads: int, memory: torch.Tensor) -> list[Staging]:
+    """Has the pages that ``layers`` have in files brought into memory head by head, in this order and then from the
+    first layer on: of each head that is looked at all of them, and of the ``heads`` - 1 that come next.
+
+    ``memory`` has ``heads`` times :func:`head_bytes` of the largest layer.
+    """
+    if cpu.module is None:
+        return []
+    sizes = max(head_bytes(pages) for pages in layers), heads, max(pages.table.shape[2] for pages in layers)
+    staging = Staging(cpu.module.HeadStaging(cpu.module.Reader(), memory.data_ptr(), *sizes), memory)
+    for pages, following in zip(layers, [*layers[1:], layers[0]], strict=True):
+        pages.handle.stage(staging.handle, following.handle)
+        pages.staging = staging
+    return [staging]
+
+
+def stage_pages(layers: Sequence[Pages], places: int, arena: Arena) -> list[Staging]:
+    """Has the pages that rows choose in ``layers`` brought into memory in ``arena``, where each head of each sequence
+    has ``places`` pages: those that were wanted last, and those that :func:`prefetch` is told of."""
+    made, reader = [], None if cpu.module is None else cpu.module.Reader()
+    for pages in layers:
+        lists, table_pages = pages.table.shape[0] * pages.table.shape[1], pages.table.shape[2]
+        memory = arena.take(lists * places * head_bytes(pages) // table_pages)
+        staged = arena.take(lists * table_pages * 4)
+        if reader is None:
+            continue
+        addresses = memory.data_ptr(), staged.data_ptr()
+        pages.staging = Staging(cpu.module.PageStaging(reader, *addresses, lists, table_pages, places), memory, staged)
+        pages.handle.stage(pages.staging.handle, pages.handle)
+        made.append(pages.staging)
+    return made
+
+
+def prefetch(pages: Pages, rows: Rows, wanted: torch.Tensor) -> None:
+    """Asks for pages that the next rows may choose, ``wanted`` (n, kv_heads, count) int32, then -1: as many as have a
+    place beside those that were chosen last. Does nothing where nothing is staged."""
+    if pages.staging is not None and cpu.available():
+        n, _, count = wanted.shape
+        _run(pages.staging.handle.prefetch, pages.handle, rows.arguments(), n, wanted.data_ptr(), count)
+
+
+def head_bytes(pages: Pages) -> int:
+    """Bytes that one head has in the file, at most."""
+    return pages.table.shape[2] * sum(nbytes for _, nbytes in pages.file_places(0, 0, 0))
+
+
 @dataclass(frozen=True)
 class Run:
     """Keys and values (kv_heads, slots, dim) of ``count`` tokens behind the certain ones, in the type of dense pages.
@@ -131,7 +206,12 @@ class Run:
     count: int
 
     def arguments(self) -> tuple[int, int, int, int]:
-        return self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[1], self.count
+        slots = self.keys.stride(0) // self.keys.shape[2]
+        return self.keys.data_ptr(), self.values.data_ptr(), slots, self.count
+
+    def part(self, start: int, stop: int) -> Run:
+        """Some of its tokens."""
+        return Run(self.keys[:, start:], self.values[:, start:], stop - start)
 
 
 class Rows(NamedTuple):
@@ -340,24 +420,25 @@ def keep(
     recent: int = 0,
     resident: int = EVERYTHING,
     tail: int = 1,
+    step: int = 1,
 ) -> None:
     """What happens when tokens become certain: those of ``run`` are added; all but the first ``counts`` (kv_heads,)
     int32 of ``indices`` (kv_heads, n) int32 are let go, if given (those that are in pages ascend, and none stands
     further back than it was; those of the run may stand anywhere; of a head with a count of -1 all stay); where pages
     have codes all but the last ``recent`` tokens are coded, page by page; all but ``resident`` pages of each head go to
-    the file. There is room for ``tail`` more tokens afterwards.
+    the file, ``step`` at a time. There is room for ``tail`` more tokens afterwards.
 
     Pages are written anew from the first on that changes: keys are then rounded again, with those that are new beside
     them.
     """
     if not cpu.available():
-        _run(reference.keep, pages, sequence, run, indices, counts, recent, resident, tail)
+        _run(reference.keep, pages, sequence, run, indices, counts, recent, resident, tail, step)
         return
     with ws.frame():
         scratch = ws.empty(pages.handle.keep_scratch(), dtype=torch.uint8)
         stride = 0 if indices is None else indices.stride(0)
         lists = _address(indices), stride, _address(counts)
-        _run(pages.handle.keep, sequence, run.arguments(), *lists, recent, resident, tail, scratch.data_ptr())
+        _run(pages.handle.keep, sequence, run.arguments(), *lists, recent, resident, step, tail, scratch.data_ptr())
 
 
 def read(
@@ -402,6 +483,38 @@ def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor, ws: 
         heads,
         chosen.shape[2],
         chosen.data_ptr(),
+    )
+
+
+def rank(
+    pages: Pages,
+    rows: Rows,
+    q: torch.Tensor,
+    chosen: torch.Tensor,
+    following: torch.Tensor,
+    others: torch.Tensor,
+    ws: Workspace,
+) -> None:
+    """Ranks the coded pages of each row's sequence by the largest score of any of their keys with any query of a
+    key-value head: the best go into ``chosen`` (n, kv_heads, count) int32, the next best into ``following`` (n,
+    kv_heads, more), and all but the best into ``others`` (n, kv_heads, table_pages), each in order and then -1."""
+    count, heads, _ = q.shape
+    if others.shape != (count, *pages.table.shape[1:]):
+        raise ValueError(f"expected {(count, *pages.table.shape[1:])} pages that are not chosen, found {others.shape}")
+    if not cpu.available():
+        _run(reference.rank, pages, rows, q, chosen, following, others)
+        return
+    _call(
+        ws,
+        pages.handle.rank_scratch(cpu.threads()),
+        pages.handle.rank,
+        rows.arguments(),
+        count,
+        _block(q, (count, heads, pages.key_shape[1])),
+        heads,
+        (chosen.data_ptr(), chosen.shape[2]),
+        (following.data_ptr(), following.shape[2]),
+        others.data_ptr(),
     )
 
 

@@ -484,6 +484,7 @@ def keep(
     recent: int,
     resident: int,
     tail: int,
+    step: int,
 ) -> None:
     before = pages.lengths[sequence].tolist()
     after = [length + run.count for length in before]
@@ -497,11 +498,19 @@ def keep(
     for head in sorted(range(len(before)), key=lambda head: after[head] - before[head]):
         of_head = listed[head]
         kept = torch.arange(after[head]) if of_head is None else of_head[: after[head]].long()
-        _keep_head(pages, sequence, head, run, kept, recent, resident, tail)
+        _keep_head(pages, sequence, head, run, kept, recent, resident, tail, step)
 
 
 def _keep_head(
-    pages: Pages, sequence: int, head: int, run: Run, kept: torch.Tensor, recent: int, resident: int, tail: int
+    pages: Pages,
+    sequence: int,
+    head: int,
+    run: Run,
+    kept: torch.Tensor,
+    recent: int,
+    resident: int,
+    tail: int,
+    step: int,
 ) -> None:
     at = sequence, head
     before, after = int(pages.lengths[at]), len(kept)
@@ -511,7 +520,7 @@ def _keep_head(
     coded = max(after - recent, 0) // PAGE if has_codes else 0
     coded = max(coded, min(int(pages.coded[at]), first))
     whole, used = coded if has_codes else after // PAGE, -(-after // PAGE)
-    cold = min(max(used - resident, 0), whole) if has_file else 0
+    cold = min(max(used - resident, 0), whole) // step * step if has_file else 0
     cold = max(cold, min(int(pages.cold[at]), first))
 
     def place(j: int) -> int:
@@ -602,3 +611,27 @@ def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor) -> N
             best = largest.sort(descending=True, stable=True).indices[:count].sort().values
             chosen[row, head] = -1
             chosen[row, head, : len(best)] = best.int()
+
+
+def rank(
+    pages: Pages,
+    rows: Rows,
+    q: torch.Tensor,
+    chosen: torch.Tensor,
+    following: torch.Tensor,
+    others: torch.Tensor,
+) -> None:
+    count, more = chosen.shape[2], following.shape[2]
+    for row, (sequence, _) in enumerate(rows.places[: len(q)].tolist()):
+        for head, queries in enumerate(q[row].unflatten(0, (chosen.shape[1], -1))):
+            found = int(pages.coded[sequence, head])
+            keys = [_load(pages, sequence, head, j)[0] for j in range(found)]
+            scores = torch.stack([(queries @ page.T).amax() for page in keys]) if keys else torch.empty(0)
+            order = scores.sort(descending=True, stable=True).indices
+            for out, best in (
+                (chosen, order[:count]),
+                (following, order[count : count + more]),
+                (others, order[count:]),
+            ):
+                out[row, head] = -1
+                out[row, head, : len(best)] = best.sort().values.int()

@@ -250,6 +250,12 @@ def fill_(x_: torch.Tensor, value: float) -> None:
     x_.fill_(value)
 
 
+def places_before(places: torch.Tensor, out: torch.Tensor) -> None:
+    """``out`` (n, 2) int32: of each sequence and place the place before."""
+    out[:, 0] = places[:, 0]
+    torch.sub(places[:, 1], 1, out=out[:, 1])
+
+
 def add_rows_(x_: torch.Tensor, rows: torch.Tensor, y_: torch.Tensor, gains: torch.Tensor) -> None:
     """``x[rows] += gains * y`` for (rows, features) and gains (rows,); ``y`` is used as scratch. Rows that
     are named twice are added in order."""

@@ -19,10 +19,21 @@ BLOCK = 32  # tokens that become certain between two moments at which a cache le
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """How keys turn with positions: pairs of features by so many radians for each, neighbours if ``interleaved``, else
+    those of the two halves."""
+
+    frequencies: tuple[float, ...] = ()
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class LayerLayout:
     """What one layer keeps of one sequence: ``slots`` tokens, of which a query sees ``window``.
 
-    ``shared`` values are the first ``value_dim`` features of the keys and take no bytes.
+    ``shared`` values are the first ``value_dim`` features of the keys and take no bytes. With ``past`` a query sees the
+    tokens before its own, without that one. ``rotation`` is None where it depends on the length of a sequence, or keys
+    are not only turned.
     """
 
     kv_heads: int
@@ -32,6 +43,8 @@ class LayerLayout:
     shared: bool = False
     window: int | None = None
     heads: int = 1
+    past: bool = False
+    rotation: Rotation | None = None
 
 
 class SegmentLike(Protocol):
@@ -40,6 +53,9 @@ class SegmentLike(Protocol):
     slot: int
     start: int
     length: int | None
+
+    @property
+    def stop(self) -> int: ...
 
 
 class Step(Protocol):
@@ -59,6 +75,10 @@ class Step(Protocol):
     def split(self) -> Any: ...
     @property
     def prefills(self) -> Sequence[tuple[Any, int, int]]: ...
+    @property
+    def segments(self) -> Sequence[Any]: ...
+    @property
+    def ranges(self) -> Sequence[tuple[int, int]]: ...
 
 
 class Turn(NamedTuple):
@@ -91,6 +111,17 @@ class Turned(NamedTuple):
         return self.anchor_q if anchored else None
 
 
+def before(scoring: Scoring) -> Scoring:
+    """How queries look that stand at the token before their own: they see their own window but for themselves."""
+    return scoring._replace(window=None if scoring.window is None else scoring.window - 1)
+
+
+def check_alone(step: Step) -> None:
+    """Raises ValueError for tokens beside each other of which each needs all that the one before gives."""
+    if step.tentative:
+        raise ValueError("what reads a later layer of the token before cannot be computed with it")
+
+
 class BaseCache(ABC):
     """The ``kv`` account. Tokens are tentative when they are added, and certain once :meth:`commit` says so.
 
@@ -99,9 +130,15 @@ class BaseCache(ABC):
 
     sequences: int
     gemm_dtype: torch.dtype
-    owners: list[int]  # of each layer the one whose keys and values it reads: itself, or an earlier one
+    layouts: list[LayerLayout]
+    owners: list[int]  # of each layer the one whose keys and values it reads: itself, or another one
     anchors = 0  # first tokens that queries see from another position than their own
     whole_entries = False  # whether what is saved is all of a sequence, or what some tokens of it added
+    settled = True  # whether what a step adds stays as it is
+
+    def standing(self, step: Step, positions: torch.Tensor) -> torch.Tensor:
+        """Where the tokens of a step stand that are at ``positions`` (tokens,) of their sequences."""
+        return positions
 
     def anchor_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """The positions from which queries at ``positions`` look at the anchors."""
@@ -117,14 +154,29 @@ class BaseCache(ABC):
         return [layer for layer, owner in enumerate(self.owners) if layer == owner]
 
     @property
+    def awaited(self) -> set[int]:
+        """The layers whose keys and values are read before they are there, by earlier layers."""
+        return {owner for layer, owner in enumerate(self.owners) if owner > layer}
+
+    @property
     def stored(self) -> BaseCache:
         """The cache that holds what is kept: itself, or one that it is around."""
         return self
 
     @contextmanager
     def through(self, step: Step, ws: Workspace) -> Iterator[None]:
-        """Inside, a step goes through all layers in turn."""
+        """Inside, a step goes through all layers in turn. Of what is awaited, a prompt's tokens are zeros at first."""
         yield
+
+    @contextmanager
+    def provisional(self, again: bool) -> Iterator[None]:
+        """Inside, layers are computed that will be computed ``again`` with what they add: it is read until then, and
+        nothing is judged by it."""
+        self.settled = not again
+        try:
+            yield
+        finally:
+            self.settled = True
 
     @abstractmethod
     def update(
@@ -148,6 +200,18 @@ class BaseCache(ABC):
     ) -> None:
         """Attention of the step's tokens, ``q`` (n, heads, key_dim), into ``out`` (n, heads, value_dim). Prompt tokens
         are certain afterwards."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether methods go by what tokens there are."""
+        return False
+
+    def resolve(self, encode: Callable[[str], list[int]]) -> None:  # noqa: B027
+        """Finds the tokens that methods look for, whose texts ``encode`` knows. Raises UsageError for texts that are
+        not one token."""
+
+    def told(self, slot: int, start: int, tokens: Sequence[int]) -> None:  # noqa: B027
+        """These tokens of a sequence are computed next, from place ``start`` on."""
 
     @abstractmethod
     def begin(self, slot: int, start: int) -> None:
@@ -197,5 +261,6 @@ class BaseCache(ABC):
 
     @contextmanager
     def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:
-        """Inside, the chunks of a whole prompt go through one layer; at the end they are certain there."""
+        """Inside, the chunks of a whole prompt go through one layer; at the end they are certain there. Raises
+        UsageError if layers cannot be computed one after the other."""
         yield

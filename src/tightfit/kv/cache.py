@@ -8,14 +8,17 @@ are a view of its keys.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from tightfit.budget.ledger import Arena, Workspace
-from tightfit.kernels import attention
+from tightfit.errors import UsageError
+from tightfit.kernels import attention, ops
 from tightfit.kernels.attention import KeysValues, Scoring
 from tightfit.kernels.codec import Codec
-from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn, Turned
+from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn, Turned, before, check_alone
 
 
 class Cache(BaseCache):
@@ -38,16 +41,14 @@ class Cache(BaseCache):
         self.gemm_dtype = gemm_dtype
         self.chunk = chunk
         self.tokens = [0] * sequences
-        self.layers: list[KeysValues] = []
-        for index, layout in enumerate(layouts):
-            if self.owners[index] != index:
-                self.layers.append(self.layers[self.owners[index]])
-                continue
+        made: dict[int, KeysValues] = {}
+        for index in self.own:
+            layout = layouts[index]
             shape = (sequences, layout.kv_heads, layout.slots)
             keys = place(arena, (*shape, layout.key_dim), dtype)
             shared = keys[..., : layout.value_dim]
-            values = shared if layout.shared else place(arena, (*shape, layout.value_dim), dtype)
-            self.layers.append(KeysValues(keys, values))
+            made[index] = KeysValues(keys, shared if layout.shared else place(arena, (*shape, layout.value_dim), dtype))
+        self.layers = [made[owner] for owner in self.owners]
 
     def update(
         self,
@@ -73,11 +74,43 @@ class Cache(BaseCache):
         self, layer: int, step: Step, held: None, q: torch.Tensor, out: torch.Tensor, ws: Workspace, scoring: Scoring
     ) -> None:
         kept, rows, bf16 = self.layers[self.owners[layer]], step.vector, self.gemm_dtype == torch.bfloat16
-        if rows:
-            trees = None if step.paths is None else (step.paths, step.committed)
-            attention.attend_rows(kept, step.places, q[:rows], out[:rows], ws, scoring, trees)
+        past, places = self.layouts[layer].past, step.places
+        with ws.frame():
+            if past:
+                check_alone(step)
+                scoring, places = before(scoring), ws.empty(rows, 2, dtype=torch.int32)
+                ops.places_before(step.places[:rows], places)
+            if rows:
+                trees = None if step.paths is None else (step.paths, step.committed)
+                attention.attend_rows(kept, places, q[:rows], out[:rows], ws, scoring, trees)
         for segment, a, b in step.prefills:
-            attention.attend(kept, segment.slot, segment.start, q[a:b], out[a:b], ws, scoring, bf16)
+            start = segment.start - past
+            if start < 0:  # the first token sees nothing
+                ops.zero_(out[a : a + 1])
+                start, a = 0, a + 1
+            if a < b:
+                attention.attend(kept, segment.slot, start, q[a:b], out[a:b], ws, scoring, bf16)
+
+    @contextmanager
+    def through(self, step: Step, ws: Workspace) -> Iterator[None]:
+        for layer in self.awaited:
+            layout = self.layouts[layer]
+            for _, a, b in step.prefills:
+                with ws.frame():
+                    k, v = (ws.empty(b - a, layout.kv_heads, dim) for dim in (layout.key_dim, layout.value_dim))
+                    ops.zero_(k)
+                    ops.zero_(v)
+                    attention.append(self.layers[layer], step.places[a:b], k, v)
+        yield
+
+    @contextmanager
+    def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:
+        if self.awaited or (len(self.own) < len(self.owners) and any(layout.window for layout in self.layouts)):
+            raise UsageError(
+                "layers that read what others keep of a window, or later ones, are computed chunk by chunk",
+                "Leave --prefill layered out.",
+            )
+        yield
 
     def begin(self, slot: int, start: int) -> None:
         self.tokens[slot] = start
@@ -94,7 +127,9 @@ class Cache(BaseCache):
         self.tokens[slot] += len(path)
 
     def room(self, slot: int) -> int:
-        """A ring holds a chunk beside its window."""
+        """A ring holds a chunk beside its window; what reads a later layer needs the token before."""
+        if any(layout.past for layout in self.layouts):
+            return 1
         return self.chunk if any(layout.window for layout in self.layouts) else 1 << 30
 
     def reusable(self, slot: int, common: int) -> int:

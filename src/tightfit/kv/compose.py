@@ -12,8 +12,7 @@ from tightfit.errors import UsageError
 from tightfit.kv.fitted import Fitted, Known, known_for
 from tightfit.kv.lowrank.projector import Projector
 from tightfit.kv.lowrank.think import ThinK
-from tightfit.kv.method import Coder, Evictor, Method, Rest, Selector, Streamer
-from tightfit.kv.offload.host import Host
+from tightfit.kv.method import Coder, Evictor, Method, Reads, Rest, Selector, Streamer, Tier
 from tightfit.kv.share.kvsharer import KVSharer
 
 if TYPE_CHECKING:
@@ -56,8 +55,8 @@ class Composition:
         return self._only(Selector)
 
     @property
-    def tier(self) -> Host | None:
-        return self._only(Host)
+    def tier(self) -> Tier | None:
+        return self._only(Tier)
 
     @property
     def projector(self) -> Projector | None:
@@ -66,6 +65,11 @@ class Composition:
     @property
     def rest(self) -> Rest | None:
         return self._only(Rest)
+
+    @property
+    def reads(self) -> Reads | None:
+        """The one that goes by what tokens there are."""
+        return self._only(Reads)
 
     @property
     def fitted(self) -> list[Fitted]:
@@ -101,8 +105,15 @@ class Composition:
         for method in self.methods:
             for layout in layouts:
                 reason = method.refusal(layout)
+                judges = isinstance(method, Evictor) and method.observes != "nothing"
+                if reason is None and layout.past and (judges or isinstance(method, Rest)):
+                    reason = "its tokens do not see themselves, and what they see is not observed then"
                 if reason is not None:
                     raise UsageError(f"this model cannot use {method.name}: {reason}", "Leave it out.")
+
+    def of_layer(self, layer: int, known: Known) -> Composition:
+        """The composition of one layer."""
+        return Composition(tuple(part for method in self.methods for part in method.of_layer(layer, known)))
 
     def _only(self, kind: type[Kind]) -> Kind | None:
         return next((method for method in self.methods if isinstance(method, kind)), None)
@@ -144,6 +155,16 @@ def fitted(text: str) -> Fitted:
     return found[0]
 
 
-def known_of(kv: str, name: str, fingerprint: str, layers: int) -> Known:
-    """What the methods of ``kv`` know of the model ``name``. Raises CheckpointError if that was never looked for."""
-    return known_for(compose(kv).methods, name, fingerprint, layers)
+def known_of(kv: str, name: str, fingerprint: str, owners: list[int]) -> Known:
+    """What the methods of ``kv`` know of the model ``name``, whose layers were trained to read the keys and values of
+    ``owners``. Raises CheckpointError if that was never looked for, UsageError where layers would share twice."""
+    composition = compose(kv)
+    if owners == list(range(len(owners))):
+        return known_for(composition.methods, name, fingerprint, len(owners))
+    if composition.fitted:
+        method = composition.fitted[0].name
+        raise UsageError(
+            f"layers of {name} were trained to read what others keep, and {method} is not fitted to such",
+            f"Leave {method} out.",
+        )
+    return Known(owners)

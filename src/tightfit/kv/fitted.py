@@ -193,10 +193,12 @@ def known_for(methods: Sequence[Method], name: str, fingerprint: str, layers: in
     fitted = [method for method in methods if isinstance(method, Fitted)]
     if not fitted:
         return NOTHING
+    import torch
+
     found = {method.name: read_findings(name, fingerprint, method, layers) for method in fitted}
     digest = hashlib.blake2b(digest_size=16)
     for tensors in found.values():
         for key, tensor in sorted(tensors.items()):
-            digest.update(key.encode() + tensor.numpy().tobytes())
+            digest.update(key.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     owners = next((tensors["owners"].tolist() for tensors in found.values() if "owners" in tensors), None)
     return Known(owners, found, digest.hexdigest())

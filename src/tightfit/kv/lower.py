@@ -20,7 +20,7 @@ from tightfit.kv.beside import Beside
 from tightfit.kv.cache import as_bytes, numbers, place, table
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
-from tightfit.kv.method import Demoter
+from tightfit.kv.method import Lowering
 
 
 class LowerStore(Beside):
@@ -32,7 +32,7 @@ class LowerStore(Beside):
 
     def __init__(
         self,
-        demoter: Demoter,
+        demoter: Lowering,
         layout: LayerLayout,
         most: int,
         longest: int,
@@ -100,12 +100,14 @@ class LowerStore(Beside):
         run: Run,
         staying: torch.Tensor,
         counts: list[int],
+        given: torch.Tensor,
         seen: torch.Tensor,
         ws: Workspace,
     ) -> None:
         totals = [length + run.count for length in upper.lengths[slot].tolist()]
         with ws.frame():
             leaving = self._room_for_leaving(upper, run, ws)
+            came = max(below + total for below, total in zip(self.pages.lengths[slot].tolist(), totals, strict=True))
             left = [total - count for total, count in zip(totals, counts, strict=True)]
             for head, (total, count) in enumerate(zip(totals, counts, strict=True)):
                 leaves = torch.ones(total, dtype=torch.bool)
@@ -114,7 +116,23 @@ class LowerStore(Beside):
             for at in range(0, max(left), READ_AT_ONCE):
                 stops = [min(count, at + READ_AT_ONCE) for count in left]
                 places = [leaving[head, at:stop].long() for head, stop in enumerate(stops)]
+                self.judge(slot, given, places, came)
                 self._take(slot, upper, run, places, ws)
+
+    def judge(self, slot: int, given: torch.Tensor, places: list[torch.Tensor], tokens: int) -> None:
+        """Sees what tokens at ``places`` (n,) int64 of each head received of ``given`` (kv_heads, m), before they are
+        taken over; ``tokens`` came so far."""
+
+    def copy(self, slot: int, upper: Pages, ws: Workspace) -> None:
+        """Takes those whole pages of a sequence that came since the last time, which stay in ``upper`` too. All heads
+        must have the same tokens."""
+        nothing, heads = Run(upper.keys[slot], upper.values[slot], 0), upper.table.shape[1]
+        have, whole = int(self.pages.lengths[slot, 0]), int(upper.lengths[slot, 0]) // PAGE * PAGE
+        if ops.is_dry():
+            have, whole = 0, READ_AT_ONCE
+        for at in range(have, whole, READ_AT_ONCE):
+            places = torch.arange(at, min(at + READ_AT_ONCE, whole))
+            self._take(slot, upper, nothing, [places] * heads, ws)
 
     def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:
         with ws.frame():
@@ -175,7 +193,7 @@ class LowerStore(Beside):
     ) -> None:
         with ws.frame():
             looking, part, sums = self._look(q, ws)
-            pages.attend_rows(self.pages, Rows(rows.places), looking, part, sums, ws, _alone(scoring))
+            pages.attend_rows(self.pages, Rows(rows.places), looking, part, sums, ws, alone(scoring))
             self._join(out_, lse_, part, sums, ws)
 
     def join(
@@ -192,7 +210,7 @@ class LowerStore(Beside):
         with ws.frame():
             looking, part, sums = self._look(q, ws)
             nothing = Run(kept.keys[slot], kept.values[slot], 0)
-            pages.attend(kept, slot, nothing, 0, looking, part, sums, ws, _alone(scoring), bf16)
+            pages.attend(kept, slot, nothing, 0, looking, part, sums, ws, alone(scoring), bf16)
             self._join(out_, lse_, part, sums, ws)
 
     def clear(self, slot: int) -> None:
@@ -222,6 +240,6 @@ class LowerStore(Beside):
         pages.join(out_, lse_, part, sums)
 
 
-def _alone(scoring: Scoring) -> Scoring:
+def alone(scoring: Scoring) -> Scoring:
     """No layer with a window has a lower store, and sinks were summed up already."""
     return scoring._replace(window=None, sinks=None)

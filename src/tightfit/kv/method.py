@@ -6,10 +6,13 @@ Nothing here imports torch when it is imported: spec strings are read before any
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+from tightfit.budget.mounts import in_memory
 from tightfit.errors import UsageError
 from tightfit.kernels.codec import Codec
 from tightfit.kv.budgets import BUDGETS
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
     from tightfit.budget.ledger import Arena, Workspace
     from tightfit.kernels.attention import Scoring
+    from tightfit.kernels.pages import Pages, Staging
     from tightfit.kv.base import LayerLayout, Step
     from tightfit.kv.fitted import Known
     from tightfit.kv.lower import LowerStore
@@ -40,6 +44,31 @@ class Method:
         """Why it cannot be used on such a layer, if it cannot."""
         return None
 
+    def of_layer(self, layer: int, known: Known) -> tuple[Method, ...]:
+        """What it is in one layer, where layers differ by what is known of the model."""
+        return (self,)
+
+
+class Reads(Method):
+    """A method that goes by what tokens there are: they are told to the cache, and it acts at each with which something
+    ends, not at every 32. So no token can be tentative beside others."""
+
+    marks: ClassVar[tuple[str, ...]]  # settings that name tokens: texts of one token each, or #NUMBER, with | between
+
+    def ends(self, marks: Mapping[str, frozenset[int]], token: int) -> bool:
+        """Whether tokens are let go of when this one is certain."""
+        return False
+
+
+class Naming(Reads):
+    """A method that reads in the text which tokens the next ones see."""
+
+    tokens: int
+
+    def named(self, read: Read) -> tuple[list[int], int] | None:
+        """The places that the last token sees, ascending, and from which one on it sees all; None where that is all."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -54,7 +83,7 @@ class Seen:
     ``keep`` of each head stay, on average; no query sees positions up to ``horizon`` any more. Where both kinds of
     queries are observed, ``mass`` is from all of them, and ``lately`` (kv_heads, n) from the last ones, those from
     ``since`` on. ``alike`` (kv_heads, n) float32 is the cosine of each key and the one before it, 0 for the first,
-    where a merger ``compares``.
+    where a merger ``compares``. ``read`` is what the tokens are, for methods that go by that.
     """
 
     mass: torch.Tensor
@@ -68,6 +97,15 @@ class Seen:
     horizon: int
     lately: torch.Tensor | None
     alike: torch.Tensor | None
+    read: Read | None = None
+
+
+class Read(NamedTuple):
+    """``ids`` (tokens,) int32 of all tokens that came; ``marks`` are those that a method looks for, by the names of its
+    settings."""
+
+    ids: torch.Tensor
+    marks: Mapping[str, frozenset[int]]
 
 
 @dataclass(frozen=True)
@@ -177,6 +215,34 @@ class Streamer(Method):
     def lazy(self, layers: int) -> int:
         """How many of so many layers stream where the prompt says which."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Structured(Evictor, Reads):
+    """An evictor that keeps tokens for what they are; ``keep`` is the most, then the oldest go."""
+
+    selective: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.budget != "uniform":
+            raise UsageError(
+                f"{self.name} has no scores that budget={self.budget} could go by", "Leave the budget out."
+            )
+        super().__post_init__()
+
+    @property
+    def reuses(self) -> bool:
+        """Whether what comes next stands right behind what is kept, and that is turned to where it then stands."""
+        return False
+
+    def stays(self, read: Read) -> torch.Tensor:
+        """(tokens,) bool: which of all tokens that came may be kept."""
+        raise NotImplementedError
+
+    def scores(self, seen: Seen) -> torch.Tensor:
+        assert seen.read is not None
+        stays = self.stays(seen.read)[seen.positions.long()]
+        return seen.positions.float().masked_fill(~stays, -math.inf)
 
 
 @dataclass(frozen=True)
@@ -351,14 +417,12 @@ class Rest(Method):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Demoter(Evictor, Tabled):
-    """An evictor whose tokens are not gone when they leave: they go on in a lower store (:mod:`tightfit.kv.lower`), and
-    queries see them there. Layers with a sliding window have none, and keep all that it shows as it is."""
+class Lowering(Tabled):
+    """A method with a lower store (:mod:`tightfit.kv.lower`)."""
 
     def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
         """How a layer's lower store keeps keys and values; numbers of the cache's own type take ``as_they_are`` bits.
-        If these have fewer features than the layer's, :meth:`prepare` says which."""
+        If these have fewer features than the layer's, the store's matrices say which."""
         raise NotImplementedError
 
     def merges(self, layout: LayerLayout) -> int:
@@ -366,8 +430,20 @@ class Demoter(Evictor, Tabled):
         They let go of the same tokens."""
         return 1
 
+
+@dataclass(frozen=True)
+class Demoter(Evictor, Lowering):
+    """An evictor whose tokens are not gone when they leave: they go on in a lower store, and queries see them there.
+    Layers with a sliding window have none, and keep all that it shows as it is."""
+
     def prepare(self, layer: int, store: LowerStore, known: Known) -> None:
         """Writes the matrices of a layer's lower store, which has some if it keeps fewer features."""
+
+    def store(self, *arguments: Any) -> LowerStore:
+        """A layer's lower store, of the arguments of :class:`~tightfit.kv.lower.LowerStore`."""
+        from tightfit.kv.lower import LowerStore
+
+        return LowerStore(self, *arguments)
 
 
 @dataclass(frozen=True)
@@ -392,3 +468,41 @@ class Quantizer(Coder):
         return {"both": ("codec of keys", "codec of values"), "keys": ("codec of keys",)}.get(
             self.of, ("codec of values",)
         )
+
+
+@dataclass(frozen=True)
+class Tier(Method):
+    """Each head's last ``resident`` tokens are in memory, in whole pages, and the others in a file without a name in
+    ``folder`` (default: the system's for temporary files)."""
+
+    resident: int = 256
+    folder: str = ""
+
+    roles: ClassVar[tuple[str, ...]] = ("tier",)
+    step: ClassVar[int] = 1  # pages that go to the file at once
+
+    def __post_init__(self) -> None:
+        if self.resident < 0:
+            raise UsageError(f"{self.name} cannot keep {self.resident} tokens in memory", "Give resident=0 or more.")
+
+    def open(self) -> int:
+        """A new file's descriptor. Raises UsageError if the folder is in memory or cannot be written."""
+        folder = self.folder or tempfile.gettempdir()
+        if in_memory(folder):
+            raise UsageError(
+                f"{folder} lies in memory (tmpfs): pages there would count twice",
+                f"Name a folder on a disk: {self.name}(folder=...), or set TMPDIR.",
+            )
+        try:
+            file, path = tempfile.mkstemp(prefix="tightfit-kv-", dir=folder)
+        except OSError as error:
+            raise UsageError(
+                f"{folder} cannot hold a cache: {error.strerror}", f"Name another: {self.name}(folder=...)."
+            ) from None
+        os.unlink(path)
+        return file
+
+    def stage(self, layers: Sequence[Pages], selected: Sequence[bool], arena: Arena) -> list[Staging]:
+        """Has pages of the file brought into memory in ``arena`` before they are wanted, if they are. ``layers`` are
+        looked at in this order; of those that are ``selected`` from, tokens that decode see only some pages."""
+        return []

@@ -154,8 +154,7 @@ class Observed(Observer):
             pairs += zip(range(taken, self.blocks), range(first, self.blocks), strict=False)
         for to, plane in pairs:
             for head, length in enumerate(lengths):
-                here = given_[head, to, :length]
-                here.copy_(self._put_together(here, before[head, plane, :length]))
+                self._put_together_(given_[head, to, :length], before[head, plane, :length])
 
     def judged(
         self, slot: int, given: torch.Tensor, tokens: int, count: int
@@ -178,7 +177,7 @@ class Observed(Observer):
             needed += 1
         mass = given[:, 0].clone()
         for block in range(1, needed):
-            mass = self._put_together(mass, given[:, block])
+            self._put_together_(mass, given[:, block])
         return mass, starts[needed - 1]
 
     def keep(self, layer: int, slot: int, given: torch.Tensor, counts: list[int]) -> None:
@@ -201,8 +200,11 @@ class Observed(Observer):
             starts = [tokens, *self._starts(slot, tokens, count)][: self.blocks]
             self.since[slot, : len(starts)] = torch.tensor(starts, dtype=torch.int32)
 
-    def _put_together(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return a.maximum(b) if self.evictor.fold == "max" else a + b
+    def _put_together_(self, a_: torch.Tensor, b: torch.Tensor) -> None:
+        if self.evictor.fold == "max":
+            torch.maximum(a_, b, out=a_)
+        else:
+            a_ += b
 
     def _earlier(self, slot: int, tokens: int, count: int) -> tuple[int, int]:
         """The first block that is still wanted after a chunk of ``count`` tokens, and behind how many new ones."""

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,9 +24,9 @@ from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import TightfitError, UsageError
 from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
-from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
+from tightfit.kernels.pages import PAGE, Counts, Looking, Pages, Rows, Run
 from tightfit.kv import budgets
-from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, Step, Turn, Turned
+from tightfit.kv.base import BLOCK, BaseCache, LayerLayout, Move, SegmentLike, Step, Turn, Turned, before, check_alone
 from tightfit.kv.beside import Beside
 from tightfit.kv.cache import as_bytes, numbers, place
 from tightfit.kv.compose import Composition
@@ -34,14 +35,16 @@ from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Rater, Seen, Tabled
+from tightfit.kv.method import Merger, Rater, Seen, Streamer, Structured, Tabled
 from tightfit.kv.observed import Observed, Observer
 from tightfit.kv.pooled import Pooled
 from tightfit.kv.rated import Rated
+from tightfit.kv.reading import Encode, Reading
 from tightfit.kv.reserved import Reserved
 from tightfit.kv.rest import Resting
 from tightfit.kv.select.selecting import Selecting, Settled, Where
 from tightfit.kv.streaming import Streaming
+from tightfit.kv.turning import Turning, stand
 
 Made = TypeVar("Made")
 
@@ -109,9 +112,12 @@ class PagedCache(BaseCache):
         streamer = composition.streamer
         streams = None if streamer is None else streamer.streams(layouts, known)
         self.anchors = 0 if evictor is None else evictor.anchors
-        self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, self.owners, streams)
+        if self.own != list(range(len(layouts))):
+            _check_alone(composition)
+        self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, known, streams)
         self._file = -1 if composition.tier is None else composition.tier.open()
-        self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
+        self.staging: list[pages.Staging] = []
+        self._closing = weakref.finalize(self, _close, self._file, self.staging)
         prepared = []
         if isinstance(evictor, Rater):
             tensors = known.of(evictor)
@@ -119,10 +125,19 @@ class PagedCache(BaseCache):
         before = arena.used  # from here on it is of sequences
         self.tokens = numbers(arena, sequences)
         self.layers = self._of_owners(lambda layer: reserved.pages(layer, arena, dtype, self.tokens, self._file))
+        selected = [reserved.selects(layer) for layer in self.own]
+        if composition.tier is not None:
+            self.staging += composition.tier.stage(self._stores, selected, arena)
+        self.reading = (
+            None if composition.reads is None else Reading(composition.reads, context, sequences, tail, arena)
+        )
+        self.turning: list[Turning] = []
+        if isinstance(evictor, Structured) and evictor.reuses:
+            self.turning = self._of_owners(self._turning)
         self.merging: list[Merging] = []
         if isinstance(evictor, Merger):
             self.merging = self._of_owners(lambda layer: self._merging(evictor, layer, arena))
-        self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena))
+        self.selecting: list[Selecting | None] = self._of_owners(lambda layer: self._selecting(layer, arena, known))
         self.prompts = numbers(arena, sequences)  # how many tokens were of the prompt, or before it
         widths = [size.table_pages * PAGE for size in reserved.sizes]
         self.observed: Observed | None = None  # by what tokens are judged
@@ -175,6 +190,11 @@ class PagedCache(BaseCache):
         first = layers[0]
         return Pooled(layers, self.sequences, self.layouts[first].kv_heads, self.reserved.sizes[first].most, arena)
 
+    def _turning(self, layer: int) -> Turning:
+        rotation = self.layouts[layer].rotation
+        assert rotation is not None
+        return Turning(self.layers[layer], rotation, self.reserved.sizes[layer].table_pages * PAGE)
+
     def _beside(self, layer: int, arena: Arena, known: Known) -> list[Beside]:
         """What queries of a layer see beside its pages."""
         found: list[Beside] = []
@@ -186,12 +206,14 @@ class PagedCache(BaseCache):
             found.append(Resting(rest, layer, self.layouts[layer], self.sequences, arena))
         return found
 
-    def _selecting(self, layer: int, arena: Arena) -> Selecting | None:
-        selector = self.composition.selector
+    def _selecting(self, layer: int, arena: Arena, known: Known) -> Selecting | None:
+        selector = self.reserved.of_layers[layer].selector
         if selector is None or not self.reserved.selects(layer):
             return None
         most = self.reserved.sizes[layer].table_pages * PAGE
-        return selector.select(Where(self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena))
+        names = None if self.reading is None else self.reading.names
+        of_layer = layer, self.layers[layer], self.layouts[layer], self.sequences, most, self.tail, arena
+        return selector.select(Where(*of_layer, known.tensors.get(selector.name), names))
 
     @property
     def _selections(self) -> list[Selecting]:
@@ -209,15 +231,39 @@ class PagedCache(BaseCache):
                     side[0] = known.of(method)[f"{name}.{layer}"].flatten(1)
 
     def close(self) -> None:
-        if self._file >= 0:
-            self._closing()
+        self._closing()
 
     def chosen(self, layer: int, slot: int = 0) -> list[tuple[int, float]]:
         """Of each head, among how many tokens the next one chooses, and how many of them it reads on average."""
-        selector, selecting = self.composition.selector, self.selecting[layer]
+        selector, selecting = self.reserved.of_layers[layer].selector, self.selecting[layer]
         if selector is None or selecting is None:
             return [(0, 0.0)] * self.layouts[layer].kv_heads
         return [(among, selector.reads(among)) for among in selecting.among(slot)]
+
+    @property
+    def fetched(self) -> Counts:
+        """What was brought from the file so far by a tier that reads ahead, of all layers."""
+        counts = [Counts(0, 0, 0, 0), *(each.counts for each in self.staging)]
+        return Counts(*(sum(numbers) for numbers in zip(*counts, strict=True)))
+
+    # ---- what tokens there are ----
+
+    @property
+    def reads(self) -> bool:
+        return self.reading is not None
+
+    def resolve(self, encode: Encode) -> None:
+        if self.reading is not None:
+            self.reading.resolve(encode)
+
+    def told(self, slot: int, start: int, tokens: Sequence[int]) -> None:
+        if self.reading is not None:
+            self.reading.told(slot, start, tokens)
+
+    def standing(self, step: Step, positions: torch.Tensor) -> torch.Tensor:
+        if not self.turning or self.reading is None or not isinstance(self.evictor, Structured):
+            return positions
+        return stand(self.layers[0], self.reading, self.evictor, partial(self.reserved.limit, 0), step, positions)
 
     # ---- a step ----
 
@@ -234,8 +280,8 @@ class PagedCache(BaseCache):
     def through(self, step: Step, ws: Workspace) -> Iterator[None]:
         """What others read of a prompt's tokens stays in scratch memory until the last of them has."""
         with ws.frame():
-            for owner, last in self._last.items():
-                if last != owner:
+            for owner in self._last:
+                if self.owners.count(owner) > 1:
                     counts = [b - a for _, a, b in step.prefills]
                     self._shared[owner] = [self._new_shared(owner, count, ws) for count in counts]
             try:
@@ -244,7 +290,11 @@ class PagedCache(BaseCache):
                 self._shared = {}
 
     def _new_shared(self, owner: int, count: int, ws: Workspace) -> Shared:
-        return Shared(self._new_run(owner, count, ws), self._received(owner, count, ws))
+        run = self._new_run(owner, count, ws)
+        if owner in self.awaited:
+            ops.zero_(run.keys)
+            ops.zero_(run.values)
+        return Shared(run, self._received(owner, count, ws))
 
     def update(
         self,
@@ -290,15 +340,24 @@ class PagedCache(BaseCache):
         if isinstance(self.evictor, Window):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
-        kept, rows, heads, owner = self.layers[layer], step.vector, q.shape[1], self.owners[layer]
-        observed, watching = (None, None) if self.rated is not None else (self.observed, self.watching)
-        shared, beside = self._shared.get(owner), self.beside[layer]
+        kept, rows, past = self.layers[layer], step.vector, self.layouts[layer].past
+        observed = None if self.rated is not None else self.observed
+        beside, selecting = self.beside[layer], self.selecting[layer]
+        shared = self._shared.get(self.owners[layer])
+        sums = observed is not None or bool(beside) or (selecting is not None and selecting.joins)
         if rows:
+            if past:
+                check_alone(step)
             with ws.frame():
                 which = Rows(step.places, step.paths)
                 looking = self._looking(layer, which, q[:rows], _part(held.anchor_q, 0, rows), ws, scoring)
-                lse = ws.empty(rows, heads) if observed is not None or beside else None
-                pages.attend_rows(kept, which, looking, out[:rows], lse, ws, scoring)
+                lse = ws.empty(rows, q.shape[1]) if sums else None
+                seen = scoring
+                if past:
+                    looking, seen = looking._replace(certain=True), before(scoring)
+                pages.attend_rows(kept, which, looking, out[:rows], lse, ws, seen)
+                if selecting is not None and lse is not None:
+                    selecting.join_rows(which, looking, out[:rows], lse, ws, scoring)
                 if lse is not None:
                     for each in beside:
                         each.join_rows(which, q[:rows], out[:rows], lse, ws, scoring)
@@ -309,27 +368,100 @@ class PagedCache(BaseCache):
                 elif observed is not None and lse is not None:
                     observed.rows(layer, kept, which, looking, lse, ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
-            with ws.frame():
-                looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
-                lse = ws.empty(b - a, heads) if watching is not None or beside else None
-                bf16 = self.gemm_dtype == torch.bfloat16
-                pages.attend(kept, segment.slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
-                if lse is not None:
-                    for each in beside:
-                        each.join(segment.slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
-                held_by: Whole | Shared | None = self._whole or (None if shared is None else shared[index])
-                given = self._received(layer, run.count, ws) if held_by is None else held_by.given
-                if self.rated is not None and held.worth is not None and given is not None:
-                    self.rated.put_chunk(kept, segment.slot, at, held.worth[a:b], given)
-                if self._whole is not None:
-                    self._watch(layer, segment.slot, self._whole, run, at, looking, lse, ws, scoring)
-                    continue
-                if watching is not None and lse is not None and given is not None:
-                    watching.chunk(kept, segment.slot, run, at, looking, lse, given, ws, scoring)
-                if layer == owner:
-                    self._look_first(layer, segment.slot, run, looking.q)
-                if layer == self._last[owner]:
-                    self._settle(owner, segment.slot, run, given, ws, segment.stop >= (segment.length or 0))
+            common = None if shared is None else shared[index]
+            if self.reading is None:
+                self._attend_prompt(layer, segment, (a, b), run, at, held, q, out, common, ws, scoring)
+                continue
+            if ops.is_dry():  # a stretch may be the whole chunk
+                with ws.frame():
+                    part = self._part(layer, run, 0, b - a, ws)
+                    self._attend_prompt(layer, segment, (a, b), part, 0, held, q, out, common, ws, scoring)
+                continue
+            for first, stop in self.reading.stretches(segment.slot, segment.start, b - a):
+                self.tokens[segment.slot] = segment.start + first
+                stretch = a + first, a + stop
+                with ws.frame():
+                    part = self._part(layer, run, first, stop, ws)
+                    self._attend_prompt(layer, segment, stretch, part, 0, held, q, out, common, ws, scoring)
+            self.tokens[segment.slot] = segment.start
+
+    def _part(self, layer: int, run: Run, start: int, stop: int, ws: Workspace) -> Run:
+        """Some tokens of a run, with room behind them where some may be turned."""
+        if not self.turning:
+            return run.part(start, stop)
+        part = self._new_run(layer, stop - start, ws)
+        ops.copy_(part.keys[:, : stop - start], run.keys[:, start:stop])
+        ops.copy_(part.values[:, : stop - start], run.values[:, start:stop])
+        return part
+
+    def _attend_prompt(
+        self,
+        layer: int,
+        segment: SegmentLike,
+        rows: tuple[int, int],
+        run: Run,
+        at: int,
+        held: Held,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        common: Shared | None,
+        ws: Workspace,
+        scoring: Scoring,
+    ) -> None:
+        """Attention of ``rows`` of a step, which are the tokens from ``at`` on of a run; what the run adds is certain
+        then, unless others read it or more of the prompt comes first."""
+        kept, owner, beside = self.layers[layer], self.owners[layer], self.beside[layer]
+        watching = None if self.rated is not None else self.watching
+        (a, b), slot, past = rows, segment.slot, self.layouts[layer].past
+        with ws.frame():
+            looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
+            lse = ws.empty(b - a, q.shape[1]) if watching is not None or beside else None
+            bf16 = self.gemm_dtype == torch.bfloat16
+            if past:
+                self._attend_before(layer, segment, run, looking, out[a:b], ws, scoring, bf16)
+            else:
+                pages.attend(kept, slot, run, at, looking, out[a:b], lse, ws, scoring, bf16)
+            if lse is not None:
+                for each in beside:
+                    each.join(slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
+            held_by: Whole | Shared | None = self._whole or common
+            given = self._received(layer, run.count, ws) if held_by is None else held_by.given
+            if self.rated is not None and held.worth is not None and given is not None:
+                self.rated.put_chunk(kept, slot, at, held.worth[a:b], given)
+            if self._whole is not None:
+                self._watch(layer, slot, self._whole, run, at, looking, lse, ws, scoring)
+                return
+            if watching is not None and lse is not None and given is not None:
+                watching.chunk(kept, slot, run, at, looking, lse, given, ws, scoring)
+            if layer == owner and self.settled:
+                self._look_first(layer, slot, run, looking.q)
+            if layer == self._last[owner] and self.settled:
+                whole = segment.stop >= (segment.length or 0)
+                self._settle(owner, slot, run, given, ws, whole)
+
+    def _attend_before(
+        self,
+        layer: int,
+        segment: SegmentLike,
+        run: Run,
+        looking: Looking,
+        out: torch.Tensor,
+        ws: Workspace,
+        scoring: Scoring,
+        bf16: bool,
+    ) -> None:
+        """Attention of a prompt's chunk whose tokens see those before their own: the first one what is certain."""
+        kept, slot = self.layers[layer], segment.slot
+        first, others = (
+            Looking(looking.q[rows], None if looking.anchor_q is None else looking.anchor_q[rows], looking.anchors)
+            for rows in (slice(0, 1), slice(1, None))
+        )
+        if segment.start == 0:
+            ops.zero_(out[:1])
+        else:
+            pages.attend(kept, slot, run, 0, first._replace(certain=True), out[:1], None, ws, scoring, bf16)
+        if len(out) > 1:
+            pages.attend(kept, slot, run, 0, others, out[1:], None, ws, before(scoring), bf16)
 
     def _looking(
         self,
@@ -389,6 +521,8 @@ class PagedCache(BaseCache):
             self.observed.advance(slot, stop, stop - start)
 
     def room(self, slot: int) -> int:
+        if self.reads or any(layout.past for layout in self.layouts):
+            return 1
         return min(BLOCK - int(self.tokens[slot]) % BLOCK, self.tail)
 
     def reusable(self, slot: int, common: int) -> int:
@@ -414,6 +548,8 @@ class PagedCache(BaseCache):
 
     def _parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
         yield as_bytes(self.prompts[slot : slot + 1])
+        if self.reading is not None:
+            yield as_bytes(self.reading.ids[slot])
         if self.observed is not None:
             yield as_bytes(self.observed.since[slot])
         for pool in self.reserved.pools.values():
@@ -456,20 +592,29 @@ class PagedCache(BaseCache):
             if drafted and path and self.observed is not None:
                 start = int(self.tokens[slot])
                 self.observed.commit_drafts(slot, order, start, self.layers, self._looking, ws)
+        if self.reading is not None:
+            self.reading.commit(slot, int(self.tokens[slot]), path)
         torch._foreach_add_([kept.lengths[slot] for kept in self._stores], len(path))
         self.tokens[slot] += len(path)
         for selecting in self._selections:
             selecting.commit(slot, path)
-        if int(self.tokens[slot]) % BLOCK == 0 and path:
+        tokens = int(self.tokens[slot])
+        ends = self.reading is not None and self.reading.ends(slot, tokens - 1)
+        if path and (tokens % BLOCK == 0 or ends):
             for layer in self.own:
                 with ws.frame():
                     given = self._received(layer, 0, ws)
                     self._settle(layer, slot, self._new_run(layer, 0, ws), given, ws)
             if self.observed is not None:
-                self.observed.advance(slot, int(self.tokens[slot]), 0)
+                self.observed.advance(slot, tokens, 0)
 
     @contextmanager
     def whole(self, layer: int, segment: Any, ws: Workspace) -> Iterator[None]:
+        if isinstance(self.evictor, Structured):
+            raise UsageError(
+                f"{self.evictor.name} sees of a prompt what it would see token by token, in any schedule",
+                "Leave --prefill layered out.",
+            )
         if self.own != list(range(len(self.owners))):
             raise UsageError(
                 "layers that share keys and values with methods that let go of some are computed chunk by chunk",
@@ -554,6 +699,8 @@ class PagedCache(BaseCache):
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
             if layer in self.pooled:
                 self._let_go(layer, slot, torch.empty(heads, 0, dtype=torch.int32), ws)
+            if self.turning:
+                self.turning[layer].take_most(slot, run, ws)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
             for each in self.beside[layer] if ops.is_dry() else ():
@@ -584,14 +731,17 @@ class PagedCache(BaseCache):
             if self.observed is not None and given is not None:
                 mass, lately, since = self.observed.judged(slot, given, tokens, run.count)
             prompt = tokens if run.count else int(self.prompts[slot])
-            seen = self._seen(layer, positions, counts, (since, tokens, prompt, limit), (mass, lately, alike))
+            seen = self._seen(layer, slot, positions, counts, (since, tokens, prompt, limit), (mass, lately, alike))
             indices, left = self._judge(layer, seen) if layer not in self.pooled else self._share(layer, slot, seen, ws)
             listed = indices
             with self._writing():
                 for each in self.beside[layer]:  # what no query sees any more does not count any more
-                    each.take(slot, kept, run, indices, left, positions > seen.horizon, ws)
+                    each.take(slot, kept, run, indices, left, seen.mass, positions > seen.horizon, ws)
             if self.merging:
                 listed = self.merging[layer].merge(slot, run, (indices, left), seen, ws)
+                run = Run(run.keys, run.values, run.keys.shape[1])
+            if self.turning:
+                listed = self.turning[layer].turn(slot, run, indices, left, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left
             self._keep(layer, slot, run, ws, listed, torch.tensor(counts, dtype=torch.int32))
@@ -599,18 +749,18 @@ class PagedCache(BaseCache):
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
-                places = gather[:, None].expand(-1, given.shape[1], -1)
-                given[..., : indices.shape[1]] = given.gather(2, places)
+                for block in given.unbind(1):
+                    block[:, : indices.shape[1]] = block.gather(1, gather)
         else:
             self._keep(layer, slot, run, ws)
-        if selecting is not None:
-            selecting.settled(slot, now, ws)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
             kept.positions[slot, head, length : length + len(ahead)] = ahead  # where the next tokens will be
         if self.observed is not None and given is not None:
             self.observed.keep(layer, slot, given, counts)
+        if selecting is not None:
+            selecting.settled(slot, now, ws)
 
     def _let_go(self, layer: int, slot: int, indices: torch.Tensor, ws: Workspace) -> None:
         """Of a layer's certain tokens those at ``indices`` (kv_heads, n) int32 stay, whose turn it is not: what else it
@@ -630,7 +780,7 @@ class PagedCache(BaseCache):
             positions.copy_(kept.positions[slot])
             with self._writing():
                 for each in self.beside[layer]:
-                    each.take(slot, kept, run, indices, counts, positions >= 0, ws)
+                    each.take(slot, kept, run, indices, counts, torch.zeros(positions.shape), positions >= 0, ws)
             self._keep(layer, slot, run, ws, indices, torch.tensor(counts, dtype=torch.int32), behind)
             places = indices.long()
             kept.positions[slot, :, :count] = positions.gather(1, places)
@@ -649,11 +799,12 @@ class PagedCache(BaseCache):
         ahead: int | None = None,
     ) -> None:
         """:func:`tightfit.kernels.pages.keep`, with room for ``ahead`` more tokens."""
-        tier, recent = self.composition.tier, self.composition.recent
-        resident = pages.EVERYTHING if tier is None else tier.resident // PAGE
+        composition = self.reserved.of_layers[layer]
+        tier, recent = composition.tier, composition.recent
+        resident, step = (pages.EVERYTHING, 1) if tier is None else (tier.resident // PAGE, tier.step)
         ahead = self.reserved.ahead if ahead is None else ahead
         with self._writing():
-            pages.keep(self.layers[layer], slot, run, ws, indices, counts, recent, resident, ahead)
+            pages.keep(self.layers[layer], slot, run, ws, indices, counts, recent, resident, ahead, step)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -661,9 +812,10 @@ class PagedCache(BaseCache):
         try:
             yield
         except RuntimeError as error:
-            if self.composition.tier is None:
+            tier = self.composition.tier
+            if tier is None:
                 raise
-            hint = "Make room on it, or name a folder on another: host(folder=...)."
+            hint = f"Make room on it, or name a folder on another: {tier.name}(folder=...)."
             raise TightfitError(str(error), hint) from error
 
     def rehearse(self, count: int) -> None:
@@ -673,11 +825,11 @@ class PagedCache(BaseCache):
                 continue
             width = kept.shape[2] + count
             mass = torch.zeros(layout.kv_heads, width)
-            positions = torch.arange(width, dtype=torch.int32).repeat(layout.kv_heads, 1)
+            positions = torch.arange(width, dtype=torch.int32).clamp(max=self.context - 1).repeat(layout.kv_heads, 1)
             limit = self.reserved.limit(layer, width)
             counts = [width] * layout.kv_heads
             arrays = mass, mass.clone(), torch.zeros(positions.shape)
-            seen = self._seen(layer, positions, counts, (0, width, width, limit), arrays)
+            seen = self._seen(layer, 0, positions, counts, (0, width, width, limit), arrays)
             if layer in self.pooled:
                 self.pooled[layer].rehearse(layer, self._scores(layer, seen), limit, self.reserved.sizes[layer].most)
             self._judge(layer, seen)
@@ -685,7 +837,8 @@ class PagedCache(BaseCache):
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
         layout = self.layouts[layer]
-        slots = max(count, 1) + (self.reserved.sizes[layer].table_pages * PAGE if self.merging else 0)
+        more = self.reserved.sizes[layer].table_pages * PAGE if self.merging or self.turning else 0
+        slots = max(count, 1) + more
         keys = ws.empty(layout.kv_heads, slots, layout.key_dim, dtype=self.dtype)
         if layout.shared:
             return Run(keys, keys[..., : layout.value_dim], count)
@@ -694,6 +847,7 @@ class PagedCache(BaseCache):
     def _seen(
         self,
         layer: int,
+        slot: int,
         positions: torch.Tensor,
         counts: list[int],
         numbers: tuple[int, int, int, int],
@@ -707,7 +861,8 @@ class PagedCache(BaseCache):
         horizon = -1 if layout.window is None else tokens - layout.window
         mass, lately, alike = (None if array is None else array[:, :width] for array in arrays)
         assert mass is not None
-        return Seen(mass, positions, counts, groups, since, tokens, prompt, limit, horizon, lately, alike)
+        read = None if self.reading is None else self.reading.seen(slot, tokens)
+        return Seen(mass, positions, counts, groups, since, tokens, prompt, limit, horizon, lately, alike, read)
 
     def _judge(self, layer: int, seen: Seen) -> tuple[torch.Tensor, list[int]]:
         """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
@@ -750,6 +905,25 @@ class PagedCache(BaseCache):
                 scores[head, : min(first, count)] = torch.inf
                 scores[head, max(count - last, 0) : count] = torch.inf
         return scores.masked_fill(seen.positions <= seen.horizon, -torch.inf)
+
+
+def _check_alone(composition: Composition) -> None:
+    """Raises UsageError where layers that share keys and values would lose some before all of them read them."""
+    evictor = composition.evictor
+    pooled = evictor is not None and evictor.budget == "dynamickv"
+    for method in composition.methods:
+        if isinstance(method, Structured | Streamer) or (pooled and method is evictor):
+            raise UsageError(
+                f"{method.name} lets go of tokens of a layer before others would have read them",
+                "Use it without layers that share keys and values.",
+            )
+
+
+def _close(file: int, staging: Sequence[pages.Staging]) -> None:
+    for each in staging:
+        each.rest()
+    if file >= 0:
+        os.close(file)
 
 
 def _part(x: torch.Tensor | None, start: int, stop: int | None) -> torch.Tensor | None:

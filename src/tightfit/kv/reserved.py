@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +44,7 @@ class Pool:
 
 class Reserved:
     """What a composition reserves for ``context`` tokens of each of ``sequences``; ``tail`` tokens of each may be
-    tentative at once. ``owners`` says of each layer which one's keys and values it reads, and ``streams`` which heads
+    tentative at once. ``known`` is what the methods know of the model, and ``streams`` says which heads of each layer
     stream."""
 
     def __init__(
@@ -55,14 +54,15 @@ class Reserved:
         context: int,
         sequences: int,
         tail: int,
-        owners: Sequence[int],
+        known: Known,
         streams: list[list[bool]] | None = None,
     ) -> None:
         self.layouts = layouts
         self.composition = composition
+        self.of_layers = [composition.of_layer(layer, known) for layer in range(len(layouts))]
         self.context = context
         self.sequences = sequences
-        self.owners = owners
+        self.owners = range(len(layouts)) if known.owners is None else known.owners
         self.ahead = BLOCK + tail  # tokens between two moments at which some are let go of, and tentative ones behind
         self.streams = streams
         self.budget = "uniform" if composition.evictor is None else composition.evictor.budget
@@ -84,7 +84,8 @@ class Reserved:
         by_prompt = self.pooled(layer) or (self.streaming(layer) and self.streams is None)
         if not by_prompt:
             return [layer]
-        return [each for each in sorted(set(self.owners)) if self.layouts[each] == self.layouts[layer]]
+        like = self.layouts[layer], self.of_layers[layer]
+        return [each for each in sorted(set(self.owners)) if (self.layouts[each], self.of_layers[each]) == like]
 
     def pooled(self, layer: int) -> bool:
         """Whether the scores of tokens in all layers say how many a layer keeps."""
@@ -96,7 +97,7 @@ class Reserved:
 
     def selects(self, layer: int) -> bool:
         """Whether tokens that decode see only some of a layer."""
-        selector = self.composition.selector
+        selector = self.of_layers[layer].selector
         return selector is not None and selector.selects(layer, self.layouts[layer])
 
     def _kept(self, tokens: int) -> list[int]:
@@ -122,20 +123,19 @@ class Reserved:
             return None
         most = self.context - self.sizes[layer].kept
         longest = self.context if self.ragged else max(most, PAGE)
-        kept = LowerStore(evictor, layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes)
+        kept = evictor.store(layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes)
         self.file_bytes = kept.end
         evictor.prepare(layer, kept, known)
         return kept
 
-    @property
-    def _has_codes(self) -> bool:
-        c = self.composition
+    def _has_codes(self, layer: int) -> bool:
+        c = self.of_layers[layer]
         return c.key_codec is not None or c.value_codec is not None or c.pruner is not None
 
     def _size(self, layer: int, kept: int) -> Sizes:
-        layout, layers = self.layouts[layer], len(self.common(layer))
+        layout, composition, layers = self.layouts[layer], self.of_layers[layer], len(self.common(layer))
         kept = min(kept, self.context, layout.window or kept)
-        heads, tier, recent = layout.kv_heads, self.composition.tier, self.composition.recent
+        heads, tier, recent = layout.kv_heads, composition.tier, composition.recent
         ragged, more = self.ragged, self.ahead
         most = min(kept * (budgets.DYNAMIC_MOST if layers > 1 else 1), self.context)
         # Of all heads together; each has a page that is not full.
@@ -144,12 +144,14 @@ class Reserved:
             of_heads = self._of_heads(layer)
             most, whole = max(of_heads), sum(-(-(tokens + more) // PAGE) for tokens in of_heads)
         table_pages = -(-(min(kept * heads if ragged else most, self.context) + more) // PAGE)
-        if not self._has_codes:
-            in_memory = whole if tier is None else heads * (-(-tier.resident // PAGE) + -(-more // PAGE) + 2)
+        if not self._has_codes(layer):
+            in_memory = (
+                whole if tier is None else heads * (-(-tier.resident // PAGE) + tier.step + -(-more // PAGE) + 1)
+            )
             return Sizes(kept, most, table_pages, min(whole, layers * in_memory), 0)
         # What is not coded yet; and while pages change their kind, that of one head once more.
         dense = heads * -(-(recent + PAGE - 1 + more) // PAGE) + -(-recent // PAGE) + 1
-        coded = whole if tier is None else heads * (max(-(-tier.resident // PAGE) - recent // PAGE, 0) + 1)
+        coded = whole if tier is None else heads * (max(-(-tier.resident // PAGE) - recent // PAGE, 0) + tier.step)
         return Sizes(kept, most, table_pages, min(layers * dense, whole + 1), min(whole, layers * coded))
 
     def _of_heads(self, layer: int) -> list[int]:
@@ -165,7 +167,12 @@ class Reserved:
 
         Keys and values that are not coded are of ``dtype``; ``tokens`` (sequences,) says how many came of each.
         """
-        layout, size, composition, sequences = self.layouts[index], self.sizes[index], self.composition, self.sequences
+        layout, size, composition, sequences = (
+            self.layouts[index],
+            self.sizes[index],
+            self.of_layers[index],
+            self.sequences,
+        )
         heads, as_they_are = layout.kv_heads, 8 * dtype.itemsize
         pruner, key, value = composition.pruner, composition.key_codec, composition.value_codec
         width = layout.key_dim if pruner is None else pruner.kept(layout.key_dim)
@@ -185,6 +192,7 @@ class Reserved:
             channels = numbers(arena, sequences, heads, width)
         if composition.selector is not None and composition.selector.bounds and self.selects(index):
             bounds = place(arena, (*listed, 2, layout.key_dim), dtype)
+        file = -1 if composition.tier is None else file
         keys_at = self.file_bytes
         values_at = keys_at + sequences * heads * size.table_pages * key_codec.page_bytes
         self.file_bytes = values_at + sequences * heads * size.table_pages * value_codec.page_bytes
@@ -219,7 +227,7 @@ class Reserved:
         keys = place(arena, (*dense, layout.key_dim), dtype)
         values = keys[..., : layout.value_dim] if layout.shared else place(arena, (*dense, layout.value_dim), dtype)
         coded_keys = coded_values = None
-        if self._has_codes:
+        if self._has_codes(index):
             coded_keys = place(arena, (*coded, key_codec.page_bytes), torch.uint8)
             coded_values = None if layout.shared else place(arena, (*coded, value_codec.page_bytes), torch.uint8)
         free = numbers(arena, sequences, 1 + size.dense_pages), numbers(arena, sequences, 1 + size.coded_pages)

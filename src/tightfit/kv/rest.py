@@ -31,6 +31,7 @@ class Resting(Beside):
         run: Run,
         staying: torch.Tensor,
         counts: list[int],
+        given: torch.Tensor,
         seen: torch.Tensor,
         ws: Workspace,
     ) -> None:

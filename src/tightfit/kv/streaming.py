@@ -86,9 +86,9 @@ class Streaming:
                 counts[head] = short
                 indices[head, :sinks] = torch.arange(sinks)
                 indices[head, sinks:] = torch.arange(total - self.streamer.recent, total)
-        seen = torch.ones(1, dtype=torch.bool).expand(len(totals), max(totals))
+        nothing = torch.zeros(1).expand(len(totals), max(totals))  # was observed of single tokens
         for each in self.beside[layer]:
-            each.take(slot, kept, run, indices, counts, seen, ws)
+            each.take(slot, kept, run, indices, counts, nothing, nothing == 0, ws)
         self.keep(layer, slot, run, ws, indices, torch.tensor(counts, dtype=torch.int32))
 
     def clear(self, slot: int) -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import cpu, ops
-from tightfit.kv.base import BaseCache, LayerLayout
+from tightfit.kv.base import BaseCache, LayerLayout, Rotation
 from tightfit.kv.cache import window_slots
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.latent import latent_attention
 from tightfit.model.moe import moe
 from tightfit.model.parts import attention, mlp
-from tightfit.model.rope import Tables, tables
-from tightfit.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
+from tightfit.model.rope import Tables, frequencies, tables
+from tightfit.model.spec import AttentionSpec, LatentAttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec
 from tightfit.weights.formats.base import Matrix, Split
 from tightfit.weights.placement.base import Parameters, Placement
 
@@ -32,9 +32,21 @@ def cache_layouts(spec: ModelSpec, context: int, chunk: int) -> list[LayerLayout
             shared=not isinstance(attention, AttentionSpec),
             window=attention.window,
             heads=attention.heads,
+            past=attention.past,
+            rotation=_rotation(attention),
         )
         for attention in (layer.attention for layer in spec.layers)
     ]
+
+
+def _rotation(attention: AttentionSpec | LatentAttentionSpec) -> Rotation | None:
+    """How the keys of a layer turn with positions, whatever the length of their sequence."""
+    rope = attention.rope
+    if rope is None:
+        return Rotation()
+    if not isinstance(attention, AttentionSpec) or rope.parameters.rope_type in ("dynamic", "longrope"):
+        return None
+    return Rotation(tuple(frequencies(rope, 0)[0].tolist()), rope.interleaved)
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Decoder:
         the order of ``batch.logit_rows``, in scratch memory of the enclosing frame."""
         spec = self.spec
         self.weights.begin(logits=len(batch.logit_rows) > 0)
+        _tell(cache, batch.segments)
         x = ws.empty(batch.size, spec.hidden_size)
         with ws.frame():
             self.embed(batch.tokens, x, ws)
@@ -76,6 +89,7 @@ class Decoder:
         the next is asked for, and the cache sees the layer's whole prompt before it lets go of any of it."""
         spec = self.spec
         self.weights.begin(logits=segment.logits != "none")
+        _tell(cache, [segment])
         count = len(segment.tokens)
         x = ws.empty(count, spec.hidden_size)
         pieces = []
@@ -109,8 +123,10 @@ class Decoder:
     def _ropes(
         self, kinds: Iterable[RopeSpec | None], batch: Batch, cache: BaseCache, ws: Workspace
     ) -> dict[RopeSpec, Tables]:
-        anchored = cache.anchor_positions if cache.anchors else None
-        return {rope: tables(rope, batch, ws, anchored) for rope in dict.fromkeys(kinds) if rope is not None}
+        positions = batch.positions if ops.is_dry() else cache.standing(batch, batch.positions)
+        anchors = cache.anchor_positions(positions) if cache.anchors else None
+        ropes = [rope for rope in dict.fromkeys(kinds) if rope is not None]
+        return {rope: tables(rope, batch, ws, positions, anchors) for rope in ropes}
 
     def _selected(self, x: torch.Tensor, rows: torch.Tensor, ws: Workspace) -> torch.Tensor:
         """The normalised hidden states of ``rows`` (n,) int64."""
@@ -161,9 +177,37 @@ class Decoder:
         self, x: torch.Tensor, batch: Batch, cache: BaseCache, ropes: dict[RopeSpec, Tables], ws: Workspace
     ) -> None:
         with cache.through(batch, ws):
-            for index, layer in enumerate(self.spec.layers):
-                with self.weights.layer(index) as weights:
-                    self._layer(index, layer, weights, x, batch, cache, ropes, ws)
+            for layers, again in self.spec.stretches:
+                passes = self._passes(batch) if again else 1
+                with ws.frame():
+                    entered = x
+                    if passes > 1:
+                        entered = ws.empty(*x.shape)
+                        ops.copy_(entered, x)
+                    for left in range(passes - 1, -1, -1):
+                        with cache.provisional(left > 0):
+                            self._stretch(layers, x, batch, cache, ropes, ws)
+                        if left:
+                            ops.copy_(x, entered)
+
+    def _stretch(
+        self,
+        layers: range,
+        x: torch.Tensor,
+        batch: Batch,
+        cache: BaseCache,
+        ropes: dict[RopeSpec, Tables],
+        ws: Workspace,
+    ) -> None:
+        for index in layers:
+            with self.weights.layer(index) as weights:
+                self._layer(index, self.spec.layers[index], weights, x, batch, cache, ropes, ws)
+
+    def _passes(self, batch: Batch) -> int:
+        """How often layers that read a later one are computed: after as many passes as a chunk has tokens nothing
+        changes any more, and what decodes finds all that it reads."""
+        longest = max((stop - start for _, start, stop in batch.prefills), default=1)
+        return longest if self.spec.passes is None else min(longest, self.spec.passes)
 
     def _layer(
         self,
@@ -206,6 +250,13 @@ class Decoder:
                     moe(layer.mlp, weights, source, out, ws, batch.split, share)
                 if after is not None:
                     ops.add_(x, _norm(out, after, eps, out), gain)
+
+
+def _tell(cache: BaseCache, segments: Sequence[Segment]) -> None:
+    """Tells a cache whose methods read what the next tokens are."""
+    if cache.reads and not ops.is_dry():
+        for segment in segments:
+            cache.told(segment.slot, segment.start, segment.tokens)
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ settings are those of transformers' ``rope_parameters``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -102,15 +101,19 @@ def _yarn(rope: RopeSpec) -> tuple[torch.Tensor, float]:
 
 
 def tables(
-    rope: RopeSpec, batch: Batch, ws: Workspace, anchored: Callable[[torch.Tensor], torch.Tensor] | None = None
+    rope: RopeSpec,
+    batch: Batch,
+    ws: Workspace,
+    positions: torch.Tensor | None = None,
+    anchors: torch.Tensor | None = None,
 ) -> Tables:
-    """The tables of a batch's positions, in scratch memory; with ``anchored`` those of the positions too that it makes
-    of them.
+    """The tables of a batch's positions, or of others (tokens,), in scratch memory; with ``anchors`` (tokens,) those of
+    them too.
 
     Kinds whose frequencies depend on the length use that of each segment's sequence.
     """
-    found = _tables(rope, batch, batch.positions, ws)
-    return Tables(*found, None if anchored is None else _tables(rope, batch, anchored(batch.positions), ws))
+    found = _tables(rope, batch, batch.positions if positions is None else positions, ws)
+    return Tables(*found, None if anchors is None else _tables(rope, batch, anchors, ws))
 
 
 def _tables(rope: RopeSpec, batch: Batch, positions: torch.Tensor, ws: Workspace) -> tuple[torch.Tensor, torch.Tensor]:

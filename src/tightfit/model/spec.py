@@ -6,8 +6,9 @@ anything heavy is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from tightfit.checkpoints.rope import RopeParameters
@@ -74,7 +75,8 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Grouped-query attention. ``window`` counts the keys that a query sees, itself included."""
+    """Grouped-query attention. ``window`` counts the keys that a query sees, itself included; with ``past`` it does
+    not see itself, and nothing at the first token."""
 
     heads: int
     kv_heads: int
@@ -85,6 +87,7 @@ class AttentionSpec:
     qk_norm: Literal["none", "head", "all"] = "none"
     softcap: float | None = None
     clip_qkv: float | None = None
+    past: bool = False
 
     @property
     def key_dim(self) -> int:
@@ -113,6 +116,7 @@ class LatentAttentionSpec:
     rope: RopeSpec
     norm_eps: float
     window: None = None
+    past: Literal[False] = False
 
     @property
     def kv_heads(self) -> int:
@@ -165,25 +169,28 @@ class LayerSpec:
 
     Which norms it has follows from its parameters: ``input_layernorm`` and ``pre_feedforward_layernorm`` before a part,
     ``post_attention_layernorm`` and ``post_feedforward_layernorm`` on what a part gives (these are our names; family
-    files map the checkpoint's).
+    files map the checkpoint's). ``owner`` is the layer whose keys and values it reads, an earlier or a later one, if
+    that is not itself: it then has no projections for its own.
     """
 
     attention: AttentionSpec | LatentAttentionSpec
     mlp: MlpSpec | MoeSpec
     params: tuple[Param, ...]
     residual_multiplier: float = 1.0
+    owner: int | None = None
 
     @property
     def kind(self) -> tuple[object, ...]:
         """Equal for layers that compute alike: one of each kind is enough to measure a step."""
         shapes = tuple((param.name, param.shape, param.experts) for param in self.params)
-        return (self.attention, self.mlp, shapes, self.residual_multiplier)
+        return (self.attention, self.mlp, shapes, self.residual_multiplier, self.owner is None)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """A whole decoder. ``params`` are those outside of the layers: ``embed_tokens``, ``norm`` and, unless the
-    embeddings are tied, ``lm_head``."""
+    embeddings are tied, ``lm_head``. Where layers read a later one's keys and values, a prompt's chunk goes through
+    them ``passes`` times, or with None as often as it has tokens."""
 
     family: str
     vocab_size: int
@@ -195,6 +202,38 @@ class ModelSpec:
     embedding_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
+    passes: int | None = 1
+
+    @property
+    def owners(self) -> list[int]:
+        """Of each layer the one whose keys and values it reads."""
+        return [index if layer.owner is None else layer.owner for index, layer in enumerate(self.layers)]
+
+    @property
+    def shares(self) -> bool:
+        """Whether layers were trained to read other layers' keys and values."""
+        return any(layer.owner is not None for layer in self.layers)
+
+    @cached_property
+    def stretches(self) -> tuple[tuple[range, bool], ...]:
+        """All layers in order, and whether those of a stretch are computed together more than once: from one that reads
+        a later layer to the last that one of them reads."""
+        owners, found, start = self.owners, [], 0
+        while start < len(owners):
+            stop, again = start + 1, owners[start] > start
+            if again:
+                while stop <= max(owners[start:stop]):
+                    stop = max(owners[start:stop]) + 1
+            found.append((range(start, stop), again))
+            start = stop
+        return tuple(found)
+
+    def part(self, layers: Sequence[int]) -> ModelSpec:
+        """The model with some of its layers alone, those that they read among them."""
+        places = {layer: place for place, layer in enumerate(layers)}
+        chosen = [self.layers[index] for index in layers]
+        moved = (replace(each, owner=None if each.owner is None else places[each.owner]) for each in chosen)
+        return replace(self, layers=tuple(moved))
 
     @property
     def tied(self) -> bool:

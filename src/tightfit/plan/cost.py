@@ -22,6 +22,7 @@ from tightfit.experts.store import on_disk
 from tightfit.kernels.matmul import bucket
 from tightfit.kv.base import BLOCK
 from tightfit.kv.compose import Composition, compose
+from tightfit.kv.method import Demoter
 from tightfit.model.spec import AttentionSpec, LatentAttentionSpec, MlpSpec, ModelSpec, MoeSpec
 from tightfit.plan.schema import Numerics, Plan
 from tightfit.plan.speeds import AttentionSpeed, FormatSpeed, Speeds, across, at
@@ -328,7 +329,7 @@ class Cost:
         seen = tokens if attention.window is None else min(tokens, attention.window)
         composition = self._composition(kv)
         for method in (composition.evictor, composition.streamer):
-            if method is not None:
+            if method is not None and not isinstance(method, Demoter):
                 seen = min(seen, method.kept(tokens) + BLOCK // 2)
         if composition.selector is not None:
             seen = min(seen, int(composition.selector.reads(seen)) + BLOCK // 2)

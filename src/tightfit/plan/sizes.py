@@ -266,7 +266,7 @@ class Sizes:
 
     def _known(self, kv: str) -> Known:
         """What the methods of a cache know of the model."""
-        return known_of(kv, self.checkpoint.name, self.checkpoint.fingerprint, len(self.spec.layers))
+        return known_of(kv, self.checkpoint.name, self.checkpoint.fingerprint, self.spec.owners)
 
     def _entry_bytes(self, kv: str, chunk: int) -> int:
         """The most bytes of an entry of the prompt cache."""

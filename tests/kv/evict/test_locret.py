@@ -15,8 +15,9 @@ from tightfit.engine.fit import Observing
 from tightfit.errors import UsageError
 from tightfit.kv.base import BLOCK, LayerLayout
 from tightfit.kv.cache import Cache
+from tightfit.kv.compose import known_of
 from tightfit.kv.evict.locret import Locret
-from tightfit.kv.fitted import Known
+from tightfit.kv.fitted import Findings, Known, write_findings
 from tightfit.kv.make import kv_nbytes
 from tightfit.model.decoder import cache_layouts
 
@@ -101,6 +102,15 @@ def test_trained_heads_find_more_of_what_will_be_looked_at_than_untrained_ones(t
     assert not Locret(hidden=16).check(findings.tensors, 3)
     again = Locret(hidden=32, keep=100).fit(observed, lambda done, total: None)
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in findings.tensors.items())
+
+
+def test_what_was_found_is_read_in_its_own_type() -> None:
+    method, known = Locret(hidden=2), heads_of(LAYOUT)
+    tensors = {name: tensor.bfloat16() for name, tensor in known.of(method).items()}
+    write_findings("0" * 32, method, Findings(tensors, {}, []))
+    found = known_of("locret(keep=99,hidden=2)", "nothing", "0" * 32, [0])
+    assert all(torch.equal(found.of(method)[name], tensor) for name, tensor in tensors.items())
+    assert found.digest
 
 
 def test_locret_says_what_it_is_not_for() -> None:

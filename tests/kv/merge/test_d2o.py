@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kv.merge.layer import DIM, HEADS, VALUES, Driver, Kept, assert_same, tokens
 
-from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import UsageError
-from tightfit.kernels import cpu, ops
+from tightfit.kernels import cpu
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.compose import compose
 
@@ -158,23 +157,6 @@ def test_what_no_query_sees_any_more_is_not_merged() -> None:
         kept = driver.kept(head)
         assert list(kept) == list(range(41, 60))
         assert all(torch.equal(value, v[position, head]) for position, (_, value) in kept.items())
-
-
-@pytest.mark.parametrize("kv", ["d2o(keep=40)", "d2o(keep=40,budget=adakv)+int4(recent=32)", "d2o(keep=0.5)+think"])
-def test_a_dry_run_says_how_much_scratch_it_takes(kv: str) -> None:
-    parts = [(90, False), (64, False), (64, False), *[(1, True)] * 70]
-    dry = Driver(kv)
-    with ops.dry():
-        for count, decode in ((90, False), (1, True)):
-            dry.add(*tokens(count), decode)
-        dry.cache.tokens[0] = 31
-        dry.commit(1)
-    real = Driver(kv, ws=Workspace(Arena(dry.ws.high_water)))
-    for index, (count, decode) in enumerate(parts):
-        real.add(*tokens(count, index), decode)
-        if decode:
-            real.commit(1)
-    assert real.ws.high_water <= dry.ws.high_water
 
 
 def test_it_takes_what_h2o_does_and_a_number_for_each_head() -> None:

@@ -70,7 +70,19 @@ def test_tokens_that_fewer_probes_can_see_are_not_judged_by_how_few_they_are() -
     probes, count = 64, 512
     rows = torch.arange(count - probes, count)
     given = (torch.arange(count) <= rows[:, None]) / (rows[:, None] + 1.0)
-    seen = Seen(given.sum(0, keepdim=True), torch.arange(count)[None], [count], 1, count - probes, count, count)
+    seen = Seen(
+        given.sum(0, keepdim=True),
+        torch.arange(count)[None],
+        [count],
+        groups=1,
+        since=count - probes,
+        tokens=count,
+        prompt=count,
+        keep=100,
+        horizon=-1,
+        lately=None,
+        alike=None,
+    )
     of_zipcache, of_h2o = (compose(kv).evictor.scores(seen) for kv in ("zipcache", "h2o"))  # type: ignore[union-attr]
     assert float(of_zipcache.max() / of_zipcache.min()) < 1.2
     assert float(of_h2o.max() / of_h2o.min()) > 50

@@ -5,13 +5,8 @@
 // https://arxiv.org/abs/1805.02867). Powers are of two: queries come multiplied by log2(e).
 #pragma once
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <type_traits>
@@ -19,6 +14,7 @@
 #include "attention_tasks.h"
 #include "codecs.h"
 #include "math.h"
+#include "reader.h"
 
 namespace tightfit {
 namespace {
@@ -490,18 +486,6 @@ void encode_page(const Codec& codec, Kind kind, const float* numbers, const floa
     }
 }
 
-inline void read_at(int file, uint8_t* out, size_t count, size_t at) {
-    while (count > 0) {
-        const ssize_t got = pread(file, out, count, static_cast<off_t>(at));
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) {  // the file is ours, and has no name: nobody else can have cut it
-            std::perror("tightfit: the cache cannot be read from the disk");
-            std::abort();
-        }
-        out += got, at += static_cast<size_t>(got), count -= static_cast<size_t>(got);
-    }
-}
-
 // Where the pages of a block lie in memory; values in those of the keys where these are shared.
 struct BlockPages {
     const uint8_t *keys[KEY_BLOCK / PAGE], *values[KEY_BLOCK / PAGE];
@@ -521,8 +505,8 @@ inline BlockPages find_pages(const HeadCache& head, size_t block, size_t from, s
         count = 1;  // neighbours in one request
         while (j + count < pages && head.listed(first + j + count) == page + count) count++;
         uint8_t *keys = raw + j * key_page, *values = raw + KEY_BLOCK / PAGE * key_page + j * value_page;
-        read_at(head.file, keys, count * key_page, head.keys_at + page * key_page);
-        if (!head.shared()) read_at(head.file, values, count * value_page, head.values_at + page * value_page);
+        read_now({head.file, keys, count * key_page, head.keys_at + page * key_page});
+        if (!head.shared()) read_now({head.file, values, count * value_page, head.values_at + page * value_page});
         for (size_t i = 0; i < count; i++) {
             found.keys[j + i] = keys + i * key_page;
             found.values[j + i] = head.shared() ? keys + i * key_page : values + i * value_page;
@@ -542,7 +526,7 @@ void load_listed(const HeadCache& head, size_t from, size_t end, float* keys, fl
         if (head.file >= 0) {
             const size_t start = codec.plain() ? first * codec.row_bytes() : 0;
             const size_t stop = codec.plain() && codec.dense() ? (last + 1) * codec.row_bytes() : codec.page_bytes();
-            read_at(head.file, raw + start, stop - start, file_at + number * codec.page_bytes() + start);
+            read_now({head.file, raw + start, stop - start, file_at + number * codec.page_bytes() + start});
         } else {
             page = data + static_cast<size_t>(head.table[number]) * codec.page_bytes();
         }

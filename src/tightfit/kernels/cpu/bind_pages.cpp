@@ -9,6 +9,7 @@
 
 #include "bind.h"
 #include "pages.h"
+#include "staging.h"
 
 namespace nb = nanobind;
 using namespace tightfit;
@@ -103,6 +104,27 @@ void tightfit::bind_pages(nb::module_& m) {
         project(block<const float>(x), rows, heads, at<const float>(matrices), kv_heads, from, to, block<float>(out));
     });
     m.def("page_bytes", [](const CodecOf& of) { return codec_of(of).page_bytes(); });
+    nb::class_<Staging>(m, "Staging")
+        .def("counts", [](const Staging& s) {
+            return std::make_tuple(s.counts().wanted, s.counts().ahead, s.counts().bytes, s.counts().waited);
+        })
+        .def("rest", &Staging::rest, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<Reader>(m, "Reader").def(nb::init<>());
+    nb::class_<HeadStaging, Staging>(m, "HeadStaging")
+        .def("__init__", [](HeadStaging* self, Reader& reader, uintptr_t memory, size_t buffer_bytes, size_t heads,
+                            size_t table_pages) {
+            new (self) HeadStaging(reader, at<uint8_t>(memory), buffer_bytes, heads, table_pages);
+        }, nb::keep_alive<1, 2>());
+    nb::class_<PageStaging, Staging>(m, "PageStaging")
+        .def("__init__", [](PageStaging* self, Reader& reader, uintptr_t memory, uintptr_t staged, size_t lists,
+                            size_t table_pages, size_t places) {
+            new (self) PageStaging(reader, at<uint8_t>(memory), at<int32_t>(staged), lists, table_pages, places);
+        }, nb::keep_alive<1, 2>())
+        .def("prefetch", [](PageStaging& s, const Pages& p, const Ragged& places, size_t rows, uintptr_t wanted, size_t count) {
+            const Place* where = places_of(p, places, rows, true);
+            nb::gil_scoped_release release;
+            s.prefetch(p, where, rows, at<const int32_t>(wanted), count);
+        });
     nb::class_<Pages>(m, "Pages")
         .def(nb::new_([](const std::string& kind, const std::tuple<size_t, size_t, size_t, size_t>& sizes,
                          const std::tuple<size_t, size_t, size_t>& pages, const std::tuple<CodecOf, CodecOf>& codecs,
@@ -125,10 +147,26 @@ void tightfit::bind_pages(nb::module_& m) {
             p.tokens = at<const int32_t>(tokens), p.positions = at<const int32_t>(positions);
             p.channels = at<const int32_t>(channels), p.bounds = at<uint8_t>(bounds);
             std::tie(p.file, p.keys_at, p.values_at) = file;
+            p.all_heads = p.kv_heads;
             p.key_side = at<const float>(std::get<0>(sides)), p.key_tables = std::get<1>(sides);
             p.value_side = at<const float>(std::get<2>(sides)), p.value_tables = std::get<3>(sides);
             return p;
         }))
+        .def("stage", [](Pages& p, Staging& staging, const Pages& next) { p.staging = &staging, p.next = &next; })
+        .def("forget", [](const Pages& p, size_t sequence) {
+            nb::gil_scoped_release release;
+            for (size_t h = 0; p.staging && h < p.kv_heads; h++) p.staging->forget(p, sequence, h, 0);
+        })
+        .def("rank_scratch", &rank_scratch)
+        .def("rank", [](const Pages& p, const Ragged& places, size_t rows, const Strided& q, size_t heads,
+                        const std::tuple<uintptr_t, size_t>& chosen, const std::tuple<uintptr_t, size_t>& next,
+                        uintptr_t others, uintptr_t scratch, size_t threads) {
+            const Place* where = places_of(p, places, rows, true);
+            nb::gil_scoped_release release;
+            const Ranked ranked{at<int32_t>(std::get<0>(chosen)), at<int32_t>(std::get<0>(next)), at<int32_t>(others),
+                                std::get<1>(chosen), std::get<1>(next)};
+            rank(p, where, rows, block<const float>(q), heads, ranked, at<uint8_t>(scratch), threads);
+        })
         .def("append", [](const Pages& p, const Ragged& places, size_t count, const Strided& k, const Strided& v,
                           size_t threads) {
             const Place* where = places_of(p, places, count);
@@ -182,10 +220,10 @@ void tightfit::bind_pages(nb::module_& m) {
         })
         .def("keep_scratch", &keep_scratch)
         .def("keep", [](const Pages& p, size_t sequence, const RunOf& run, uintptr_t indices, size_t stride,
-                        uintptr_t counts, size_t recent, size_t resident, size_t tail, uintptr_t scratch) {
+                        uintptr_t counts, size_t recent, size_t resident, size_t step, size_t tail, uintptr_t scratch) {
             check_sequence(p, sequence);
             nb::gil_scoped_release release;
-            keep(p, sequence, run_of(run), {at<const int32_t>(indices), stride, at<const int32_t>(counts), recent, resident, tail},
+            keep(p, sequence, run_of(run), {at<const int32_t>(indices), stride, at<const int32_t>(counts), recent, resident, step, tail},
                  at<uint8_t>(scratch));
         })
         .def("read", [](const Pages& p, size_t sequence, size_t head, const RunOf& run, size_t from, size_t to, uintptr_t k,

@@ -12,6 +12,7 @@
 
 #include "attention_tasks.h"
 #include "pool.h"
+#include "staging.h"
 
 namespace tightfit {
 namespace {
@@ -80,6 +81,15 @@ struct Head {
         return cache;
     }
 
+    HeadCache staged_pages() const {
+        HeadCache cache = made_pages(true);
+        cache.file = -1, cache.table = p.staged + index * p.staged_stride, cache.keys = p.staged_keys;
+        cache.values = p.shared() ? cache.keys : p.staged_values;
+        if (p.channels || !p.key_codec.dense() || !p.value_codec.dense()) return cache;
+        cache.coded = false, cache.value_stride = p.shared() ? p.key_dim : p.value_dim;  // as they are multiplied
+        return cache;
+    }
+
     // Adds tokens [from, to), of all or of those that are chosen `like` has, which are stored in up to three ways.
     void add(size_t from, size_t to, const HeadCache& like, const Queries& queries, Block<const float> q, size_t count,
              Stretches& out) const {
@@ -96,7 +106,7 @@ struct Head {
             const bool pruned = cache.coded && p.channels;
             out.add({cache, queries, std::max(from, a), std::min(to, b), q, pruned ? channels() : nullptr});
         };
-        if (cold_end > from) part(made_pages(true), 0, cold_end);
+        if (cold_end > from) part(p.staged ? staged_pages() : made_pages(true), 0, cold_end);
         if (coded_end > cold_end) part(made_pages(false), cold_end, coded_end);
         part(dense_pages(), coded_end, to);
     }
@@ -123,7 +133,7 @@ struct PageRows final : Source {
         return static_cast<size_t>(places[row].position - p.tokens[places[row].sequence]) + 1;
     }
     const int32_t* chosen(size_t row, size_t head) const {
-        return looking.chosen ? looking.chosen + (row * p.kv_heads + head) * looking.listed : nullptr;
+        return looking.chosen ? looking.chosen + (row * p.all_heads + p.first_head + head) * looking.listed : nullptr;
     }
     size_t count(const int32_t* chosen) const {
         size_t n = 0;
@@ -133,7 +143,7 @@ struct PageRows final : Source {
     size_t unit() const { return looking.since ? 1 : PAGE; }
     // From this token of a head on a row sees all.
     size_t since(const Head& head, size_t row) const {
-        return looking.since ? static_cast<size_t>(looking.since[row * p.kv_heads + head.head]) : head.bounded() * PAGE;
+        return looking.since ? static_cast<size_t>(looking.since[row * p.all_heads + p.first_head + head.head]) : head.bounded() * PAGE;
     }
     size_t low(const Head& head, size_t row) const {
         const size_t tail = this->tail(row), length = head.length();
@@ -444,7 +454,7 @@ struct Outcome {
         coded = p.has_codes() && length > k.recent ? (length - k.recent) / PAGE : 0;
         coded = std::max(coded, std::min(head.coded(), first));
         const size_t pages = (length + PAGE - 1) / PAGE, whole = p.has_codes() ? coded : length / PAGE;
-        cold = p.file >= 0 && pages > k.resident ? std::min(pages - k.resident, whole) : 0;
+        cold = p.file >= 0 && pages > k.resident ? std::min(pages - k.resident, whole) / k.step * k.step : 0;
         cold = std::max(cold, std::min(head.cold(), first));
     }
     Where place(const Pages& p, size_t j) const {
@@ -459,6 +469,7 @@ void keep_head(const Head& head, const Run& run, const Keeping& keeping, uint8_t
     PageBuffer source(p, all), target(p, all);
     const Outcome outcome(head, run, keeping);
     const int32_t* staying = keeping.of(head.head);
+    if (p.staging) p.staging->forget(p, head.sequence, head.head, outcome.first);
     const size_t before = head.length(), each = run.slots * itemsize(p.kind);
     const uint8_t* run_keys = run.keys + head.head * each * p.key_dim;
     const uint8_t* run_values = run.values + head.head * each * p.value_dim;
@@ -516,6 +527,19 @@ void keep_head(const Head& head, const Run& run, const Keeping& keeping, uint8_t
     p.bounded[head.index] = static_cast<int32_t>(whole);
 }
 
+float dot(const float* x, const float* y, size_t count) {
+    constexpr size_t SUMS = 16;  // in an order that does not depend on the instruction set
+    float sums[SUMS] = {}, sum = 0.0f;
+    size_t i = 0;
+    for (; i + SUMS <= count; i += SUMS)
+        for (size_t s = 0; s < SUMS; s++) sums[s] += x[i + s] * y[i + s];
+    for (; i < count; i++) sums[0] += x[i] * y[i];
+    for (float part : sums) sum += part;
+    return sum;
+}
+
+bool by_heads(const Pages& p) { return p.staging && p.staging->heads_at_once(p) < p.kv_heads; }
+
 }  // namespace
 
 void append(const Pages& p, const Place* places, size_t count, Block<const float> k, Block<const float> v, size_t) {
@@ -535,21 +559,28 @@ void append(const Pages& p, const Place* places, size_t count, Block<const float
 }
 
 size_t attend_rows_scratch(const Pages& pages, size_t rows, size_t heads, size_t threads) {
+    if (by_heads(pages)) return attend_rows_scratch(pages.of_head(0), rows, heads / pages.kv_heads, threads);
     return attend_rows_scratch(PageRows(pages, nullptr, {}, {}, heads, 0), rows, heads, threads);
 }
 
 void attend_rows(const Pages& pages, const Place* places, const Paths& paths, size_t rows, const Looking& looking,
                  Block<float> out, Rows<float> lse, const Attention& attention, uint8_t* scratch, size_t threads) {
+    if (pages.staging)
+        return pages.staging->attend_rows(pages, places, paths, rows, looking, out, lse, attention, scratch, threads);
     const PageRows source(pages, places, paths, looking, attention.heads, attention.window);
     attend_rows(source, rows, out, lse, attention, scratch, threads);
 }
 
 size_t attend_scratch(const Pages& pages, size_t count, size_t heads, bool bf16, size_t threads) {
+    if (by_heads(pages)) return attend_scratch(pages.of_head(0), count, heads / pages.kv_heads, bf16, threads);
     return attend_scratch(PagePrefill(pages, 0, {}, 0, {}, heads, 0), count, heads, bf16, threads);
 }
 
 void attend(const Pages& pages, size_t sequence, const Run& run, size_t start, size_t count, const Looking& looking,
             Block<float> out, Rows<float> lse, const Attention& attention, bool bf16, uint8_t* scratch, size_t threads) {
+    if (pages.staging)
+        return pages.staging->attend(pages, sequence, run, start, count, looking, out, lse, attention, bf16, scratch,
+                                     threads);
     const PagePrefill source(pages, sequence, run, start, looking, attention.heads, attention.window);
     attend(source, count, out, lse, attention, bf16, scratch, threads);
 }
@@ -783,6 +814,48 @@ void select(const Pages& p, const Place* places, size_t rows, Block<const float>
             }
             std::copy(order, order + taken, out);
             std::fill(out + taken, out + count, -1);
+        }
+    });
+}
+
+size_t rank_scratch(const Pages& p, size_t threads) {
+    Scratch all;
+    all.take<float>(p.table_pages), all.take<int32_t>(p.table_pages), all.take<float>(PAGE * p.key_dim);
+    return all.used() * std::min(threads, p.kv_heads);
+}
+
+void rank(const Pages& p, const Place* places, size_t rows, Block<const float> q, size_t heads, const Ranked& ranked,
+          uint8_t* scratch, size_t threads) {
+    const size_t groups = heads / p.kv_heads, workers = std::min(threads, p.kv_heads);
+    const size_t each = rank_scratch(p, threads) / workers;
+    parallel_for(workers, workers, [&](size_t worker) {
+        Scratch own(scratch + worker * each);
+        float* scores = own.take<float>(p.table_pages);
+        int32_t* order = own.take<int32_t>(p.table_pages);
+        float* keys = own.take<float>(PAGE * p.key_dim);
+        const auto put = [](const int32_t* from, size_t count, int32_t* out, size_t room) {
+            std::fill(std::copy(from, from + count, out), out + room, -1);
+            std::sort(out, out + count);
+        };
+        for (size_t task = worker; task < rows * p.kv_heads; task += workers) {
+            const size_t row = task / p.kv_heads, h = task % p.kv_heads;
+            const Head head(p, static_cast<size_t>(places[row].sequence), h);
+            const size_t pages = head.coded(), best = std::min(pages, ranked.count);
+            const size_t next = std::min(pages - best, ranked.more);
+            for (size_t j = 0; j < pages; j++) {
+                attention_kernels().decode(p.key_codec, p.kind, head.code(p.coded_keys, p.key_codec, head.table()[j]),
+                                           head.key_side(), keys);
+                scores[j] = -__builtin_inff();
+                for (size_t g = 0; g < groups; g++)
+                    for (size_t t = 0; t < PAGE; t++)
+                        scores[j] = std::max(scores[j], dot(q.at(row, h * groups + g), keys + t * p.key_dim, p.key_dim));
+            }
+            std::iota(order, order + pages, 0);
+            std::sort(order, order + pages,
+                      [&](int32_t a, int32_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
+            put(order, best, ranked.chosen + task * ranked.count, ranked.count);
+            put(order + best, next, ranked.next + task * ranked.more, ranked.more);
+            put(order + best, pages - best, ranked.others + task * p.table_pages, p.table_pages);
         }
     });
 }

@@ -83,6 +83,8 @@ struct HeadCache {
     bool shared() const { return values == keys; }
 };
 
+class Staging;
+
 // Pages of one layer. Of each sequence and head, `lengths` tokens are certain; page j of them is table[j] of the coded
 // pages for j below `coded`, of the dense ones from there on, or if j is below `cold`, in the file. What a decoding step
 // adds lies behind them until it is certain too. `tokens` of each sequence were certain so far, those that are no longer
@@ -104,11 +106,25 @@ struct Pages {
     size_t keys_at = 0, values_at = 0;   // in it
     const float *key_side, *value_side;  // tables of codecs (kv_heads, side)
     size_t key_tables, value_tables;     // how many of these: one for each sequence, or one
+    size_t first_head = 0, all_heads = 0;  // these heads are some of a layer's
+    // Pages of the file that are in memory, as they are in the file: page j of a head in place staged[at * staged_stride + j]
+    // of both lists. Null: they are read as they are multiplied.
+    const int32_t* staged = nullptr;
+    size_t staged_stride = 0;
+    const uint8_t *staged_keys = nullptr, *staged_values = nullptr;
+    Staging* staging = nullptr;   // brings them there, if it is not null
+    const Pages* next = nullptr;  // the layer that is looked at after this one
 
     bool shared() const { return values == keys; }
     bool has_codes() const { return coded_keys != nullptr; }
-    size_t at(size_t sequence, size_t head) const { return sequence * kv_heads + head; }
+    size_t at(size_t sequence, size_t head) const { return sequence * all_heads + first_head + head; }
     size_t capacity() const { return table_pages * PAGE; }
+    // One head alone, without staging.
+    Pages of_head(size_t head) const {
+        Pages one = *this;
+        one.kv_heads = 1, one.first_head = first_head + head, one.staging = nullptr;
+        return one;
+    }
 };
 
 // Keys and values (kv_heads, slots, dim) of one sequence behind its certain tokens, `count` of them, in the type of dense
@@ -170,13 +186,14 @@ void project(Block<const float> x, size_t rows, size_t heads, const float* matri
              Block<float> out);
 
 // What happens to a sequence when tokens become certain: those of `run` are added, all but counts[head] `indices` (kv_heads,
-// stride) are let go, if that is not null and the count not negative, all but the last `recent` are coded page by page where pages have codes, and all
-// but `resident` pages go to the file. Pages for `tail` more tokens are there afterwards.
+// stride) are let go, if that is not null and the count not negative, all but the last `recent` are coded page by page
+// where pages have codes, and all but `resident` pages go to the file, `step` at a time. Pages for `tail` more tokens are
+// there afterwards.
 struct Keeping {
     const int32_t* indices = nullptr;
     size_t stride = 0;
     const int32_t* counts = nullptr;
-    size_t recent = 0, resident = ~size_t(0), tail = 1;
+    size_t recent = 0, resident = ~size_t(0), step = 1, tail = 1;
 
     // What stays of a head, or null if everything does.
     const int32_t* of(size_t head) const { return indices && counts[head] >= 0 ? indices + head * stride : nullptr; }
@@ -196,6 +213,16 @@ void select(const Pages& pages, const Place* places, size_t rows, Block<const fl
             int32_t* chosen, uint8_t* scratch, size_t threads);
 size_t select_scratch(const Pages& pages, size_t threads);
 
+// The same by the largest score of any of a page's keys, of all pages that are whole: the best into `chosen` (rows, kv_heads,
+// count), the next best into `next` (rows, kv_heads, more), and all but the best into `others` (rows, kv_heads, table_pages),
+// each in order and then -1.
+struct Ranked {
+    int32_t *chosen, *next, *others;
+    size_t count, more;
+};
+void rank(const Pages& pages, const Place* places, size_t rows, Block<const float> q, size_t heads, const Ranked& ranked,
+          uint8_t* scratch, size_t threads);
+size_t rank_scratch(const Pages& pages, size_t threads);
 // shares (kv_heads, stride of `shares`) = what the heads of `q` would give to each of the first `until` (kv_heads) tokens of
 // a sequence, if these were all: the sums of their softmaxes.
 size_t shares_scratch(const Pages& pages, size_t heads, size_t threads);

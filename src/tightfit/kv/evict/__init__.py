@@ -11,6 +11,7 @@ from tightfit.kv.evict import (
     scissorhands,
     scope,
     snapkv,
+    tim,
     tova,
     window,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "scissorhands",
     "scope",
     "snapkv",
+    "tim",
     "tova",
     "window",
 ]

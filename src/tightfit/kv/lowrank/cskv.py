@@ -38,8 +38,14 @@ class CSKV(Demoter, Fitted):
     `tightfit fit` finds the matrices to these features and back that change the keys and values of a text least, in the
     sum of squares: what the paper comes near to by gradient descent from the singular vectors of the weights are the
     singular vectors of the keys and values themselves. Keys are projected after they were turned; the paper projects
-    them before, and turns all of them again whenever they are read. It trains with the bits that it stores; here they
-    are rounded afterwards.
+    them before, and turns all of them again whenever they are read: on the embedded model a quarter of the features of
+    keys diverges by 0.28 nats, and by 0.06 if they were projected before. It trains with the bits that it stores; here
+    they are rounded afterwards.
+
+    The paper's fifth is too little for the embedded model, whose layers have 128 features of keys and of values: it
+    diverges by 0.34 nats and finds none of 6 numbers hidden in 500 tokens; two fifths diverge by 0.09 and find 5. The
+    fit beats singular vectors of the weights with two fifths (of values alone and no window, 0.12 against 0.15 nats),
+    and not with one (0.63 against 0.55).
     """
 
     keep: float = 32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class Maps:
     def stored(self, layout: LayerLayout) -> LayerLayout:
         """What is kept of a layer that has ``layout``."""
         heads, _, key_rank = self.keys.shape
-        return replace(layout, kv_heads=heads, key_dim=key_rank, value_dim=self.values.shape[2])
+        return replace(layout, kv_heads=heads, key_dim=key_rank, value_dim=self.values.shape[2], rotation=None)
 
     def placed(self, layout: LayerLayout, arena: Arena) -> Maps:
         """A copy in ``arena`` for a layer that has ``layout``, with a ``shift`` (heads, value_dim) of each query head,
@@ -83,6 +83,16 @@ class Features(BaseCache):
 
     def anchor_positions(self, positions: torch.Tensor) -> torch.Tensor:
         return self.inner.anchor_positions(positions)
+
+    @property
+    def reads(self) -> bool:
+        return self.inner.reads
+
+    def resolve(self, encode: Callable[[str], list[int]]) -> None:
+        self.inner.resolve(encode)
+
+    def told(self, slot: int, start: int, tokens: Sequence[int]) -> None:
+        self.inner.told(slot, start, tokens)
 
     @contextmanager
     def through(self, step: Step, ws: Workspace) -> Iterator[None]:

@@ -36,6 +36,9 @@ class GQA(Projector):
     Queries are multiplied with their head's rows of the same matrix, and outputs with its transpose, which the paper
     puts into the projections. Keys are merged after they were turned: a matrix that merges them before would stand
     between queries and rotation. The paper goes on to tune the model; here nothing else changes.
+
+    On the embedded model one head of two diverges by 0.09 nats from both, where their mean does by 1.74; but of 6
+    numbers hidden in 500 tokens it finds none. `int4`, in fewer bytes, diverges by 0.0004 and finds all.
     """
 
     merge: int = 2

@@ -47,6 +47,10 @@ class Matryoshka(Projector):
     time, where the final hidden states change least. That order is kept with the projections, so that one file serves
     every ``share``. The paper's ranks differ between the heads of a layer; here they do not, since heads of a layer lie
     in pages of one width. Keys and values have ranks of their own.
+
+    On the embedded model, with the same ranks in all layers, 300 steps of 256 tokens bring the divergence of principal
+    components from 0.52 to 0.34 nats with 3 of 8 features and from 0.22 to 0.16 with 4; with 6 it rises from 0.04 to
+    0.05, since what few features lose is most of the loss: a large ``share`` is better off with ``steps=0``.
     """
 
     share: float = 0.5

@@ -34,6 +34,9 @@ class Elastic(Merger):
     The paper was made for prompts with pictures, judged at once (``layered``); chunk by chunk, anchors are merged again
     with the same rule. Its program ranks tokens by the order that sorting gives rather than by their rank; here they
     are ranked as the paper says.
+
+    On the embedded model merging makes it worse: with half of 1500 tokens kept, the perplexity of what follows is 17.2,
+    and 15.3 if the same tokens stay and the others are dropped (12.0 with all; with 256 tokens 29.1 and 23.2).
     """
 
     sinks: int = 1

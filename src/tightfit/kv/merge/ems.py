@@ -31,12 +31,15 @@ class EMS(Merger):
     below ``threshold`` with all centers goes, with the rest, into a class of zeros, and is gone. A center becomes the
     mean of its class, weighted by worth: of values, of the directions of keys, and of their lengths.
 
-    There is no public program. The score and the product follow the paper; ``threshold`` and ``candidates`` are ours.
-    A product of two negative cosines counts as 0, since opposites are not alike. Where values are part of keys, the
-    cosine of keys decides.
+    There is no public program: that the larger of both scores counts, and the numbers, are ours. A product of two
+    negative cosines counts as 0, since opposites are not alike. Where values are part of keys, the cosine of keys
+    decides.
+
+    On the embedded model the paper's advantage is not there: with 256 of 1500 tokens kept, the perplexity of what
+    follows is 12.36, with snapkv 12.13 and with h2o 12.11 (12.01 with all). What merging adds is small: 12.46 without.
     """
 
-    window: int = 32  # type: ignore[misc]
+    window: int = 64  # type: ignore[misc]
     threshold: float = 0.6
     candidates: float = 2.0
 

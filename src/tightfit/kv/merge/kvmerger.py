@@ -40,6 +40,10 @@ class KVMerger(Merger):
     The paper defines sigma by the weights, which sigma defines; here it is the mean distance of a run's other tokens
     over the square root of 2. It multiplies values by the size of their run; here not, since runs are merged again and
     again. What was merged counts as one token afterwards.
+
+    On the embedded model it does not do what the paper says: with half of 1500 tokens kept, KL divergence is 0.038,
+    0.019 if the same tokens stay and the others are dropped, and 0.011 with h2o (with 35%: 0.086, and 0.039). The
+    budget is hit to the token.
     """
 
     recent: float = 0.34

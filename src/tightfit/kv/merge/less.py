@@ -41,6 +41,11 @@ class Less(Rest, Fitted):
     and 512 units in the paper. It trains anew for each method and share, and finds that what was trained for one serves
     others. phi is each query head's own; heads that share keys and values share psi and the state.
 
+    On the embedded model, trained on texts of 256 tokens, layers' outputs have 0.05 (the first) to 1.00 of the square
+    error that H2O alone makes, 0.75 on average; but what the model says after 1500 tokens gains nothing by that: with
+    256 kept, KL divergence is 0.111 with the state and 0.104 without, with 128 0.191 and 0.188. The state takes 32 KiB
+    for a sequence there, and the kernel functions 0.9 MiB once.
+
     What a window of the model hides could not be taken out of the state again, so layers with windows are refused, as
     is latent attention. A method that merges what it lets go of puts it somewhere else already.
     """

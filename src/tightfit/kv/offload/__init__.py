@@ -1,5 +1,5 @@
 """Methods that keep pages in another tier."""
 
-from tightfit.kv.offload import host
+from tightfit.kv.offload import headinfer, hgca, host, specache
 
-__all__ = ["host"]
+__all__ = ["headinfer", "hgca", "host", "specache"]

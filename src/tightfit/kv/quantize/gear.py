@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tightfit.kv.base import LayerLayout
 
 BITS = (2, 4, 8)
-SEEN = 1024  # tokens by which directions are found, at most
+SEEN = 256  # tokens by which directions are found, at most
 WIDEST = (1 << 16) // PAGE  # channels of a page whose numbers 16 bits can name
 
 
@@ -37,6 +37,10 @@ class Gear(Quantizer):
     directions of a head are the principal ones of what the codes miss in its sequence's prompt (its first chunk, in
     chunks), and only the parts along them are stored with later tokens. Its outliers are a share of each channel or
     token, here of a page.
+
+    On the embedded model it is closer to the exact cache than ``int2`` (KL divergence 0.013 against 0.031 nats), but
+    with 5.4 against 4.1 MiB; in 5.2 MiB ``int4(of=keys)+int2(of=values)`` reaches 0.003. What the paper claims at equal
+    bytes is not met there: bits of keys win more than directions and outliers in heads of 64 channels.
     """
 
     bits: int = 2  # type: ignore[misc]
@@ -63,15 +67,26 @@ class Gear(Quantizer):
     def table(self, codec: Codec, numbers: torch.Tensor, q: torch.Tensor, of_keys: bool) -> torch.Tensor:
         import torch
 
-        from tightfit.kernels.pages_reference import decode, encode
-
-        plain = Codec(codec.bits, codec.dim, codec.per_channel, outliers=codec.outliers, wide=codec.wide)
+        whole = min(numbers.shape[1], SEEN) // PAGE * PAGE
         directions = torch.zeros(len(numbers), codec.rank, codec.dim)
-        for head, of_head in enumerate(numbers):
-            products = torch.zeros(codec.dim, codec.dim)
-            for page in of_head[: min(SEEN, of_head.shape[0] // PAGE * PAGE)].split(PAGE):
-                x = page.float()
-                missed = x - decode(plain, numbers.dtype, encode(plain, numbers.dtype, x))
-                products += missed.T @ missed
-            directions[head] = torch.linalg.eigh(products).eigenvectors.flip(1).T[: codec.rank]
+        for found, of_head in zip(directions, numbers[:, :whole], strict=True):
+            missed = _missed(codec, of_head.float().view(-1, PAGE, codec.dim)).flatten(0, 1)
+            found.copy_(torch.linalg.eigh(missed.T @ missed).eigenvectors.flip(1).T[: codec.rank])
         return directions.flatten(1)
+
+
+def _missed(codec: Codec, x: torch.Tensor) -> torch.Tensor:
+    """What codes miss of pages ``x`` (n, PAGE, dim), outliers aside."""
+    import torch
+
+    axis = 1 if codec.per_channel else 2
+    middle = x.median(axis, keepdim=True).values
+    furthest = (x - middle).abs().flatten(1).topk(codec.outliers, 1).indices
+    near = x.flatten(1).scatter(1, furthest, middle.expand_as(x).flatten(1).gather(1, furthest)).view_as(x)
+    parts = [near] if codec.per_channel else near.split(codec.group, 2)
+    missed = []
+    for part in parts:
+        low, high = part.amin(axis, keepdim=True), part.amax(axis, keepdim=True)
+        step = ((high - low) / (2**codec.bits - 1)).clamp(min=1e-30)
+        missed.append((part - low) - ((part - low) / step).round() * step)
+    return torch.cat(missed, 2).flatten(1).scatter(1, furthest, 0.0).view_as(x)

@@ -36,6 +36,10 @@ class MiKV(Demoter):
     root of the largest query over the largest key of each channel, found in the prompt, so that the rounding counts
     where queries look. In chunks, the first chunk decides about its sequence. What was important once and is so no
     longer is coded then, and does not come back.
+
+    On the embedded model at equal bytes (5.1 of 16 MiB, prompts of 2000 tokens) 7 of 8 hidden numbers are found where
+    h2o finds 3; the text that follows is less like that of the exact cache than h2o's (KL divergence 0.029 against
+    0.005 nats), against the paper.
     """
 
     recent: float = 0.5
@@ -59,7 +63,7 @@ class MiKV(Demoter):
         return seen.mass
 
     def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
-        # Balancing keys that are values too would give values the wrong weights.
+        # Keys that are values too are not rounded as queries alone would have it.
         keys = Codec(self.bits, layout.key_dim, per_channel=False, affine=not layout.shared)
         return keys, Codec(self.bits, layout.value_dim, per_channel=False)
 

@@ -36,10 +36,14 @@ class ZipCache(Demoter, Coder):
     minimum. (The paper codes keys by channel alone, and so again for every 100 tokens; here what comes later meets the
     first chunk's ranges, and the token's own scale takes up the difference.) Its probes are the last queries and as
     many at random; here they are the last ones of each chunk, and of 32 tokens that are generated.
+
+    On the embedded model it takes fewer bytes than the same mix of bits in groups (``mikv(keep=0.6)+int4``: 5.6 against
+    5.8 of 16 MiB) at the same KL divergence, 0.010 nats, and finds 4 of the 5 hidden numbers that the exact cache does.
+    ``int4(of=keys)+int2(of=values)`` is closer to the exact cache in less, 0.003 nats in 5.2 MiB.
     """
 
     keep: float = 0.6
-    recent: int = 64
+    recent: int = 128
     bits: int = 4  # type: ignore[misc]
     low: int = 2
     window: int = 64  # type: ignore[misc]

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 class Recycled(Selector):
     """Every ``stride``-th token that decodes sees everything, and the others the ``tokens`` tokens of each key-value
     head that it would give most to, and what came since. A layer looks at everything sooner where the cosine of its
-    queries with those of its last full step, averaged over heads, falls below ``similar`` (-1: never)."""
+    queries with those of its last full step, averaged over heads, falls below ``similar`` (-1: never).
+
+    Of the paper's claims the embedded model shows the second: where 35% of steps are full ones, ``similar=0.5`` has
+    half of the divergence of ``stride=3``. A fixed stride of 16 finds no more there than a window, as what a query
+    looks at is seldom what the next one does, though 64 tokens would be enough for each alone.
+    """
 
     stride: int = 16
     similar: float = -1.0

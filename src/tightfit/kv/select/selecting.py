@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -12,19 +13,24 @@ from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Looking, Pages, Rows
 from tightfit.kv.base import LayerLayout
+from tightfit.kv.reading import Names
 
 
 @dataclass(frozen=True)
 class Where:
     """A layer that is selected from: ``most`` tokens of each head at most, of which ``tail`` may be tentative, and the
-    arena that state is made in."""
+    arena that state is made in. ``known`` is what the method knows of the model, or None where it is only planned;
+    ``names`` is what the text names, for methods that go by it."""
 
+    layer: int
     pages: Pages
     layout: LayerLayout
     sequences: int
     most: int
     tail: int
     arena: Arena
+    known: Mapping[str, torch.Tensor] | None = None
+    names: Names | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,14 @@ class Selecting(ABC):
     def look(self, rows: Rows, looking: Looking, ws: Workspace, scoring: Scoring) -> Looking:
         """How rows that decode look: at what is chosen, in scratch memory of the enclosing frame. Rows may be drafts,
         of which each depends only on those before it on its path."""
+
+    joins: ClassVar[bool] = False  # whether rows see more than what they are told to look at
+
+    def join_rows(  # noqa: B027
+        self, rows: Rows, looking: Looking, out_: torch.Tensor, lse_: torch.Tensor, ws: Workspace, scoring: Scoring
+    ) -> None:
+        """Makes of attention of rows over what they were told to look at, ``out`` (n, heads, value_dim) and ``lse`` (n,
+        heads), that over all that they see."""
 
     @abstractmethod
     def among(self, slot: int) -> list[int]:

@@ -24,6 +24,7 @@ FAMILIES = {
     "gemma3_text": "gemma3",
     "gpt_oss": "gpt_oss",
     "granite": "granite",
+    "lckv-llama": "lckv_llama",
     "llama": "llama",
     "mistral": "mistral",
     "mixtral": "mixtral",

@@ -63,12 +63,15 @@ def layer_types(config: Config, slides: Callable[[int], bool]) -> tuple[str, ...
     return types
 
 
-def qkvo(parts: Parts, spec: AttentionSpec, hidden: int, *, qkv_bias: bool = False, o_bias: bool = False) -> None:
-    """Separate projections of queries, keys, values and output."""
+def qkvo(
+    parts: Parts, spec: AttentionSpec, hidden: int, *, qkv_bias: bool = False, o_bias: bool = False, kv: bool = True
+) -> None:
+    """Separate projections of queries, of keys and values unless not ``kv``, and output."""
     width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     parts.matrix("q_proj", "self_attn.q_proj", width, hidden, bias=qkv_bias)
-    parts.matrix("k_proj", "self_attn.k_proj", kv_width, hidden, bias=qkv_bias)
-    parts.matrix("v_proj", "self_attn.v_proj", kv_width, hidden, bias=qkv_bias)
+    if kv:
+        parts.matrix("k_proj", "self_attn.k_proj", kv_width, hidden, bias=qkv_bias)
+        parts.matrix("v_proj", "self_attn.v_proj", kv_width, hidden, bias=qkv_bias)
     parts.matrix("o_proj", "self_attn.o_proj", hidden, width, bias=o_bias)
 
 
