@@ -118,6 +118,7 @@ def test_every_technique_can_be_listed_and_written():
 def test_companions_are_those_that_compose():
     """For methods of the cache it is the roles that decide, and what compose refuses beside them."""
     from tightfit.kv.compose import compose
+from tightfit.kv.fitted import Fitted
 
     entries = [entry for entry in catalog.all_techniques() if entry.seam == "kv"]
     for one in entries:
@@ -139,9 +140,11 @@ def test_companions_are_those_that_compose():
 
 def test_what_needs_calibration_says_by_which_command():
     needing = {entry.name: entry.calibration for entry in catalog.all_techniques() if entry.calibration}
-    assert needing.keys() == {"static", "kvsharer"}
+    fitted = {entry.name for entry in catalog.all_techniques() if issubclass(entry.cls, Fitted)}
+    assert {"kvsharer", "cq", "matryoshka"} <= fitted
+    assert needing.keys() == {"static", *fitted}
     assert "`tightfit census`" in needing["static"]
-    assert "`tightfit fit`" in needing["kvsharer"]
+    assert all("`tightfit fit`" in needing[name] for name in fitted)
 
 
 def test_the_catalog_is_listed_without_importing_torch():
