@@ -118,7 +118,6 @@ def test_every_technique_can_be_listed_and_written():
 def test_companions_are_those_that_compose():
     """For methods of the cache it is the roles that decide, and what compose refuses beside them."""
     from tightfit.kv.compose import compose
-from tightfit.kv.fitted import Fitted
 
     entries = [entry for entry in catalog.all_techniques() if entry.seam == "kv"]
     for one in entries:
@@ -139,6 +138,8 @@ from tightfit.kv.fitted import Fitted
 
 
 def test_what_needs_calibration_says_by_which_command():
+    from tightfit.kv.fitted import Fitted
+
     needing = {entry.name: entry.calibration for entry in catalog.all_techniques() if entry.calibration}
     fitted = {entry.name for entry in catalog.all_techniques() if issubclass(entry.cls, Fitted)}
     assert {"kvsharer", "cq", "matryoshka"} <= fitted
