@@ -107,7 +107,8 @@ class LowerStore(Beside):
         totals = [length + run.count for length in upper.lengths[slot].tolist()]
         with ws.frame():
             leaving = self._room_for_leaving(upper, run, ws)
-            came = max(below + total for below, total in zip(self.pages.lengths[slot].tolist(), totals, strict=True))
+            below = self.pages.lengths[slot].tolist()
+            came = max(below[head // self.merged] + total for head, total in enumerate(totals))
             left = [total - count for total, count in zip(totals, counts, strict=True)]
             for head, (total, count) in enumerate(zip(totals, counts, strict=True)):
                 leaves = torch.ones(total, dtype=torch.bool)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from tightfit.kv.select.selecting import Selecting, Where
 
 
+BLOCK = 32  # tokens that become certain between two moments at which a cache lets go of tokens or codes them
+
+
 class Method:
     """A method fills ``roles``, of which each is there once in a composition."""
 

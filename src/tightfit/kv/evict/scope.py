@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
-from tightfit.kv.base import BLOCK
-from tightfit.kv.method import Evictor, Seen
+from tightfit.kv.method import BLOCK, Evictor, Seen
 
 if TYPE_CHECKING:
     import torch
