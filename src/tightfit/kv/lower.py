@@ -17,7 +17,7 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.beside import Beside
-from tightfit.kv.cache import numbers, place, table
+from tightfit.kv.cache import as_bytes, numbers, place, table
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
 from tightfit.kv.method import Lowering
@@ -218,7 +218,9 @@ class LowerStore(Beside):
         self.pages.reset(slot)
 
     def parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
-        return parts(self.pages, slot, 0, None, ())
+        yield as_bytes(self.pages.dense_free[slot])
+        yield as_bytes(self.pages.coded_free[slot])
+        yield from parts(self.pages, slot, 0, None, ())
 
     def _look(self, q: torch.Tensor, ws: Workspace) -> tuple[Looking, torch.Tensor, torch.Tensor]:
         """Queries as keys here are multiplied, and room for what they find."""
