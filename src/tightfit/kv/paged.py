@@ -147,6 +147,7 @@ class PagedCache(BaseCache):
         elif evictor is not None and evictor.observes != "nothing":
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
         self.beside = self._of_owners(lambda layer: self._beside(layer, arena, known))
+        self.repeatable = all(each.repeats for found in self.beside for each in found)
         self._nbytes = arena.used - before
         self._keep_centroids(known)
         self._begun = [False] * sequences
