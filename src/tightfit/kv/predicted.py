@@ -38,9 +38,7 @@ class Linear:
     """What a linear map in bfloat16 says of ``width`` features by those of its inputs; a token's bits are its own."""
 
     def __init__(self, width: int, inputs: Sequence[int], arena: Arena) -> None:
-        self.parts = [
-            Weight(place(arena, (2 * width * each,), torch.uint8), "bf16", 0, width, each) for each in inputs
-        ]
+        self.parts = [Weight(place(arena, (2 * width * each,), torch.uint8), "bf16", 0, width, each) for each in inputs]
         self.offset = place(arena, (width,), torch.float32)
 
     def set(self, matrix: torch.Tensor, offset: torch.Tensor) -> None:
@@ -125,7 +123,7 @@ class PredictedStore(LowerStore):
         assert layout.rotation is not None
         self.sinks, self.before, self.layout = sinks, before, layout
         self._rotation, self._frequencies = layout.rotation, torch.tensor(layout.rotation.frequencies)
-        self.chain = (
+        self.chain: Chain = (
             Chain(layout, self.pages.table.shape[2], sequences, dtype, arena) if before is None else before.chain
         )
         if _shape(layout) != _shape(self.chain.layout):
@@ -150,7 +148,7 @@ class PredictedStore(LowerStore):
         self, rows: Rows, q: torch.Tensor, out_: torch.Tensor, lse_: torch.Tensor, ws: Workspace, scoring: Scoring
     ) -> None:
         for slot in [0] if ops.is_dry() else sorted(set(rows.places[: len(q), 0].tolist())):
-            self._reach(slot, ws)
+            self.reach(slot, ws)
         super().join_rows(rows, q, out_, lse_, ws, scoring)
 
     def join(
@@ -163,10 +161,10 @@ class PredictedStore(LowerStore):
         scoring: Scoring,
         bf16: bool,
     ) -> None:
-        self._reach(slot, ws)
+        self.reach(slot, ws)
         super().join(slot, q, out_, lse_, ws, scoring, bf16)
 
-    def _reach(self, slot: int, ws: Workspace) -> None:
+    def reach(self, slot: int, ws: Workspace) -> None:
         """Sees to it that the chain is at this layer, from where it is or from the first layer on."""
         chain, stop = self.chain, self.index + 1
         start = chain.at[slot] + 1 if chain.at[slot] < stop else 0
@@ -182,7 +180,7 @@ class PredictedStore(LowerStore):
     def _advance(self, slot: int, first: int, stop: int, ws: Workspace) -> None:
         """Makes of what the chain has of tokens in the layer before what it has in this one."""
         with ws.frame():
-            before, found, missed = self._of_before(slot, first, stop, ws), self._room(stop - first, ws), None
+            before, found = self._of_before(slot, first, stop, ws), self._room(stop - first, ws)
             missed = self._missed(slot, first, stop, ws)
             self._predict_keys(before, found.keys, ws)
             ops.add_(found.keys.flatten(1), missed.keys.flatten(1))

@@ -106,7 +106,9 @@ class Aqua(Demoter, Fitted):
     def codecs(self, key_dim: int, value_dim: int) -> tuple[Codec, Codec]:
         return Codec(self.bits, key_dim, per_channel=True), Codec(self.bits, value_dim, per_channel=False)
 
-    def store(self, before: LowerStore | None, layout: LayerLayout, most: int, longest: int, *others: Any) -> LowerStore:
+    def store(
+        self, before: LowerStore | None, layout: LayerLayout, most: int, longest: int, *others: Any
+    ) -> LowerStore:
         from tightfit.kv.predicted import PredictedStore
 
         assert before is None or isinstance(before, PredictedStore)
@@ -140,10 +142,13 @@ class Aqua(Demoter, Fitted):
             reason = self.refusal(layout)
             if reason is not None:
                 raise UsageError(f"this model cannot use aqua: {reason}", "Use another method.")
-            keys, values = pages_of([sample.k for sample in seen], self.sinks), pages_of([s.v for s in seen], self.sinks)
+            keys, values = (
+                pages_of([sample.k for sample in seen], self.sinks),
+                pages_of([s.v for s in seen], self.sinks),
+            )
             method = self if layer else replace(self, bits=self.first)
             before = method.coded(keys, values, before)
-            for name, linear, numbers in (("keys", before.key_map, keys), ("values", before.value_map, values)):
+            for name, linear in (("keys", before.key_map), ("values", before.value_map)):
                 if linear is not None:
                     tensors[f"{name}.{layer}"], tensors[f"{name}.offset.{layer}"] = linear.matrix, linear.offset
                     shares[name].append(linear.share)
@@ -159,19 +164,25 @@ class Aqua(Demoter, Fitted):
         last = layers - 1
         return (last == 0 or f"values.{last}" in tensors) and f"values.{layers}" not in tensors
 
-    def coded(self, keys: torch.Tensor, values: torch.Tensor, before: Coded | None) -> Coded:
+    def coded(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        before: Coded | None,
+        maps: tuple[LinearMap, LinearMap] | None = None,
+    ) -> Coded:
         """Keys and values (n, kv_heads, dim) of whole pages, keys not turned, as they are read where the layer before
-        is read as ``before``; the maps are found for them."""
+        is read as ``before``, with these ``maps`` or those that are best for them."""
         import torch
 
         key_codec, value_codec = self.codecs(keys.shape[2], values.shape[2])
         if before is None:
             return Coded(rounded(keys, key_codec), rounded(values, value_codec), None, None)
-        key_map = linear_map(before.keys, keys)
+        key_map = linear_map(before.keys, keys) if maps is None else maps[0]
         said = key_map.apply(before.keys).view_as(keys)
         keys = said + rounded(keys - said, key_codec)
         both = torch.cat([keys.flatten(1), before.values.flatten(1)], 1)
-        value_map = linear_map(both, values)
+        value_map = linear_map(both, values) if maps is None else maps[1]
         said = value_map.apply(both).view_as(values)
         return Coded(keys, said + rounded(values - said, value_codec), key_map, value_map)
 
@@ -224,10 +235,11 @@ def rounded(x: torch.Tensor, codec: Codec) -> torch.Tensor:
     """Numbers (n, heads, dim) of whole pages as they are read when ``codec`` stored them."""
     import torch
 
-    from tightfit.kernels.pages_reference import decode, encode
-
-    out = torch.empty_like(x)
-    for page, to in zip(x.split(PAGE), out.split(PAGE), strict=True):
-        for head in range(x.shape[1]):
-            to[:, head] = decode(codec, torch.float32, encode(codec, torch.float32, page[:, head]))
-    return out
+    pages, axis = x.unflatten(0, (-1, PAGE)), 1 if codec.per_channel else 3
+    found = []
+    for part in [pages] if codec.per_channel else pages.split(codec.group, 3):
+        low, high = part.amin(axis, keepdim=True), part.amax(axis, keepdim=True)
+        scale, low = ((high - low) / (2**codec.bits - 1)).half().float(), low.half().float()
+        codes = torch.where(scale > 0, ((part - low) / scale).round().clamp(0, 2**codec.bits - 1), 0)
+        found.append(codes * scale + low)
+    return torch.cat(found, 3).flatten(0, 1)
