@@ -13,9 +13,9 @@ import torch
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops
 from tightfit.kernels.attention import Scoring, rotate_
+from tightfit.kv.method import BLOCK as BLOCK
 
 Move = Callable[[torch.Tensor], None]  # writes a flat uint8 tensor somewhere, or fills it from there
-BLOCK = 32  # tokens that become certain between two moments at which a cache lets go of tokens or codes them
 
 
 @dataclass(frozen=True)

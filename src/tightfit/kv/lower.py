@@ -17,7 +17,7 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.beside import Beside
-from tightfit.kv.cache import numbers, place, table
+from tightfit.kv.cache import as_bytes, numbers, place, table
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
 from tightfit.kv.method import Lowering
@@ -108,7 +108,8 @@ class LowerStore(Beside):
         totals = [length + run.count for length in upper.lengths[slot].tolist()]
         with ws.frame():
             leaving = self._room_for_leaving(upper, run, ws)
-            came = max(below + total for below, total in zip(self.pages.lengths[slot].tolist(), totals, strict=True))
+            below = self.pages.lengths[slot].tolist()
+            came = max(below[head // self.merged] + total for head, total in enumerate(totals))
             left = [total - count for total, count in zip(totals, counts, strict=True)]
             for head, (total, count) in enumerate(zip(totals, counts, strict=True)):
                 leaves = torch.ones(total, dtype=torch.bool)
@@ -218,7 +219,9 @@ class LowerStore(Beside):
         self.pages.reset(slot)
 
     def parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
-        return parts(self.pages, slot, 0, None, ())
+        yield as_bytes(self.pages.dense_free[slot])
+        yield as_bytes(self.pages.coded_free[slot])
+        yield from parts(self.pages, slot, 0, None, ())
 
     def _look(self, q: torch.Tensor, ws: Workspace) -> tuple[Looking, torch.Tensor, torch.Tensor]:
         """Queries as keys here are multiplied, and room for what they find."""
