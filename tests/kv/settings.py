@@ -27,6 +27,7 @@ SETTINGS = {
     "anchor": "anchor(at=#3,keep=200)",
     "mikv": "mikv(keep=70,recent=0.25)",
     "zipcache": "zipcache(keep=0.4,recent=16,window=12)",
+    "aqua": "aqua(keep=20,bits=4,first=8)",
     "cq": "cq(coupled=2,recent=16)",
     "gear": "gear(bits=4,recent=16)",
     "int8": "int8(recent=16)",
@@ -54,6 +55,7 @@ SETTINGS = {
 }
 # Methods that do not go with these, and say why. All others do.
 REFUSED: dict[str, set[str]] = {
+    "aqua": {"int4", "int8"},
     "cq": {"int4", "int8"},
     "gear": {"int4", "int8"},
     "zipcache": {"int4", "int8"},

@@ -442,8 +442,9 @@ class Demoter(Evictor, Lowering):
     def prepare(self, layer: int, store: LowerStore, known: Known) -> None:
         """Writes the matrices of a layer's lower store, which has some if it keeps fewer features."""
 
-    def store(self, *arguments: Any) -> LowerStore:
-        """A layer's lower store, of the arguments of :class:`~tightfit.kv.lower.LowerStore`."""
+    def store(self, before: LowerStore | None, *arguments: Any) -> LowerStore:
+        """A layer's lower store, of the arguments of :class:`~tightfit.kv.lower.LowerStore`; ``before`` is that of the
+        last layer before it that has one."""
         from tightfit.kv.lower import LowerStore
 
         return LowerStore(self, *arguments)

@@ -151,6 +151,7 @@ class PagedCache(BaseCache):
         if streamer is not None and streamer.window:
             self.watching = Observer(streamer, layouts, widths, -(-streamer.window // BLOCK))
         self.beside = self._of_owners(lambda layer: self._beside(layer, arena, known))
+        self.repeatable = all(each.repeats for found in self.beside for each in found)
         self.pooled: dict[int, Pooled] = {}  # of each layer that shares what it keeps with others
         for layer in self.own:
             if reserved.pooled(layer) and layer not in self.pooled:

@@ -68,6 +68,7 @@ class Reserved:
         self.budget = "uniform" if composition.evictor is None else composition.evictor.budget
         self.ragged = self.budget == "adakv"
         self.file_bytes = 0
+        self._before: LowerStore | None = None
         self.pools: dict[int, Pool] = {}  # of the first of the layers that have them in common
         self.sizes = [self._size(layer, kept) for layer, kept in enumerate(self._kept(context))]
 
@@ -118,12 +119,13 @@ class Reserved:
         self, layer: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int, known: Known
     ) -> LowerStore | None:
         """The lower store of a layer, as :meth:`pages`, if its evictor has one."""
-        evictor, layout = self.composition.evictor, self.layouts[layer]
+        evictor, layout = self.of_layers[layer].evictor, self.layouts[layer]
         if not isinstance(evictor, Demoter) or self._all_of_window(layer):
             return None
         most = self.context - self.sizes[layer].kept
         longest = self.context if self.ragged else max(most, PAGE)
-        kept = evictor.store(layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes)
+        arguments = layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes
+        self._before = kept = evictor.store(self._before, *arguments)
         self.file_bytes = kept.end
         evictor.prepare(layer, kept, known)
         return kept
