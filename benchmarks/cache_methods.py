@@ -39,7 +39,7 @@ from tightfit.lab.statistics import Estimate
 from tightfit.model.decoder import cache_layouts
 from tightfit.model.families import model_spec
 
-MODEL, LAYERS, CONTEXT, CHUNK, MEMORY = "nano", 8, 4096, 128, "1GiB"
+MODEL, OWNERS, CONTEXT, CHUNK, MEMORY = "nano", list(range(8)), 4096, 128, "1GiB"
 BASELINE = "int8"
 SHARES = (50.0, 25.0, 12.5, 6.0)
 TASKS = "lookup(questions=16,tokens=1000/2000),needle(questions=2,tokens=2000),divergence(texts=12,tokens=95%)"
@@ -99,7 +99,7 @@ FIXED = (
     "cq(coupled=2,bits=8)",
     "cq(coupled=4,bits=8)",
     "cq(coupled=8,bits=8)",
-    # "aqua",
+    "aqua",
     "think",
     "think+int4",
     "cskv(keys=0.5,values=0.5)",
@@ -127,7 +127,7 @@ class Sizes:
         self.whole = self.nbytes("none")
 
     def nbytes(self, kv: str) -> int:
-        known = known_of(kv, self.name, self.fingerprint, LAYERS) if compose(kv).fitted else NOTHING
+        known = known_of(kv, self.name, self.fingerprint, OWNERS) if compose(kv).fitted else NOTHING
         return kv_nbytes(kv, self.layouts, CONTEXT, 1, "bfloat16", known)
 
     def fitting(self, share: float, names: list[str]) -> dict[str, str]:
@@ -178,7 +178,7 @@ def fit_all(specs: list[str]) -> None:
         text.flush()
         for method in {method.fitted_by() for spec in specs for method in compose(spec).fitted}:
             try:
-                known_of(method, checkpoint.name, checkpoint.fingerprint, LAYERS)
+                known_of(method, checkpoint.name, checkpoint.fingerprint, OWNERS)
             except CheckpointError:
                 arguments = ["fit", MODEL, "--kv", method, "--text", text.name, "--memory", "4GiB"]
                 subprocess.run([sys.executable, "-m", "tightfit", *arguments], check=True)
