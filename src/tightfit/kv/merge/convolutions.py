@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from tightfit.kv.method import Leaving, Tokens
 HALO = 10  # neighbours on each side that a convolution sees
 KERNEL = 2 * HALO + 1  # the paper's
 MIX = 0.5  # of what is fused in a slot, at first
+SPREAD = 4.0  # of what convolutions give at first for features of size 1: a slot then takes up few tokens
 RATE, MIX_RATE = 3e-3, 3e-2  # of training
 
 # ---- fusing the tokens of one head ----
@@ -154,7 +156,7 @@ class Convolutions(torch.nn.Module):
     def __init__(self, layout: LayerLayout, slots: int) -> None:
         super().__init__()
         features = layout.key_dim + layout.value_dim
-        self.taps = torch.nn.Parameter(torch.randn(slots, features, KERNEL) / math.sqrt(features * KERNEL))
+        self.taps = torch.nn.Parameter(torch.randn(slots, features, KERNEL) * SPREAD / math.sqrt(features * KERNEL))
         self.bias, self.mix = torch.nn.Parameter(torch.zeros(slots)), torch.nn.Parameter(torch.tensor([MIX]))
 
     def weights(self, x: Tensor) -> Tensor:
@@ -183,18 +185,17 @@ def _picked(x: Tensor, which: Tensor) -> Tensor:
     return x.gather(2, which[..., None].expand(*which.shape, x.shape[-1]))
 
 
+@dataclass(frozen=True)
 class Compressed:
     """Attention over slots and the tokens behind them, a ``chunk`` of tokens after the other: ``keep`` stay, of which
     ``recent`` are the last ones, and the others are judged by the last ``window`` queries."""
 
-    def __init__(
-        self,
-        layers: Sequence[Convolutions],
-        scorings: Sequence[Scoring],
-        numbers: tuple[int, int, int, int],
-    ) -> None:
-        self.layers, self.scorings = layers, scorings
-        self.keep, self.recent, self.window, self.chunk = numbers
+    layers: Sequence[Convolutions]
+    scorings: Sequence[Scoring]
+    keep: int
+    recent: int
+    window: int
+    chunk: int
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -237,7 +238,7 @@ class Training:
 
     def divergence(self, tokens: Tensor, chunk: int) -> Tensor:
         """Of what is predicted for ``tokens`` (b, n) behind the first ones that all fit in, in nats per token."""
-        attend = Compressed(self.layers, self.scorings, (self.keep, self.recent, self.window, chunk))
+        attend = Compressed(self.layers, self.scorings, self.keep, self.recent, self.window, chunk)
         with torch.no_grad():
             wanted = self.network.logits(self.network.hidden(tokens)[:, self.keep :]).log_softmax(-1)
         found = self.network.logits(self.network.hidden(tokens, attend)[:, self.keep :]).log_softmax(-1)
