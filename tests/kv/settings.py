@@ -28,6 +28,7 @@ SETTINGS = {
     "anchor": "anchor(at=#3,keep=200)",
     "mikv": "mikv(keep=70,recent=0.25)",
     "zipcache": "zipcache(keep=0.4,recent=16,window=12)",
+    "aqua": "aqua(keep=20,bits=4,first=8)",
     "cq": "cq(coupled=2,recent=16)",
     "gear": "gear(bits=4,recent=16)",
     "int8": "int8(recent=16)",
@@ -42,6 +43,9 @@ SETTINGS = {
     "recycled": "recycled(tokens=32,full=1,stride=6)",
     "selfspan": "selfspan(span=#3,use=#17,done=#40,tokens=128)",
     "host": "host(resident=32)",
+    "duo": "duo(recent=44,retrieval=0.5,tokens=400,steps=3)",
+    "razor": "razor(recent=44,echo=0.2,induction=0.2,tokens=32)",
+    "lighttransfer": "lighttransfer(recent=44,window=12)",
     "hgca": "hgca(keep=64)",
     "headinfer": "headinfer(resident=0)",
     "tailor": "tailor(recent=16,tokens=32,resident=0,bits=8,threshold=0.7)",
@@ -52,6 +56,7 @@ SETTINGS = {
 }
 # Methods that do not go with these, and say why. All others do.
 REFUSED: dict[str, set[str]] = {
+    "aqua": {"int4", "int8"},
     "cq": {"int4", "int8"},
     "gear": {"int4", "int8"},
     "zipcache": {"int4", "int8"},
