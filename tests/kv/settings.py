@@ -16,6 +16,7 @@ SETTINGS = {
     "kvmerger": "kvmerger(keep=70)",
     "elastic": "elastic(keep=70,offset=12)",
     "ems": "ems(keep=70,window=12,threshold=0.2)",
+    "lococo": "lococo(keep=70,slots=24,window=12,steps=2)",
     "less": "less(rank=4,hidden=16)",
     "tova": "tova(keep=70)",
     "scissorhands": "scissorhands(keep=70,recent=16,window=40)",

@@ -302,6 +302,7 @@ class Leaving(Protocol):
 class Judged(NamedTuple):
     """The tokens of one head as :class:`Seen` had them, (n,) each, after they were judged."""
 
+    layer: int
     stays: torch.Tensor  # (m,) int64, ascending: the places among them of those that stay
     positions: torch.Tensor
     mass: torch.Tensor

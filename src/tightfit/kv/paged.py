@@ -185,7 +185,7 @@ class PagedCache(BaseCache):
 
     def _merging(self, merger: Merger, layer: int, arena: Arena) -> Merging:
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
-        return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
+        return Merging(merger, layer, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
     def _pooling(self, layers: Sequence[int], arena: Arena) -> Pooled:
         first = layers[0]
