@@ -17,6 +17,11 @@ class Beside(ABC):
     """Of one layer: something of the tokens that its pages let go of. Attention over both is joined by the logarithms
     of what each softmax divides by, ``lse``."""
 
+    @property
+    def stores(self) -> list[Pages]:
+        """The pages that are read when the layer looks."""
+        return []
+
     @abstractmethod
     def take(
         self,
