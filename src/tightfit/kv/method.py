@@ -380,11 +380,10 @@ class Demoter(Evictor, Lowering):
 
 
 class Group(NamedTuple):
-    """``count`` key-value heads from ``head`` on of consecutive ``layers``, which look at distant tokens alike."""
+    """Key-value ``heads`` of consecutive ``layers``, which look at distant tokens alike."""
 
     layers: range
-    head: int
-    count: int
+    heads: range
 
 
 @dataclass(frozen=True)

@@ -336,7 +336,6 @@ class PagedCache(BaseCache):
         kept, rows, past = self.layers[layer], step.vector, self.layouts[layer].past
         watching = None if self.rated is not None else self.observed
         beside, selecting = self.beside[layer], self.selecting[layer]
-        shared = self._shared.get(self.owners[layer])
         sums = watching is not None or bool(beside) or (selecting is not None and selecting.joins)
         if rows:
             if past:
@@ -430,14 +429,14 @@ class PagedCache(BaseCache):
                 watching.chunk(kept, slot, run, at, looking, lse, given, ws, scoring)
             if layer == owner and self.settled:
                 self._look_first(layer, slot, run, looking.q)
-            if not self.settled:
-                return
-            whole = segment.stop >= (segment.length or 0)
-            for each in self.own:
-                if self._last[each] == layer:
-                    waited = None if each == owner else self._shared[each][index]
-                    of_each = (run, given) if waited is None else (waited.run, waited.given)
-                    self._settle(each, slot, *of_each, ws, whole)
+            if self.settled:
+                whole = segment.stop >= (segment.length or 0)
+                for waiting in (each for each in self.own if self._last[each] == layer):
+                    if waiting == owner:
+                        self._settle(owner, slot, run, given, ws, whole)
+                    else:
+                        of_layer = self._shared[waiting][index]
+                        self._settle(waiting, slot, of_layer.run, of_layer.given, ws, whole)
 
     def _attend_before(
         self,

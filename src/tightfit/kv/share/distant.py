@@ -70,13 +70,13 @@ class DistantStore(LowerStore):
         first = layouts[0]
         queries = first.heads // first.kv_heads
         self.group = group
-        self.heads = slice(group.head * queries, (group.head + group.count) * queries)  # of queries
+        self.heads = slice(group.heads.start * queries, group.heads.stop * queries)  # of queries
         self.columns: dict[int, slice] = {}  # of each layer, among the values
         width = 0
         for layer, layout in zip(group.layers, layouts, strict=True):
             self.columns[layer] = slice(width, width + layout.value_dim)
             width += layout.value_dim
-        together = replace(first, kv_heads=group.count, heads=group.count * queries, value_dim=width)
+        together = replace(first, kv_heads=len(group.heads), heads=len(group.heads) * queries, value_dim=width)
         super().__init__(coding, together, most, longest, sequences, dtype, arena, tokens, file, at)
         self._sources: list[Source] = []
 
@@ -84,13 +84,13 @@ class DistantStore(LowerStore):
         """Takes over the tokens at ``places`` (n,) int64, ascending, which are the same in all heads, of what each
         layer has."""
         self._sources = sources
-        (upper, run), heads = sources[0], self.group.count
+        upper, run = sources[0]
         for at in range(0, len(places), READ_AT_ONCE):
-            self._take(slot, upper, run, [places[at : at + READ_AT_ONCE]] * heads, ws)
+            self._take(slot, upper, run, [places[at : at + READ_AT_ONCE]] * len(self.group.heads), ws)
         self._sources = []
 
     def _read(self, tokens: TokensAt, keys_: torch.Tensor, values_: torch.Tensor, add: bool) -> None:
-        head = self.group.head + tokens.head
+        head = self.group.heads[tokens.head]
         for index, ((upper, run), columns) in enumerate(zip(self._sources, self.columns.values(), strict=True)):
             at = 0
             for block in replace(tokens, pages=upper, run=run, head=head).blocks():

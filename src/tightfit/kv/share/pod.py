@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tightfit.kernels.attention import Scoring
     from tightfit.kv.base import LayerLayout
 
-SAMPLE, SAMPLES = 1024, 4  # tokens of a text, and texts that are looked at
+SAMPLE, SAMPLES = 1024, 8  # tokens of a text, and texts that are looked at
 QUERIES = 32  # of each: the last ones
 
 
@@ -32,10 +32,10 @@ QUERIES = 32  # of each: the last ones
 )
 @dataclass(frozen=True)
 class PoD(Grouper, Fitted):
-    """Proximal tokens over Distant tokens: ``sinks`` first tokens and recent ones, ``keep`` in all, have keys and values
-    of their own in all layers. Of the others only the first layer of a group of consecutive layers keeps keys and
-    computes scores; the others of the group keep values, which they sum up by its weights. Both parts are joined as one
-    softmax divides.
+    """Proximal tokens over Distant tokens: ``sinks`` first tokens and recent ones, ``keep`` in all, have keys and
+    values of their own in all layers. Of the others only the first layer of a group of consecutive layers keeps keys
+    and computes scores; the others of the group keep values, which they sum up by its weights. Both parts are joined as
+    one softmax divides.
 
     As in the paper, each (key-value) head has groups of its own, found from the lowest layer up: a layer joins the
     group below if its attention stays ``similar``, 1 minus the Jensen-Shannon divergence (to base 2) for the least
@@ -98,10 +98,10 @@ class PoD(Grouper, Fitted):
                 while stop < len(leads) and head < len(leads[stop]) and leads[stop][head] == layer:
                     stop += 1
                 last = groups[-1] if groups else None
-                if last is not None and last.layers == range(layer, stop) and last.head + last.count == head:
-                    groups[-1] = last._replace(count=last.count + 1)
+                if last is not None and last.layers == range(layer, stop) and last.heads.stop == head:
+                    groups[-1] = Group(last.layers, range(last.heads.start, head + 1))
                 else:
-                    groups.append(Group(range(layer, stop), head, 1))
+                    groups.append(Group(range(layer, stop), range(head, head + 1)))
         return groups
 
     def fit(self, model: Observed, progress: Progress) -> Findings:
@@ -189,7 +189,7 @@ def similarity(own: torch.Tensor, first: torch.Tensor, distant: torch.Tensor) ->
     import torch
 
     p, r = own.softmax(-1), torch.where(distant, first, own).softmax(-1)
-    middle = (p + r) / 2
+    middle = ((p + r) / 2).clamp(min=torch.finfo(torch.float32).tiny)  # half of the smallest number would be 0
     apart = sum((torch.xlogy(x, x) - torch.xlogy(x, middle)).sum(-1) for x in (p, r))
     divergence = torch.as_tensor(apart).mean((0, 2)) / (2 * torch.tensor(2.0).log())
     return 1 - float(divergence.max())
