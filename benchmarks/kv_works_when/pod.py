@@ -30,14 +30,14 @@ from tightfit.zoo.tasks import Material
 METHODS = (
     "pod(keep=128)",
     "pod",
-    "pod(keep=128,similar=0.95)",
+    "pod(keep=128,similar=0.7)",
     "pod(keep=128,similar=0.5)",
     "pod(keep=128)+int4",
     "window(keep=2700)",
     "h2o(keep=2700)",
     "snapkv(keep=2700)",
 )
-LENGTHS, TEXT = (1000, 2000, 3700), 3900  # tokens of prompts
+LENGTHS, TEXT = [1000, 2000, 3700], 3900  # tokens of prompts
 FITTED_WITH = 1 << 17  # characters
 
 
@@ -55,12 +55,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--questions", type=int, default=12, help="of each length")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--texts", type=int, default=6)
     options = parser.parse_args()
     whole = "".join(held_out(zoo.path())[0])
     fitted_with, measured_on = whole[:FITTED_WITH], whole[FITTED_WITH:]
     material = Material.of_text(tightfit.load("nano", "2GiB").tokenizer._tokenizer, measured_on)
-    asked = [questions(material, "needles", length, options.questions) for length in LENGTHS]
+    asked = [questions(material, "needles", length, options.questions) for length in options.lengths]
     rng, rows = random.Random(0), []
     for start in (rng.randrange(len(material.code) - TEXT - FOLLOWED) for _ in range(options.texts)):
         ids = [BOS, *material.code[start : start + TEXT + FOLLOWED].tolist()]
@@ -78,7 +79,7 @@ def main() -> None:
         cells += [f"{statistics.mean(losses):.4f} ± {interval(losses):.4f}", ", ".join(map(str, right))]
         lines.append(cells)
         print(*cells, file=sys.stderr, flush=True)
-    found = f"hidden numbers found of {options.questions}, at {', '.join(map(str, LENGTHS))} tokens"
+    found = f"hidden numbers found of {options.questions}, at {', '.join(map(str, options.lengths))} tokens"
     print(table(["methods", "MiB reserved", f"KL after {TEXT} tokens", found], lines))
 
 

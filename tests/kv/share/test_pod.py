@@ -235,7 +235,7 @@ def test_a_dry_run_takes_the_scratch_of_the_worst_step(tiny: Callable[..., Tiny]
     assert real.ws.high_water <= dry.ws.high_water
 
 
-@pytest.mark.parametrize("other", ["quest", "gear", "cq", "kvsharer", "gqa", "less", "tailor", "h2o", "selfspan"])
+@pytest.mark.parametrize("other", ["quest", "gear", "cq", "kvsharer", "gqa", "less", "tailor", "h2o", "think"])
 def test_what_it_does_not_go_with_is_named(other: str) -> None:
     with pytest.raises(UsageError, match=other):
         compose(f"pod+{other}")

@@ -10,6 +10,7 @@ from tightfit.catalog import technique
 from tightfit.errors import UsageError
 from tightfit.kv.fitted import Findings, Fitted, Known, Observed, Progress, Sample
 from tightfit.kv.lowrank.projector import Projector
+from tightfit.kv.lowrank.think import ThinK
 from tightfit.kv.method import Coder, Group, Grouper, Method, Rest, Seen
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class PoD(Grouper, Fitted):
             return "reads distant tokens whole, and there is nothing to choose from"
         if "layers" in other.roles or isinstance(other, Projector):
             return "groups the heads of layers as the model has them"
+        if isinstance(other, ThinK):
+            return "keeps distant keys with all their channels"
         if isinstance(other, Rest):
             return "lets go of no token"
         if isinstance(other, Coder) and any(other.codec(64, of_keys, 16).side for of_keys in (True, False)):
