@@ -20,6 +20,11 @@ class Beside(ABC):
 
     repeats: ClassVar[bool] = True  # whether steps that decode as many tokens compute the same operations
 
+    @property
+    def stores(self) -> list[Pages]:
+        """The pages that are read when the layer looks."""
+        return []
+
     @abstractmethod
     def take(
         self,

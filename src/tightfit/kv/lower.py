@@ -92,6 +92,10 @@ class LowerStore(Beside):
                 matrices(value_dim, layout.value_dim),
             )
 
+    @property
+    def stores(self) -> list[Pages]:
+        return [self.pages]
+
     # ---- tokens that come ----
 
     def take(

@@ -451,6 +451,24 @@ class Demoter(Evictor, Lowering):
         return LowerStore(self, *arguments)
 
 
+class Group(NamedTuple):
+    """Key-value ``heads`` of consecutive ``layers``, which look at distant tokens alike."""
+
+    layers: range
+    heads: range
+
+
+@dataclass(frozen=True)
+class Grouper(Evictor):
+    """An evictor whose tokens are not gone when they leave: layers keep them together
+    (:mod:`tightfit.kv.share.distant`). The same tokens leave in all heads and layers; layers with a sliding window keep
+    all that it shows."""
+
+    def groups(self, layouts: Sequence[LayerLayout], known: Known) -> list[Group]:
+        """Of all heads of all layers without a window the group that each is in."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Quantizer(Coder):
     """Codes of few bits for all tokens but the last ``recent`` ones, which stay as they are. ``of`` says whether that

@@ -14,7 +14,8 @@ from tightfit.kv.cache import numbers, place, table
 from tightfit.kv.compose import Composition
 from tightfit.kv.fitted import Known
 from tightfit.kv.lower import LowerStore
-from tightfit.kv.method import Demoter
+from tightfit.kv.method import Demoter, Grouper
+from tightfit.kv.share.distant import AsCoded, Distants, DistantStore
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Reserved:
 
     def _all_of_window(self, layer: int) -> bool:
         """Whether a layer keeps what its window shows, whatever the evictor does elsewhere."""
-        return isinstance(self.composition.evictor, Demoter) and self.layouts[layer].window is not None
+        return isinstance(self.composition.evictor, Demoter | Grouper) and self.layouts[layer].window is not None
 
     def lower(
         self, layer: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int, known: Known
@@ -129,6 +130,21 @@ class Reserved:
         self.file_bytes = kept.end
         evictor.prepare(layer, kept, known)
         return kept
+
+    def distant(
+        self, layers: list[Pages], arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int, known: Known
+    ) -> Distants | None:
+        """What ``layers`` keep together, if the evictor has them do so."""
+        evictor, composition, stores = self.composition.evictor, self.composition, []
+        if not isinstance(evictor, Grouper):
+            return None
+        coding = AsCoded(composition.key_codec, composition.value_codec)
+        for group in evictor.groups(self.layouts, known):
+            most = self.context - self.sizes[group.layers[0]].kept
+            common = coding, most, max(most, PAGE), self.sequences, dtype, arena, tokens, file, self.file_bytes
+            stores.append(DistantStore(group, [self.layouts[layer] for layer in group.layers], *common))
+            self.file_bytes = stores[-1].end
+        return Distants(stores, layers, self.layouts)
 
     def _has_codes(self, layer: int) -> bool:
         c = self.of_layers[layer]
