@@ -87,6 +87,8 @@ class Case:
     channels: int | None = None  # how many of the keys' channels coded pages have
     file: bool = False
     positions: bool = False
+    parts: int = 1  # of a page that have bounds
+    unbounded: int = 0  # how many of the first heads have none
     recent: int = 0
     resident: int = pages.EVERYTHING
     window: int | None = None
@@ -127,9 +129,9 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     key_dim = draw(st.sampled_from([1, 7, 33, 64, 72]))
     shared, pool, file = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
-    codes = pool or file
+    codes, kv_heads = pool or file, draw(st.integers(1, 3))
     return Case(
-        kv_heads=draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
         groups=draw(st.integers(1, 4)),
         key_dim=key_dim,
         value_dim=draw(st.integers(1, key_dim)) if shared else draw(st.sampled_from([1, 9, 40, 64, 70])),
@@ -142,6 +144,8 @@ def cases(draw: st.DrawFn) -> Case:
         channels=draw(st.none() | st.integers(1, key_dim)) if codes and not shared else None,
         file=file,
         positions=draw(st.booleans()),
+        parts=draw(st.sampled_from([1, 2, 4, 16])),
+        unbounded=draw(st.integers(0, kv_heads - 1)),
         recent=draw(st.integers(0, 100)),
         resident=draw(st.integers(0, 6)) if file else pages.EVERYTHING,
         window=draw(st.none() | st.integers(1, 300)),
@@ -178,6 +182,7 @@ class Store:
         coded_pages = case.kv_heads * TABLE_PAGES if case.pool else 0
         key_codec, value_codec = case.codecs()
         per_head = SEQUENCES, case.kv_heads
+        bounds = SEQUENCES, case.kv_heads - case.unbounded, TABLE_PAGES, case.parts, 2, case.key_dim
         # What was never written must not be seen: it is no number.
         keys = torch.full((SEQUENCES, dense_pages, PAGE, case.key_dim), math.nan, dtype=case.dtype)
         values = torch.full((SEQUENCES, dense_pages, PAGE, case.value_dim), math.nan, dtype=case.dtype)
@@ -203,7 +208,8 @@ class Store:
             else None,
             positions=torch.zeros(*per_head, TABLE_PAGES * PAGE, dtype=torch.int32) if case.positions else None,
             channels=torch.stack(channels).view(*per_head, -1).int() if case.channels else None,
-            bounds=torch.full((*per_head, TABLE_PAGES, 2, case.key_dim), math.nan, dtype=case.dtype),
+            bounds=torch.full(bounds, math.nan, dtype=case.dtype),
+            bound_at=torch.arange(case.kv_heads).int() - case.unbounded if case.unbounded else None,
             file=self.file.fileno() if self.file else -1,
             keys_at=4096,
             values_at=4096 + file_pages * key_codec.page_bytes,
@@ -301,15 +307,19 @@ class Store:
             in_pool += table[tokens.cold : split]
             dense += table[split:needed]
             whole = len(tokens) // PAGE
+            bounds, parts = p.bounds_of(sequence, head), self.case.parts
+            if bounds is None:
+                assert int(p.bounded[sequence, head]) == 0
+                assert head < self.case.unbounded
+                continue
             assert int(p.bounded[sequence, head]) == whole
-            assert p.bounds is not None
-            low, high = p.bounds[sequence, head, :whole].float().unbind(1)
-            paged = tokens.k[: whole * PAGE].view(whole, PAGE, self.case.key_dim)
-            assert (low <= paged.amin(1)).all()
-            assert (high >= paged.amax(1)).all()
+            low, high = bounds[:whole].float().unbind(2)
+            paged = tokens.k[: whole * PAGE].view(whole, parts, PAGE // parts, self.case.key_dim)
+            assert (low <= paged.amin(2)).all()
+            assert (high >= paged.amax(2)).all()
             # They are no wider than the type needs: bfloat16 has 8 bits.
-            assert torch.allclose(low, paged.amin(1), rtol=2**-7, atol=1e-7)
-            assert torch.allclose(high, paged.amax(1), rtol=2**-7, atol=1e-7)
+            assert torch.allclose(low, paged.amin(2), rtol=2**-7, atol=1e-7)
+            assert torch.allclose(high, paged.amax(2), rtol=2**-7, atol=1e-7)
         for used, free in ((dense, p.dense_free[sequence]), (in_pool, p.coded_free[sequence])):
             listed = free[1 : 1 + free[0]].tolist()
             assert sorted(used + listed) == list(range(len(free) - 1))
@@ -734,7 +744,7 @@ def test_rows_see_the_pages_that_were_chosen(level: str, case: Case, threads: in
     store = Store(case)
     store.grow(1)
     rows, k, v = store.append(1, 2)
-    bounded = [len(tokens) // PAGE for tokens in store.held[1]]
+    bounded = store.pages.bounded[1].tolist()
     chosen = torch.full((2, case.kv_heads, data.draw(st.integers(1, max(bounded) + 2))), -1, dtype=torch.int32)
     for row in range(2):
         for head in range(case.kv_heads):
@@ -751,7 +761,7 @@ def test_rows_see_the_pages_that_were_chosen(level: str, case: Case, threads: in
             listed = [page * PAGE + i for page in chosen[row, head].tolist() if page >= 0 for i in range(PAGE)]
             behind = k[head, : row + 1], v[head, : row + 1]
             result, total, weights = store.expected(
-                looking, row, 1, head, behind, torch.tensor(listed, dtype=torch.long)
+                looking, row, 1, head, behind, torch.tensor(listed, dtype=torch.long), bounded[head] * PAGE
             )
             heads = slice(head * case.groups, (head + 1) * case.groups)
             torch.testing.assert_close(out[row, heads].double(), result, rtol=0, atol=2e-5)
@@ -869,17 +879,19 @@ def test_the_pages_with_the_largest_bounds_are_selected(level: str, case: Case, 
     looking = case.looking(3)
     chosen = torch.full((3, case.kv_heads, count), 99, dtype=torch.int32)
     pages.select(store.pages, rows, looking.q, chosen, scratch())
-    assert store.pages.bounds is not None
     for row, (sequence, _) in enumerate(rows.places.tolist()):
         for head, tokens in enumerate(store.held[sequence]):
-            whole = len(tokens) // PAGE
+            bounds = store.pages.bounds_of(sequence, head)
+            whole = 0 if bounds is None else len(tokens) // PAGE
             picked = [page for page in chosen[row, head].tolist() if page >= 0]
             assert chosen[row, head].tolist() == picked + [-1] * (count - len(picked))
             assert len(picked) == min(count, whole)
             assert picked == sorted(set(picked) & set(range(whole)))
+            if bounds is None:
+                continue
             q = looking.q[row, head * case.groups : (head + 1) * case.groups].double()
-            sides = q[:, None, None] * store.pages.bounds[sequence, head, :whole].double()
-            largest = sides.amax(2).sum(-1).amax(0)
+            sides = q[:, None, None, None] * bounds[:whole].double()
+            largest = sides.amax(3).sum(-1).amax((0, 2))
             scores = (tokens.k[: whole * PAGE].double() @ q.T).view(whole, PAGE, case.groups).amax((1, 2))
             assert (scores <= largest + 1e-6).all()
             others = [page for page in range(whole) if page not in picked]

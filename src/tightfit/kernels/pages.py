@@ -34,7 +34,8 @@ class Pages:
 
     What a decoding step adds lies behind them, in dense pages, until it is certain too. ``tokens`` of each sequence
     were certain so far, those included that are no longer kept. Free pages are listed behind their number. The first
-    ``bounded`` pages have ``bounds``: the lowest and the highest number of each channel of their keys.
+    ``bounded`` pages have ``bounds``: the lowest and the highest number of each channel of the keys of each of their
+    parts. They may be for some heads alone.
     """
 
     keys: torch.Tensor  # (sequences, dense_pages, PAGE, key_dim)
@@ -53,7 +54,8 @@ class Pages:
     coded_values: torch.Tensor | None = None
     positions: torch.Tensor | None = None  # (sequences, kv_heads, table_pages * PAGE) int32; None: token i is at i
     channels: torch.Tensor | None = None  # (sequences, kv_heads, key_codec.dim) int32, of keys that are coded
-    bounds: torch.Tensor | None = None  # (sequences, kv_heads, table_pages, 2, key_dim)
+    bounds: torch.Tensor | None = None  # (sequences, heads with bounds, table_pages, parts, 2, key_dim)
+    bound_at: torch.Tensor | None = None  # (kv_heads,) int32: which of those a head is, or -1; None: all have bounds
     file: int = -1
     keys_at: int = 0  # in the file
     values_at: int = 0
@@ -84,10 +86,20 @@ class Pages:
             self.tokens.data_ptr(),
             _address(self.positions),
             _address(self.channels),
-            _address(self.bounds),
+            self._bounds,
             (self.file, self.keys_at, self.values_at),
             (*_tables(self.key_side), *_tables(self.value_side)),
         )
+
+    @property
+    def _bounds(self) -> tuple[int, int, int, int]:
+        _, heads, _, parts, *_ = (0, 0, 0, 1) if self.bounds is None else self.bounds.shape
+        return _address(self.bounds), heads, parts, _address(self.bound_at)
+
+    def bounds_of(self, sequence: int, head: int) -> torch.Tensor | None:
+        """The bounds (table_pages, parts, 2, key_dim) of a head's pages, if it has some."""
+        at = head if self.bound_at is None else int(self.bound_at[head])
+        return None if self.bounds is None or at < 0 else self.bounds[sequence, at]
 
     @property
     def shared(self) -> bool:
@@ -468,7 +480,7 @@ def straighten(pages: Pages, sequence: int, path: torch.Tensor) -> None:
 
 def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor, ws: Workspace) -> None:
     """Writes into ``chosen`` (n, kv_heads, count) int32 the pages that may hold the largest scores of any query of each
-    key-value head, by the bounds of their keys, in order, then -1."""
+    key-value head, by the bounds of their keys, in order, then -1. Of heads without bounds there are none."""
     rows_count, heads, _ = q.shape
     if not cpu.available():
         _run(reference.select, pages, rows, q, chosen)
@@ -484,6 +496,23 @@ def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor, ws: 
         chosen.shape[2],
         chosen.data_ptr(),
     )
+
+
+def select_scratch(pages: Pages, ws: Workspace) -> torch.Tensor:
+    """Scratch memory of the enclosing frame for :func:`select_in_op`."""
+    nbytes = pages.handle.select_scratch(cpu.threads()) if cpu.available() else 0
+    return ws.empty(nbytes, dtype=torch.uint8)
+
+
+def select_in_op(pages: Pages, rows: Rows, q: torch.Tensor, chosen_: torch.Tensor, scratch_: torch.Tensor) -> None:
+    """:func:`select` for use in operations, of which it is none."""
+    if not cpu.available():
+        reference.select(pages, rows, q, chosen_)
+        return
+    rows_count, heads, _ = q.shape
+    block = _block(q, (rows_count, heads, pages.key_shape[1]))
+    addresses = chosen_.data_ptr(), scratch_.data_ptr(), cpu.threads()
+    pages.handle.select(rows.arguments(), rows_count, block, heads, chosen_.shape[2], *addresses)
 
 
 def rank(

@@ -552,11 +552,12 @@ def _keep_head(
     for j in range(used, wanted):
         if pages.table[sequence, head, j] < 0:
             pages.table[sequence, head, j] = _take(pages.dense_free[sequence])
-    if pages.bounds is not None:
+    bounds = pages.bounds_of(sequence, head)
+    if bounds is not None:
         for j in range(min(changed, int(pages.bounded[at])), after // PAGE):
-            keys, _ = _load(pages, sequence, head, j)
-            low, high = _outwards(keys.amin(0), -torch.inf, pages), _outwards(keys.amax(0), torch.inf, pages)
-            pages.bounds[sequence, head, j] = torch.stack([low, high])
+            keys = _load(pages, sequence, head, j)[0].unflatten(0, (bounds.shape[1], -1))  # (parts, tokens, key_dim)
+            low, high = _outwards(keys.amin(1), -torch.inf, pages), _outwards(keys.amax(1), torch.inf, pages)
+            bounds[j] = torch.stack([low, high], 1)
         pages.bounded[at] = after // PAGE
 
 
@@ -605,11 +606,14 @@ def select(pages: Pages, rows: Rows, q: torch.Tensor, chosen: torch.Tensor) -> N
     count = chosen.shape[2]
     for row, (sequence, _) in enumerate(rows.places[: len(q)].tolist()):
         for head, queries in enumerate(q[row].unflatten(0, (chosen.shape[1], -1))):
-            bounds = pages.bounds[sequence, head, : pages.bounded[sequence, head]].float()
-            sides = queries.view(-1, 1, 1, queries.shape[-1]) * bounds  # (groups, pages, 2, key_dim)
-            largest = sides.amax(2).sum(-1).amax(0)
-            best = largest.sort(descending=True, stable=True).indices[:count].sort().values
             chosen[row, head] = -1
+            bounds = pages.bounds_of(sequence, head)
+            if bounds is None:
+                continue
+            bounds = bounds[: pages.bounded[sequence, head]].float()
+            sides = queries.view(-1, 1, 1, 1, queries.shape[-1]) * bounds  # (groups, pages, parts, 2, key_dim)
+            largest = sides.amax(3).sum(-1).amax((0, 2))
+            best = largest.sort(descending=True, stable=True).indices[:count].sort().values
             chosen[row, head, : len(best)] = best.int()
 
 

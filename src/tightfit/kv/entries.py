@@ -40,8 +40,9 @@ def parts(
         if mass is not None:
             for block in mass[slot, head]:
                 yield as_bytes(block[:length])
-        if kept.bounds is not None:
-            yield as_bytes(kept.bounds[slot, head, : int(kept.bounded[slot, head])])
+        bounds = kept.bounds_of(slot, head)
+        if bounds is not None:
+            yield as_bytes(bounds[: int(kept.bounded[slot, head])])
         yield from _pages_of(kept, slot, head, -(-length // PAGE))
 
 

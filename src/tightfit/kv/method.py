@@ -206,11 +206,6 @@ class Streamer(Method):
         """About how many of all heads stream."""
         raise NotImplementedError
 
-    def kept(self, tokens: int) -> int:
-        """How many tokens stay of ``tokens`` that came, on average of heads and layers."""
-        share = self.streaming_share
-        return math.ceil(share * min(self.short, tokens) + (1 - share) * tokens)
-
     def streams(self, layouts: Sequence[LayerLayout], known: Known) -> list[list[bool]] | None:
         """Of each layer which key-value heads stream; None if the prompt says which layers do."""
         return None
@@ -359,7 +354,6 @@ class Selector(Method):
     full: int = 2
 
     roles: ClassVar[tuple[str, ...]] = ("selector",)
-    bounds: ClassVar[bool] = False  # whether pages have bounds of their keys
 
     def __post_init__(self) -> None:
         if self.tokens < 32 or self.full < 0:
@@ -371,6 +365,11 @@ class Selector(Method):
     def selects(self, layer: int, layout: LayerLayout) -> bool:
         """Whether tokens that decode see only some of a layer."""
         return layer >= self.full and layout.window is None
+
+    @property
+    def bounds(self) -> int:
+        """Of how many parts of each page it wants the bounds of the keys."""
+        return 0
 
     def reads(self, tokens: int) -> float:
         """How many of ``tokens`` that can be chosen among one that decodes reads, on average."""

@@ -715,6 +715,8 @@ class PagedCache(BaseCache):
         kept, selecting, heads = self.layers[layer], self.selecting[layer], self.layouts[layer].kv_heads
         if self.streaming is not None and self.reserved.streaming(layer):
             self.streaming.settle(layer, slot, run, given, int(self.tokens[slot]) + run.count, ws)
+            if selecting is not None:
+                selecting.settled(slot, Settled(run.count, whole), ws)
             return
         if kept.positions is None or ops.is_dry():
             if kept.positions is not None:

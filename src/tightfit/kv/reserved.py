@@ -99,8 +99,15 @@ class Reserved:
 
     def selects(self, layer: int) -> bool:
         """Whether tokens that decode see only some of a layer."""
-        selector = self.of_layers[layer].selector
-        return selector is not None and selector.selects(layer, self.layouts[layer])
+        selector, whole = self.of_layers[layer].selector, self._whole(layer)
+        return selector is not None and len(whole) > 0 and selector.selects(layer, self.layouts[layer])
+
+    def _whole(self, layer: int) -> list[int]:
+        """The heads of a layer that do not stream, as far as that is known."""
+        heads = range(self.layouts[layer].kv_heads)
+        if self.streams is None or not self.streaming(layer):
+            return list(heads)
+        return [head for head in heads if not self.streams[layer][head]]
 
     def _kept(self, tokens: int) -> list[int]:
         """As :meth:`limit`, of all layers, and where no layer has a window."""
@@ -203,13 +210,17 @@ class Reserved:
         if first not in self.pools:
             self.pools[first] = self._pool(index, arena, dtype, key_codec, value_codec)
         pool = self.pools[first]
-        positions = channels = bounds = None
+        positions = channels = bounds = bound_at = None
         if composition.evictor is not None or layout.window is not None:
             positions = numbers(arena, sequences, heads, size.table_pages * PAGE)
         if pruner is not None:
             channels = numbers(arena, sequences, heads, width)
         if composition.selector is not None and composition.selector.bounds and self.selects(index):
-            bounds = place(arena, (*listed, 2, layout.key_dim), dtype)
+            whole, parts = self._whole(index), composition.selector.bounds
+            bounds = place(arena, (sequences, len(whole), size.table_pages, parts, 2, layout.key_dim), dtype)
+            if len(whole) < heads:
+                bound_at = torch.full((heads,), -1, dtype=torch.int32)
+                bound_at[whole] = torch.arange(len(whole), dtype=torch.int32)
         file = -1 if composition.tier is None else file
         keys_at = self.file_bytes
         values_at = keys_at + sequences * heads * size.table_pages * key_codec.page_bytes
@@ -232,6 +243,7 @@ class Reserved:
             positions=positions,
             channels=channels,
             bounds=bounds,
+            bound_at=bound_at,
             file=file,
             keys_at=keys_at,
             values_at=values_at,

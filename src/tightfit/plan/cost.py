@@ -11,6 +11,7 @@ Deploying Long-Context Transformers" (https://arxiv.org/abs/2405.08944).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -328,11 +329,14 @@ class Cost:
         """How many tokens of a context are looked at."""
         seen = tokens if attention.window is None else min(tokens, attention.window)
         composition = self._composition(kv)
-        for method in (composition.evictor, composition.streamer):
-            if method is not None and not isinstance(method, Demoter):
-                seen = min(seen, method.kept(tokens) + BLOCK // 2)
+        if composition.evictor is not None and not isinstance(composition.evictor, Demoter):
+            seen = min(seen, composition.evictor.kept(tokens) + BLOCK // 2)
+        everything, streamer = seen, composition.streamer
         if composition.selector is not None:
             seen = min(seen, int(composition.selector.reads(seen)) + BLOCK // 2)
+        if streamer is not None:
+            share = streamer.streaming_share
+            seen = math.ceil(share * min(everything, streamer.short + BLOCK // 2) + (1 - share) * seen)
         return seen
 
     def _composition(self, kv: str) -> Composition:

@@ -63,7 +63,7 @@ class Synthetic:
 
 def test_gates_stay_open_where_passkeys_are_found() -> None:
     model: Any = Synthetic()
-    method = compose("duo(tokens=400,steps=25,retrieval=0.25)").streamer
+    method = compose("duo(sample=400,steps=25,retrieval=0.25)").streamer
     assert isinstance(method, Duo)
     found = method.fit(model, lambda done, total: None)
     gates = found.tensors["gates"]
@@ -87,4 +87,4 @@ def test_bytes_are_a_share_of_the_context_and_a_constant(retrieval: float) -> No
 
 def test_settings_that_hide_nothing_are_refused() -> None:
     with pytest.raises(UsageError, match="duo cannot learn"):
-        compose("duo(tokens=100)")
+        compose("duo(sample=100)")

@@ -130,7 +130,8 @@ void tightfit::bind_pages(nb::module_& m) {
                          const std::tuple<size_t, size_t, size_t>& pages, const std::tuple<CodecOf, CodecOf>& codecs,
                          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& stores,
                          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& lists,
-                         uintptr_t tokens, uintptr_t positions, uintptr_t channels, uintptr_t bounds,
+                         uintptr_t tokens, uintptr_t positions, uintptr_t channels,
+                         const std::tuple<uintptr_t, size_t, size_t, uintptr_t>& bounds,
                          const std::tuple<int, size_t, size_t>& file,
                          const std::tuple<uintptr_t, size_t, uintptr_t, size_t>& sides) {
             Pages p{};
@@ -145,7 +146,9 @@ void tightfit::bind_pages(nb::module_& m) {
             p.bounded = at<int32_t>(std::get<4>(lists));
             p.dense_free = at<int32_t>(std::get<5>(lists)), p.coded_free = at<int32_t>(std::get<6>(lists));
             p.tokens = at<const int32_t>(tokens), p.positions = at<const int32_t>(positions);
-            p.channels = at<const int32_t>(channels), p.bounds = at<uint8_t>(bounds);
+            p.channels = at<const int32_t>(channels);
+            p.bounds = at<uint8_t>(std::get<0>(bounds)), p.bound_at = at<const int32_t>(std::get<3>(bounds));
+            p.bound_heads = std::get<1>(bounds), p.bound_parts = std::get<2>(bounds);
             std::tie(p.file, p.keys_at, p.values_at) = file;
             p.all_heads = p.kv_heads;
             p.key_side = at<const float>(std::get<0>(sides)), p.key_tables = std::get<1>(sides);

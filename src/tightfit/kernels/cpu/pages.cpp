@@ -34,6 +34,12 @@ struct Head {
     size_t coded() const { return static_cast<size_t>(p.coded[index]); }
     size_t cold() const { return static_cast<size_t>(p.cold[index]); }
     size_t bounded() const { return static_cast<size_t>(p.bounded[index]); }
+    bool bounds() const { return p.bounds && (!p.bound_at || p.bound_at[p.first_head + head] >= 0); }
+    uint8_t* bounds(size_t page) const {
+        const size_t own = p.first_head + head, at = p.bound_at ? static_cast<size_t>(p.bound_at[own]) : own;
+        const size_t numbers = p.bound_parts * 2 * p.key_dim;
+        return p.bounds + ((sequence * p.bound_heads + at) * p.table_pages + page) * numbers * itemsize(p.kind);
+    }
     int32_t* table() const { return p.table + index * p.table_pages; }
     const int32_t* channels() const {
         return p.channels ? p.channels + index * p.key_codec.dim : nullptr;
@@ -408,28 +414,33 @@ void spill_page(const Head& head, size_t j) {
     release_page(head, j);
 }
 
-// The lowest and the highest number of each channel of page j, as they are multiplied.
+// The lowest and the highest number of each channel of the parts of page j, as they are multiplied.
 void bound_page(const Head& head, size_t j, PageBuffer& buffer) {
     const Pages& p = head.p;
     load_page(head, j, buffer);
-    float* low = buffer.pruned;
-    float* high = low + p.key_dim;
-    for (size_t d = 0; d < p.key_dim; d++) {
-        low[d] = high[d] = buffer.keys[d];
-        for (size_t t = 1; t < PAGE; t++) {
-            low[d] = std::min(low[d], buffer.keys[t * p.key_dim + d]);
-            high[d] = std::max(high[d], buffer.keys[t * p.key_dim + d]);
+    float* exact = buffer.pruned;
+    const size_t size = PAGE / p.bound_parts, numbers = p.bound_parts * 2 * p.key_dim;
+    for (size_t part = 0; part < p.bound_parts; part++) {
+        const float* keys = buffer.keys + part * size * p.key_dim;
+        float* low = exact + part * 2 * p.key_dim;
+        float* high = low + p.key_dim;
+        for (size_t d = 0; d < p.key_dim; d++) {
+            low[d] = high[d] = keys[d];
+            for (size_t t = 1; t < size; t++) {
+                low[d] = std::min(low[d], keys[t * p.key_dim + d]);
+                high[d] = std::max(high[d], keys[t * p.key_dim + d]);
+            }
         }
     }
-    uint8_t* out = p.bounds + (head.index * p.table_pages + j) * 2 * p.key_dim * itemsize(p.kind);
+    uint8_t* out = head.bounds(j);
     const AttentionKernels& k = attention_kernels();
-    k.store(low, 2 * p.key_dim, p.kind, out);
+    k.store(exact, numbers, p.kind, out);
     if (p.kind == Kind::f32) return;
     float* rounded = buffer.keys;
-    k.load(out, p.kind, 2 * p.key_dim, rounded);
-    for (size_t d = 0; d < 2 * p.key_dim; d++) {  // numbers of codes may be rounded to what does not bound them
-        const bool up = d >= p.key_dim;
-        if (up ? rounded[d] >= low[d] : rounded[d] <= low[d]) continue;
+    k.load(out, p.kind, numbers, rounded);
+    for (size_t d = 0; d < numbers; d++) {  // numbers of codes may be rounded to what does not bound them
+        const bool up = d / p.key_dim % 2;
+        if (up ? rounded[d] >= exact[d] : rounded[d] <= exact[d]) continue;
         uint16_t bits;
         std::memcpy(&bits, out + 2 * d, sizeof bits);
         const bool negative = bits >> 15;
@@ -521,7 +532,7 @@ void keep_head(const Head& head, const Run& run, const Keeping& keeping, uint8_t
     p.cold[head.index] = static_cast<int32_t>(outcome.cold);
     for (size_t j = pages; j < wanted; j++)
         if (head.table()[j] < 0) head.table()[j] = take(dense_free(head));
-    if (!p.bounds) return;
+    if (!head.bounds()) return;
     const size_t whole = outcome.length / PAGE;
     for (size_t j = std::min(changed, head.bounded()); j < whole; j++) bound_page(head, j, source);
     p.bounded[head.index] = static_cast<int32_t>(whole);
@@ -801,11 +812,13 @@ void select(const Pages& p, const Place* places, size_t rows, Block<const float>
             std::iota(order, order + pages, 0);
             if (taken < pages) {
                 for (size_t j = 0; j < pages; j++) {
-                    const size_t at = (head.index * p.table_pages + j) * 2 * p.key_dim * itemsize(p.kind);
-                    k.load(p.bounds + at, p.kind, 2 * p.key_dim, bounds);
                     scores[j] = -__builtin_inff();
-                    for (size_t g = 0; g < groups; g++)
-                        scores[j] = std::max(scores[j], k.bound(bounds, q.at(row, h * groups + g), 1, p.key_dim));
+                    for (size_t part = 0; part < p.bound_parts; part++) {
+                        const uint8_t* of_part = head.bounds(j) + part * 2 * p.key_dim * itemsize(p.kind);
+                        k.load(of_part, p.kind, 2 * p.key_dim, bounds);
+                        for (size_t g = 0; g < groups; g++)
+                            scores[j] = std::max(scores[j], k.bound(bounds, q.at(row, h * groups + g), 1, p.key_dim));
+                    }
                 }
                 std::nth_element(order, order + taken, order + pages, [&](int32_t a, int32_t b) {
                     return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;

@@ -101,7 +101,9 @@ struct Pages {
     const int32_t* tokens;               // (sequences)
     const int32_t* positions;            // (sequences, kv_heads, table_pages * PAGE), or null: that of token i is i
     const int32_t* channels;             // (sequences, kv_heads, key_codec.dim), of keys that are coded; or null: all
-    uint8_t* bounds;                     // (sequences, kv_heads, table_pages, 2, key_dim) like dense pages, or null
+    uint8_t* bounds;                     // (sequences, bound_heads, table_pages, bound_parts, 2, key_dim) like dense pages,
+    size_t bound_heads, bound_parts;     // of each of so many parts of a page; or null
+    const int32_t* bound_at;             // (kv_heads): where a head's bounds are, -1: nowhere; or null: each its own
     int file = -1;
     size_t keys_at = 0, values_at = 0;   // in it
     const float *key_side, *value_side;  // tables of codecs (kv_heads, side)
@@ -208,7 +210,8 @@ void read(const Pages& pages, size_t sequence, size_t head, const Run& run, size
 // Makes the tokens behind the certain ones those that `path` names.
 void straighten(const Pages& pages, size_t sequence, const int32_t* path, size_t count);
 
-// chosen (rows, kv_heads, count) = the pages whose bounds allow the largest scores of any of a head's queries, in order.
+// chosen (rows, kv_heads, count) = the pages of which the bounds of any part allow the largest scores of any of a head's
+// queries, in order.
 void select(const Pages& pages, const Place* places, size_t rows, Block<const float> q, size_t heads, size_t count,
             int32_t* chosen, uint8_t* scratch, size_t threads);
 size_t select_scratch(const Pages& pages, size_t threads);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from tightfit.catalog import technique
 from tightfit.kv.method import Selector
@@ -30,7 +30,9 @@ class Quest(Selector):
     of them may need it. Bounds are kept in the cache's type.
     """
 
-    bounds: ClassVar[bool] = True
+    @property
+    def bounds(self) -> int:
+        return 1
 
     def reads(self, tokens: int) -> float:
         return min(self.tokens // PAGE * PAGE, tokens)

@@ -1,0 +1,68 @@
+"""Heads that stream beside heads that read the pages that bounds of parts of them choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from tightfit.catalog import technique
+from tightfit.errors import UsageError
+from tightfit.kv.evict.gates import Gated
+from tightfit.kv.method import Selector
+
+if TYPE_CHECKING:
+    from tightfit.kv.select.selecting import Selecting, Where
+
+PAGE = 32
+
+
+@technique(
+    seam="kv",
+    name="lserve",
+    paper="https://arxiv.org/abs/2502.14866",
+    exact=False,
+    summary="half of the heads keep a window, the others read few pages, chosen by the bounds of their parts",
+    calibration="a text (`tightfit fit`)",
+)
+@dataclass(frozen=True)
+class LServe(Gated, Selector):
+    """The share ``retrieval`` of all key-value heads keeps everything, and of that a token that decodes sees ``tokens``
+    tokens in pages of 32, and what came since the pages were last complete; the other heads keep the first ``sinks``
+    and the last ``recent`` tokens. So what a token reads of keys and values does not grow with the context.
+
+    The lowest and highest keys are known of each ``size`` tokens of a page, and a page counts as much as the part that
+    allows the largest score: few tokens have tight bounds, many at once are fetched. Pages are chosen anew at every
+    ``every``-th token after those that became certain together, at most 32, and read by the tokens between.
+
+    Heads are found by `tightfit fit`, as those of ``duo``. The paper has pages of 64 tokens in parts of 16, reads 4096
+    tokens of them, and keeps more recent ones while the prompt is computed than afterwards; here a chunk sees itself.
+    """
+
+    tokens: int = 512
+    full: int = 0
+    retrieval: float = 0.5
+    size: int = 8
+    every: int = 4
+
+    roles: ClassVar[tuple[str, ...]] = ("tokens", "selector")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Selector.__post_init__(self)
+        if self.size not in (2, 4, 8, 16, 32) or self.every < 1:
+            raise UsageError(
+                f"lserve cannot choose by parts of {self.size} tokens, every {self.every} tokens",
+                "Give size=2, 4, 8, 16 or 32, and every=1 or more.",
+            )
+
+    @property
+    def bounds(self) -> int:
+        return PAGE // self.size
+
+    def reads(self, tokens: int) -> float:
+        return min(self.tokens // PAGE * PAGE, tokens)
+
+    def select(self, where: Where) -> Selecting:
+        from tightfit.kv.select.by_bounds import Reused
+
+        return Reused(where, self.tokens // PAGE, self.every)
