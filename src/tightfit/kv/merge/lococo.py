@@ -45,11 +45,11 @@ class LoCoCo(Fitted, Merger):
     tokens first, and here that of positions. A share ``recent`` of what is kept are the last tokens: none is, in the
     program, unless it is told.
 
-    On the embedded model it beats h2o but not snapkv: after 1500 tokens, with 128 kept, KL divergence is 0.275, 0.280 if
-    the same tokens stay and the others are dropped, 0.317 with h2o and 0.275 with snapkv (each +- 0.09), and none finds
-    what is asked for. Training brings the divergence on an unseen text from 0.079 to 0.031 nats, where dropping has
-    0.033: mostly, layers learn to mix little. Memory does not grow with the context, but the convolutions take 5.3 MiB
-    there, as much as 1300 tokens.
+    On the embedded model it beats h2o but not snapkv: after 1500 tokens, with 128 kept, KL divergence is 0.275, 0.280
+    if the same tokens stay and the others are dropped, 0.317 with h2o and 0.275 with snapkv (each +- 0.09), and none
+    finds what is asked for. Training brings the divergence on an unseen text from 0.079 to 0.031 nats, where dropping
+    has 0.033: mostly, layers learn to mix little. Memory does not grow with the context, but the convolutions take 5.3
+    MiB there, as much as 1300 tokens.
     """
 
     keep: float = 128
