@@ -43,10 +43,10 @@ class Duo(Streamer, Fitted):
     of them; the paper's are up to 32000 tokens long, in 2000 steps. The error is measured in shares of the hidden
     states' own size.
 
-    On the embedded model 40 steps (the default number was not measured) leave five of 16 gates open, among them those
-    of the three heads that look up repetitions, and close the others. With the best three (``recent=124``, 23% of the
-    bytes) 23 of 24 look-ups in 1500 tokens are right, as with all, and the divergence is 0.012 nats; with the least
-    open ones in their place 3 are, and with a window of 512 tokens 12.
+    On the embedded model 40 steps leave five of 16 gates open, among them those of the three heads that look up
+    repetitions, and close the others; the default number of steps was not measured. With the best three
+    (``recent=124``, 23% of the bytes) 23 of 24 look-ups in 1500 tokens are right, as with all, and the divergence is
+    0.012 nats; with the least open ones in their place 3 are, and with a window of 512 tokens 12.
     """
 
     retrieval: float = 0.25
