@@ -65,12 +65,12 @@ def main() -> None:
                     said.append(missed(keys, values, before))
                     direct.append(missed(keys, values, method.coded(keys, values, None)))
             for name, each, kv, known in (
-                (f"int{bits}, keys not turned", direct, f"int{bits}", Known()),
-                (f"aqua(bits={bits})", said, f"aqua(bits={bits})", Known(tensors={"aqua": found})),
+                (f"int{bits}` of keys that are not turned", direct, f"int{bits}", Known()),
+                (f"aqua(bits={bits})`", said, f"aqua(bits={bits})", Known(tensors={"aqua": found})),
             ):
                 nbytes = kv_nbytes(kv, layouts, CONTEXT, 1, "bfloat16", known)
                 shares = (f"{statistics.mean(of_kind):.2%}" for of_kind in zip(*each, strict=True))
-                lines.append([f"`{name}`", f"{nbytes / 2**20:.2f}", *shares])
+                lines.append([f"`{name}", f"{nbytes / 2**20:.2f}", *shares])
     print(table(["codes", f"kv MiB of {CONTEXT} tokens", "missed of keys", "of values"], lines))
 
 

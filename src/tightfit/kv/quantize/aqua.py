@@ -31,21 +31,26 @@ DAMPING = 1e-3  # of the mean square of the inputs, as in the paper's code
     name="aqua",
     paper="https://arxiv.org/abs/2501.19392",
     exact=False,
-    summary="few bits for what linear maps, found once with a text, do not say of a layer's keys and values by the "
-    "layer's before",
+    summary="few bits for what linear maps of the layer before, found once with a text, miss of keys and values",
     calibration="a text (`tightfit fit`)",
 )
 @dataclass(frozen=True)
 class Aqua(Demoter, Fitted):
     """AQUA-KV: a layer's keys are predicted by a linear map of those of the layer before, its values by its own keys
-    and the values of the layer before, all heads together and keys as they are before they are turned; what the maps
-    miss is coded in ``bits``. Maps and codes see keys and values as they will be read, from the first layer on, which
-    has no maps and ``first`` bits. Of all tokens ``keep``, the first ``sinks`` and the
-    last ones, stay as they are, and up to 31 more, until they are a page.
+    and the values of the layer before, all heads together and keys before they are turned; what the maps miss is coded
+    in ``bits``. Maps are found for, and codes made of, keys and values of the layer before as they are read, from the
+    first layer on, which has no maps and ``first`` bits. Of all tokens ``keep`` stay as they are, the first ``sinks``
+    and the last ones, and up to 31 more, until they fill a page.
 
-    As the paper's code does it, but for the codes, which are those of ``int2`` to ``int8`` instead of HIGGS. The paper
-    reads each layer's tokens anew for each query, as is done here: a step multiplies all older tokens by all maps. What
-    that reads lies in room for one layer's tokens as they are, which with the maps, in bfloat16, counts in the budget.
+    So does the paper's code; the codes are those of ``int2`` to ``int8`` here, HIGGS there. A step multiplies all older
+    tokens by all maps, layer by layer, in room for one layer's tokens as they are. That and the maps, in bfloat16,
+    count in the budget.
+
+    On the embedded model two bits miss 1.0% of keys and 0.7% of values where the same codes without maps miss 3.8% and
+    15%; the KL divergence after 1000 tokens is 0.005 nats, with maps of zeros 0.023, of ``int2`` 0.035. At equal bits
+    that is what the paper claims. At equal bytes it is not met there: maps and room for one of 8 layers are 1.4 of the
+    4.0 MiB (of 8), and ``int4`` reaches 0.0006 nats in 3.7. A token after 1900 others takes ten times as long as with
+    ``int2``.
     """
 
     keep: float = 128
@@ -118,10 +123,10 @@ class Aqua(Demoter, Fitted):
     def prepare(self, layer: int, store: LowerStore, known: Known) -> None:
         from tightfit.kv.predicted import PredictedStore
 
-        found = known.of(self)
         if isinstance(store, PredictedStore) and store.before is not None:
+            found = known.of(self)
             for name, of_store in (("keys", store.key_map), ("values", store.value_map)):
-                of_store.set(found[f"{name}.{layer}"], found[f"{name}.offset.{layer}"])
+                of_store.found = found[f"{name}.{layer}"], found[f"{name}.offset.{layer}"]
 
     # ---- what is found ----
 
