@@ -168,7 +168,7 @@ def test_fitting_a_model_makes_it_better(tiny: Callable[..., Tiny]) -> None:
     assert report["trained"] < 0.9 * report["untrained"]
 
 
-def test_what_it_does_not_go_with_is_said() -> None:
+def test_what_it_does_not_go_with_is_said(tiny: Callable[..., Tiny]) -> None:
     with pytest.raises(UsageError, match="lococo does not go with matryoshka: it has convolutions of all features"):
         compose("lococo+matryoshka")
     for kv in ("lococo(slots=0)", "lococo(steps=-1)", "lococo(keep=0.5)", "lococo(recent=0.6)", "lococo(budget=adakv)"):
@@ -177,3 +177,5 @@ def test_what_it_does_not_go_with_is_said() -> None:
     for layout in (LayerLayout(2, 8, 6, 64, window=20), LayerLayout(1, 8, 6, 64, shared=True)):
         with pytest.raises(UsageError, match="this model cannot use lococo"):
             compose("lococo").check([layout])
+    with pytest.raises(UsageError, match="this model cannot use lococo: tokens that a window hides"):
+        tiny("sliding").findings("lococo(keep=32,slots=16)")

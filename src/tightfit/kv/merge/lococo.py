@@ -10,7 +10,7 @@ from tightfit.catalog import spec_string, technique
 from tightfit.errors import UsageError
 from tightfit.kv.fitted import Findings, Fitted, Observed, Progress
 from tightfit.kv.lowrank.projector import Projector
-from tightfit.kv.method import Judged, Leaving, Merger, Method, Seen, Tokens
+from tightfit.kv.method import BLOCK, Judged, Leaving, Merger, Method, Seen, Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -45,11 +45,11 @@ class LoCoCo(Fitted, Merger):
     tokens first, and here that of positions. A share ``recent`` of what is kept are the last tokens: none is, in the
     program, unless it is told.
 
-    On the embedded model it beats h2o but not snapkv: after 1500 tokens, with 128 kept, KL divergence is 0.275, 0.280
-    if the same tokens stay and the others are dropped, 0.317 with h2o and 0.275 with snapkv (each +- 0.09), and none
-    finds what is asked for. Training brings the divergence on an unseen text from 0.079 to 0.031 nats, where dropping
-    has 0.033: mostly, layers learn to mix little. Memory does not grow with the context, but the convolutions take 5.3
-    MiB there, as much as 1300 tokens.
+    On the embedded model it does no better than dropping: after 1500 tokens, with 128 kept, KL divergence is 0.275, and
+    0.280 if the same tokens stay and the others are dropped, 0.317 with h2o and 0.275 with snapkv (each within 0.09);
+    none of them finds what is asked for. Training brings the divergence on an unseen text from 0.079 to 0.031 nats, and
+    dropping has 0.033: half of the layers learn to mix nothing. Memory does not grow with the context, but the
+    convolutions take 5.3 MiB there, as much as 1300 tokens.
     """
 
     keep: float = 128
@@ -117,8 +117,10 @@ class LoCoCo(Fitted, Merger):
     def fit(self, model: Observed, progress: Progress) -> Findings:
         import torch
 
+        from tightfit.kv.compose import Composition
         from tightfit.kv.merge.convolutions import Training
 
+        Composition((self,)).check(model.layouts)
         keep = 2 * self.slots
         samples = torch.tensor(model.samples(min(4 * keep, len(model.tokens) // 2), SAMPLES))
         if (
@@ -132,7 +134,7 @@ class LoCoCo(Fitted, Merger):
             )
         network = model.network()
         self._take_room(model, samples.shape[1], network.logits(network.hidden(samples[:1, :1])).shape[-1])
-        chunks = 32, keep, 2 * keep  # tokens of a prompt come together, and generated ones by 32
+        chunks = BLOCK, keep, 2 * keep  # generated tokens come by the first, and those of a prompt together
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             training = Training(
@@ -163,8 +165,8 @@ class LoCoCo(Fitted, Merger):
         keep, tokens, weights = 2 * self.slots, 0, 0
         for layout in model.layouts:
             features = layout.key_dim + layout.value_dim
-            chunks = -(-length // 32)
-            held = layout.kv_heads * chunks * (keep + 32) * (6 * features + 4 * self.slots)
+            chunks = -(-length // BLOCK)
+            held = layout.kv_heads * chunks * (keep + BLOCK) * (6 * features + 4 * self.slots)
             tokens += 4 * layout.heads * length * (length + features) + held
             weights += self.slots * (features * KERNEL + 1)
         model.take_room(4 * (tokens + 4 * weights + 6 * length * vocab), "training")
