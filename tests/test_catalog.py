@@ -138,10 +138,14 @@ def test_companions_are_those_that_compose():
 
 
 def test_what_needs_calibration_says_by_which_command():
+    from tightfit.kv.fitted import Fitted
+
     needing = {entry.name: entry.calibration for entry in catalog.all_techniques() if entry.calibration}
-    assert needing.keys() == {"static", "kvsharer"}
+    fitted = {entry.name for entry in catalog.all_techniques() if issubclass(entry.cls, Fitted)}
+    assert {"kvsharer", "cq", "matryoshka"} <= fitted
+    assert needing.keys() == {"static", *fitted}
     assert "`tightfit census`" in needing["static"]
-    assert "`tightfit fit`" in needing["kvsharer"]
+    assert all("`tightfit fit`" in needing[name] for name in fitted)
 
 
 def test_the_catalog_is_listed_without_importing_torch():

@@ -12,7 +12,7 @@ from tests.parity.harness import ROOM
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels.attention import Scoring
-from tightfit.kernels.pages import PAGE
+from tightfit.kernels.pages import PAGE, Pages
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.cache import Cache, window_slots
 from tightfit.kv.compose import compose
@@ -37,7 +37,11 @@ EVICTORS = [
     "mikv(keep=40)",
     "mikv(keep=0.3,budget=adakv)",
     "mikv(keep=50,budget=pyramid)",
-] + [f"snapkv(keep={keep},window=8,budget={budget})" for keep in ("20", "70", "0.5") for budget in ("adakv", "pyramid")]
+] + [
+    f"snapkv(keep={keep},window=8,budget={budget})"
+    for keep in ("20", "70", "0.5")
+    for budget in ("adakv", "pyramid", "dynamickv")
+]
 CODECS = [
     "",
     "int4(recent=0)",
@@ -89,10 +93,19 @@ class Layers:
         assert out.isfinite().all()
 
     def check_pages(self) -> None:
-        """Every page of memory is free, or belongs to one head."""
-        below = [(lower.pages, 0) for lower in self.cache.lower if lower is not None]
-        for pages, room in [(pages, self.cache.room(0)) for pages in self.cache.layers] + below:
-            kinds: dict[bool, list[int]] = {False: [], True: []}
+        """Every page of memory is free, or belongs to one head of one of the layers that have theirs in common."""
+        pools: dict[int, list[Pages]] = {}
+        for pages in self.cache.layers:
+            pools.setdefault(pages.dense_free.data_ptr(), []).append(pages)
+        for layers in pools.values():
+            self._check_pool(layers, self.cache.room(0))
+        for lower in self.cache.lower:
+            if lower is not None:
+                self._check_pool([lower.pages], 0)
+
+    def _check_pool(self, layers: list[Pages], room: int) -> None:
+        kinds: dict[bool, list[int]] = {False: [], True: []}
+        for pages in layers:
             for table, length, coded, cold in zip(
                 pages.table[0], pages.lengths[0], pages.coded[0], pages.cold[0], strict=True
             ):
@@ -101,9 +114,9 @@ class Layers:
                 for j in range(int(cold), len(table)):
                     if table[j] >= 0:
                         kinds[pages.coded_keys is not None and j < int(coded)].append(int(table[j]))
-            for used, free in ((kinds[False], pages.dense_free[0]), (kinds[True], pages.coded_free[0])):
-                everything = sorted(used + free[1 : 1 + int(free[0])].tolist())
-                assert everything == list(range(len(free) - 1))
+        for used, free in ((kinds[False], layers[0].dense_free[0]), (kinds[True], layers[0].coded_free[0])):
+            everything = sorted(used + free[1 : 1 + int(free[0])].tolist())
+            assert everything == list(range(len(free) - 1))
 
 
 @settings(deadline=None, phases=[Phase.generate], max_examples=40)

@@ -29,6 +29,8 @@ COMPOSITIONS = [
     "snapkv(keep=40,window=8)",
     "snapkv(keep=0.5,window=16,budget=pyramid)+int4(recent=0)",
     "snapkv(keep=48,window=8,budget=adakv)+host(resident=32)",
+    "snapkv(keep=48,window=8,budget=dynamickv)+int4(recent=0)",
+    "h2o(keep=48,budget=dynamickv)+int8(recent=32)+host(resident=32)",
     "d2o(keep=48,recent=0.25)",
     "tova(keep=48)",
     "corm(keep=48,window=8)+int4(recent=0)",

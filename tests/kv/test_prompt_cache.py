@@ -38,6 +38,7 @@ METHODS = [
     "window(keep=96,positions=original)",
     "h2o(keep=96)",
     "snapkv(keep=96,window=16,budget=adakv)",
+    "snapkv(keep=96,window=16,budget=dynamickv)",
     "d2o(keep=96)",
     "corm(keep=96,window=40)",
     "scope(keep=96,output=40,recent=16)",

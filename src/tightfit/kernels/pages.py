@@ -424,9 +424,9 @@ def keep(
 ) -> None:
     """What happens when tokens become certain: those of ``run`` are added; all but the first ``counts`` (kv_heads,)
     int32 of ``indices`` (kv_heads, n) int32 are let go, if given (those that are in pages ascend, and none stands
-    further back than it was; those of the run may stand anywhere); where pages have codes all but the last
-    ``recent`` tokens are coded, page by page; all but ``resident`` pages of each head go to the file, ``step`` at a
-    time. There is room for ``tail`` more tokens afterwards.
+    further back than it was; those of the run may stand anywhere; of a head with a count of -1 all stay); where pages
+    have codes all but the last ``recent`` tokens are coded, page by page; all but ``resident`` pages of each head go to
+    the file, ``step`` at a time. There is room for ``tail`` more tokens afterwards.
 
     Pages are written anew from the first on that changes: keys are then rounded again, with those that are new beside
     them.

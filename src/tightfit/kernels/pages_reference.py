@@ -487,10 +487,17 @@ def keep(
     step: int,
 ) -> None:
     before = pages.lengths[sequence].tolist()
-    after = [length + run.count for length in before] if counts is None else counts.tolist()
+    after = [length + run.count for length in before]
+    listed = [None] * len(before) if indices is None or counts is None else list(indices)
+    for head, count in enumerate([] if counts is None else counts.tolist()):
+        if count < 0:
+            listed[head] = None
+        else:
+            after[head] = count
     # Heads that shrink come first: their pages may be wanted by those that grow.
     for head in sorted(range(len(before)), key=lambda head: after[head] - before[head]):
-        kept = torch.arange(after[head]) if indices is None else indices[head, : after[head]].long()
+        of_head = listed[head]
+        kept = torch.arange(after[head]) if of_head is None else of_head[: after[head]].long()
         _keep_head(pages, sequence, head, run, kept, recent, resident, tail, step)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 
@@ -16,6 +17,8 @@ from tightfit.kv.entries import InFile
 class Beside(ABC):
     """Of one layer: something of the tokens that its pages let go of. Attention over both is joined by the logarithms
     of what each softmax divides by, ``lse``."""
+
+    repeats: ClassVar[bool] = True  # whether steps that decode as many tokens compute the same operations
 
     @property
     def stores(self) -> list[Pages]:
@@ -35,8 +38,9 @@ class Beside(ABC):
         ws: Workspace,
     ) -> None:
         """Takes over tokens of a sequence: of the certain ones of ``upper`` and of the run behind them all but those
-        that stay, indices (kv_heads, n) int32, of each head ``counts``. They received ``given`` (kv_heads, m) float32
-        from the queries that are observed, and queries to come see those of ``seen`` (kv_heads, m) bool."""
+        that stay, indices (kv_heads, n) int32, of each head ``counts`` (-1: all stay). They received ``given``
+        (kv_heads, m) float32 from the queries that are observed, and queries to come see those of ``seen`` (kv_heads,
+        m) bool."""
 
     @abstractmethod
     def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:

@@ -2,7 +2,9 @@
 
 ``uniform``: the same everywhere. ``pyramid``: more in the first layers than in the last, in equal steps (PyramidKV,
 https://arxiv.org/abs/2406.02069). ``adakv``: heads of a layer share their tokens by what scores highest in the whole
-layer, but each has at least a fifth of its even share (Ada-KV, https://arxiv.org/abs/2407.11550).
+layer, but each has at least a fifth of its even share (Ada-KV, https://arxiv.org/abs/2407.11550). ``dynamickv``: layers
+share their tokens by what scores highest in all of them, so that it is each prompt that says how many a layer keeps
+(DynamicKV, https://arxiv.org/abs/2412.14838; :mod:`tightfit.kv.pooled`).
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-BUDGETS = ("uniform", "pyramid", "adakv")
+BUDGETS = ("uniform", "pyramid", "adakv", "dynamickv")
 PYRAMID_BETA = 20  # the last layer keeps this many times less than the average, beside what is protected (the paper's)
+DYNAMIC_MOST = 4  # times the average that a layer keeps at most
 SAFEGUARD = 0.2  # of an even share that each head keeps (the paper's alpha)
 
 

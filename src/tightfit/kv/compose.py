@@ -12,7 +12,7 @@ from tightfit.errors import UsageError
 from tightfit.kv.fitted import Fitted, Known, known_for
 from tightfit.kv.lowrank.projector import Projector
 from tightfit.kv.lowrank.think import ThinK
-from tightfit.kv.method import Coder, Evictor, Method, Reads, Rest, Selector, Tier
+from tightfit.kv.method import Coder, Evictor, Method, Reads, Rest, Selector, Streamer, Tier
 from tightfit.kv.share.kvsharer import KVSharer
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ class Composition:
     @property
     def evictor(self) -> Evictor | None:
         return self._only(Evictor)
+
+    @property
+    def streamer(self) -> Streamer | None:
+        return self._only(Streamer)
 
     @property
     def key_codec(self) -> Coder | None:

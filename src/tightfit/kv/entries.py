@@ -23,11 +23,11 @@ def parts(
 ) -> Iterator[torch.Tensor | InFile]:
     """All that a layer keeps of a sequence, as flat uint8 tensors and pages in the file: what tokens received, ``mass``
     (sequences, kv_heads, blocks, n), and what methods remember, ``states`` (sequences, ...), with it. ``ahead``
-    positions behind the kept tokens are there too.
+    positions behind the kept tokens are there too. Which pages are free is not: layers may have theirs in common.
 
     What comes later follows from what came before, so that the same walk fills a sequence that is restored.
     """
-    for numbers in (kept.lengths, kept.coded, kept.cold, kept.bounded, kept.dense_free, kept.coded_free):
+    for numbers in (kept.lengths, kept.coded, kept.cold, kept.bounded):
         yield as_bytes(numbers[slot])
     yield as_bytes(kept.table[slot])
     if kept.channels is not None:

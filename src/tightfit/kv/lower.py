@@ -17,7 +17,7 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.beside import Beside
-from tightfit.kv.cache import numbers, place, table
+from tightfit.kv.cache import as_bytes, numbers, place, table
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
 from tightfit.kv.method import Lowering
@@ -78,6 +78,7 @@ class LowerStore(Beside):
             key_side=table(arena, key_codec, sequences, heads),
             value_side=None if layout.shared else table(arena, value_codec, sequences, heads),
         )
+        self.looked_at = self.pages  # by queries
         self.projected = self.merged > 1 or (key_dim, value_dim) != (layout.key_dim, layout.value_dim)
         if self.projected:
 
@@ -111,7 +112,8 @@ class LowerStore(Beside):
         totals = [length + run.count for length in upper.lengths[slot].tolist()]
         with ws.frame():
             leaving = self._room_for_leaving(upper, run, ws)
-            came = max(below + total for below, total in zip(self.pages.lengths[slot].tolist(), totals, strict=True))
+            below = self.pages.lengths[slot].tolist()
+            came = max(below[head // self.merged] + total for head, total in enumerate(totals))
             left = [total - count for total, count in zip(totals, counts, strict=True)]
             for head, (total, count) in enumerate(zip(totals, counts, strict=True)):
                 leaves = torch.ones(total, dtype=torch.bool)
@@ -197,7 +199,7 @@ class LowerStore(Beside):
     ) -> None:
         with ws.frame():
             looking, part, sums = self._look(q, ws)
-            pages.attend_rows(self.pages, Rows(rows.places), looking, part, sums, ws, alone(scoring))
+            pages.attend_rows(self.looked_at, Rows(rows.places), looking, part, sums, ws, alone(scoring))
             self._join(out_, lse_, part, sums, ws)
 
     def join(
@@ -210,7 +212,7 @@ class LowerStore(Beside):
         scoring: Scoring,
         bf16: bool,
     ) -> None:
-        kept = self.pages
+        kept = self.looked_at
         with ws.frame():
             looking, part, sums = self._look(q, ws)
             nothing = Run(kept.keys[slot], kept.values[slot], 0)
@@ -221,7 +223,9 @@ class LowerStore(Beside):
         self.pages.reset(slot)
 
     def parts(self, slot: int) -> Iterator[torch.Tensor | InFile]:
-        return parts(self.pages, slot, 0, None, ())
+        yield as_bytes(self.pages.dense_free[slot])
+        yield as_bytes(self.pages.coded_free[slot])
+        yield from parts(self.pages, slot, 0, None, ())
 
     def _look(self, q: torch.Tensor, ws: Workspace) -> tuple[Looking, torch.Tensor, torch.Tensor]:
         """Queries as keys here are multiplied, and room for what they find."""

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from tightfit.kv.select.selecting import Selecting, Where
 
 
+BLOCK = 32  # tokens that become certain between two moments at which a cache lets go of tokens or codes them
+
+
 class Method:
     """A method fills ``roles``, of which each is there once in a composition."""
 
@@ -129,12 +132,27 @@ class Evictor(Method):
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
             raise UsageError(f"there is no budget {self.budget!r}", f"Known ones: {', '.join(BUDGETS)}.")
+        if self.budget == "dynamickv" and (self.selective or isinstance(self, Demoter | Merger | Rater)):
+            raise UsageError(
+                f"{self.name} is not for budget=dynamickv: layers let go of tokens there while others are judged, and "
+                "all heads of as many",
+                "Use budget=uniform.",
+            )
         first, last = self.protected(max(int(self.keep), 1)) if self.keep >= 1 else (0, 0)
         if self.keep <= 0 or (self.keep >= 1 and self.keep < max(first + last, 2)):
             raise UsageError(
                 f"{self.name} cannot keep {self.keep:g} tokens",
                 f"Give keep={max(first + last, 2)} or more, or a share of the prompt such as keep=0.25.",
             )
+
+    @property
+    def joined(self) -> bool:  # type: ignore[override]
+        return self.budget == "dynamickv"
+
+    def excludes(self, other: Method) -> str | None:
+        if self.budget == "dynamickv" and {"layers", "selector"} & set(other.roles):
+            return "lets go of tokens of a layer while another one is computed (budget=dynamickv)"
+        return None
 
     def kept(self, tokens: int) -> int:
         """How many tokens of each head stay of ``tokens`` that came."""
@@ -147,6 +165,58 @@ class Evictor(Method):
     def scores(self, seen: Seen) -> torch.Tensor:
         """(kv_heads, n) float32: those with the highest stay, and none with minus infinity. It may write to
         ``seen.mass``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Streamer(Method):
+    """Of some heads everything stays; the others, streaming heads, keep the first ``sinks`` tokens and the last
+    ``recent``, as soon as a chunk of the prompt has been computed, and then after every 32 tokens.
+
+    Layers in which the model has a window of its own stay as they are.
+    """
+
+    sinks: int = 4
+    recent: int = 512
+
+    roles: ClassVar[tuple[str, ...]] = ("tokens",)
+    observes: ClassVar[str] = "last"
+    window: ClassVar[int] = 0  # of the last queries of a prompt's chunk that are observed
+    fold: ClassVar[str] = "sum"
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or self.recent < 1:
+            raise UsageError(
+                f"{self.name} cannot keep {self.sinks} first and {self.recent} last tokens",
+                "Give sinks=0 or more, and recent=1 or more.",
+            )
+
+    def excludes(self, other: Method) -> str | None:
+        if {"layers", "selector"} & set(other.roles):
+            return "gives each head of a layer tokens of its own, and layers theirs while others are computed"
+        return None
+
+    @property
+    def short(self) -> int:
+        """How many tokens a streaming head keeps."""
+        return self.sinks + self.recent
+
+    @property
+    def streaming_share(self) -> float:
+        """About how many of all heads stream."""
+        raise NotImplementedError
+
+    def kept(self, tokens: int) -> int:
+        """How many tokens stay of ``tokens`` that came, on average of heads and layers."""
+        share = self.streaming_share
+        return math.ceil(share * min(self.short, tokens) + (1 - share) * tokens)
+
+    def streams(self, layouts: Sequence[LayerLayout], known: Known) -> list[list[bool]] | None:
+        """Of each layer which key-value heads stream; None if the prompt says which layers do."""
+        return None
+
+    def lazy(self, layers: int) -> int:
+        """How many of so many layers stream where the prompt says which."""
         raise NotImplementedError
 
 
@@ -372,8 +442,9 @@ class Demoter(Evictor, Lowering):
     def prepare(self, layer: int, store: LowerStore, known: Known) -> None:
         """Writes the matrices of a layer's lower store, which has some if it keeps fewer features."""
 
-    def store(self, *arguments: Any) -> LowerStore:
-        """A layer's lower store, of the arguments of :class:`~tightfit.kv.lower.LowerStore`."""
+    def store(self, before: LowerStore | None, *arguments: Any) -> LowerStore:
+        """A layer's lower store, of the arguments of :class:`~tightfit.kv.lower.LowerStore`; ``before`` is that of the
+        last layer before it that has one."""
         from tightfit.kv.lower import LowerStore
 
         return LowerStore(self, *arguments)

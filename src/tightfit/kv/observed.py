@@ -13,68 +13,32 @@ from tightfit.kernels.pages import Looking, Pages, Rows, Run
 from tightfit.kv.base import BLOCK, LayerLayout
 from tightfit.kv.cache import numbers, place
 from tightfit.kv.drafts import Drafts
-from tightfit.kv.method import Evictor
+from tightfit.kv.method import Evictor, Streamer
 
 
-class Observed:
-    """Of each layer ``mass`` (sequences, kv_heads, planes, n) float32: what each token received from a block of
-    queries, the newest block first, put together as the evictor's ``fold`` says; and behind these, where all queries
-    are observed, from all of them.
-
-    Of the last queries, so many blocks are kept that they always hold the evictor's ``window``: tokens that decode fill
-    the first one until tokens are judged, of a chunk every 32 queries are a block. ``since`` (sequences, blocks) int32
-    are the positions at which blocks begin.
-    """
+class Observer:
+    """Sums up what tokens receive from those queries of a prompt's chunk that ``method`` observes, in scratch memory:
+    from blocks of 32 of the last ones, the newest first, and behind these, where all are observed, from all of them.
+    Layers have up to ``widths`` tokens."""
 
     def __init__(
-        self,
-        evictor: Evictor,
-        layouts: Sequence[LayerLayout],
-        widths: Sequence[int],
-        of_owners: Callable[[Callable[[int], torch.Tensor]], list[torch.Tensor]],
-        sequences: int,
-        tail: int,
-        arena: Arena,
+        self, method: Evictor | Streamer, layouts: Sequence[LayerLayout], widths: Sequence[int], blocks: int
     ) -> None:
-        self.evictor, self._widths, self._layouts = evictor, widths, layouts
-        self.all = evictor.observes != "last"
-        self.last = evictor.observes in ("last", "both")
-        # One more than a window has where blocks are full: some are not.
-        self.blocks = (1 if evictor.window == 1 else -(-evictor.window // BLOCK) + 1) if self.last else 0
-        self._planes = self.blocks + int(self.all)
-        self.since = numbers(arena, sequences, self.blocks)
-        self.mass = of_owners(
-            lambda layer: place(arena, (sequences, layouts[layer].kv_heads, self._planes, widths[layer]), torch.float32)
-        )
-        self.drafts = [Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
-
-    def clear(self, slot: int) -> None:
-        self.since[slot] = 0
-        for mass in self.mass:
-            mass[slot] = 0.0
+        self.method, self.blocks, self._widths, self._layouts = method, blocks, widths, layouts
+        self.all = method.observes != "last"
+        self.last = method.observes in ("last", "both")
+        self._planes = blocks + int(self.all)
 
     @property
     def window(self) -> int:
         """How many last queries are wanted for themselves."""
-        return self.evictor.window if self.last else 0
-
-    # ---- what queries give ----
+        return self.method.window if self.last else 0
 
     def room(self, layer: int, count: int, ws: Workspace) -> torch.Tensor:
         """Zeros (kv_heads, planes, tokens), for what the certain tokens and ``count`` others receive."""
         given = ws.empty(self._layouts[layer].kv_heads, self._planes, self._widths[layer] + count)
         ops.zero_(given)
         return given
-
-    def rows(
-        self, layer: int, kept: Pages, rows: Rows, looking: Looking, lse: torch.Tensor, ws: Workspace, scoring: Scoring
-    ) -> None:
-        """Notes what certain rows that decode give."""
-        mass, fold = self.mass[layer], self.evictor.fold
-        if self.last:
-            pages.weigh_rows(kept, rows, looking, lse, mass, ws, scoring, fold, min(self.evictor.window, BLOCK))
-        if self.all:
-            pages.weigh_rows(kept, rows, looking, lse, mass[:, :, self.blocks :], ws, scoring, fold)
 
     def chunk(
         self,
@@ -108,7 +72,7 @@ class Observed:
         scoring: Scoring,
     ) -> None:
         """What :meth:`chunk` notes of all queries."""
-        pages.weigh(kept, slot, run, at, looking, lse, given_[:, self.blocks], ws, scoring, self.evictor.fold)
+        pages.weigh(kept, slot, run, at, looking, lse, given_[:, self.blocks], ws, scoring, self.method.fold)
 
     def lately(
         self,
@@ -127,12 +91,58 @@ class Observed:
             turned = None if looking.anchor_q is None else looking.anchor_q[start:stop]
             part = Looking(looking.q[start:stop], turned, looking.anchors)
             to = given_[:, block]
-            pages.weigh(kept, slot, run, at + start, part, lse[start:stop], to, ws, scoring, self.evictor.fold)
+            pages.weigh(kept, slot, run, at + start, part, lse[start:stop], to, ws, scoring, self.method.fold)
 
     def _parts(self, count: int) -> list[tuple[int, int]]:
         """Of so many queries those that make blocks, the last ones first."""
-        first = max(count - self.evictor.window, 0)
+        first = max(count - self.method.window, 0)
         return [(max(stop - BLOCK, first), stop) for stop in range(count, first, -BLOCK)]
+
+
+class Observed(Observer):
+    """Of each layer ``mass`` (sequences, kv_heads, planes, n) float32: what each token received from a block of
+    queries, the newest block first, put together as the evictor's ``fold`` says; and behind these, where all queries
+    are observed, from all of them.
+
+    Of the last queries, so many blocks are kept that they always hold the evictor's ``window``: tokens that decode fill
+    the first one until tokens are judged, of a chunk every 32 queries are a block. ``since`` (sequences, blocks) int32
+    are the positions at which blocks begin.
+    """
+
+    def __init__(
+        self,
+        evictor: Evictor,
+        layouts: Sequence[LayerLayout],
+        widths: Sequence[int],
+        of_owners: Callable[[Callable[[int], torch.Tensor]], list[torch.Tensor]],
+        sequences: int,
+        tail: int,
+        arena: Arena,
+    ) -> None:
+        # One more than a window has where blocks are full: some are not.
+        blocks = 1 if evictor.window == 1 else -(-evictor.window // BLOCK) + 1
+        super().__init__(evictor, layouts, widths, blocks if evictor.observes in ("last", "both") else 0)
+        self.evictor = evictor
+        self.since = numbers(arena, sequences, self.blocks)
+        self.mass = of_owners(
+            lambda layer: place(arena, (sequences, layouts[layer].kv_heads, self._planes, widths[layer]), torch.float32)
+        )
+        self.drafts = [Drafts(layout, sequences, tail, arena) for layout in layouts if tail > 1]
+
+    def clear(self, slot: int) -> None:
+        self.since[slot] = 0
+        for mass in self.mass:
+            mass[slot] = 0.0
+
+    def rows(
+        self, layer: int, kept: Pages, rows: Rows, looking: Looking, lse: torch.Tensor, ws: Workspace, scoring: Scoring
+    ) -> None:
+        """Notes what certain rows that decode give."""
+        mass, fold = self.mass[layer], self.evictor.fold
+        if self.last:
+            pages.weigh_rows(kept, rows, looking, lse, mass, ws, scoring, fold, min(self.evictor.window, BLOCK))
+        if self.all:
+            pages.weigh_rows(kept, rows, looking, lse, mass[:, :, self.blocks :], ws, scoring, fold)
 
     # ---- when tokens are judged ----
 
@@ -177,6 +187,12 @@ class Observed:
         for head, count in enumerate(counts):
             mass[head, 1:blocks, :count] = given[head, : max(blocks - 1, 0), :count]
             mass[head, blocks:, :count] = given[head, blocks:, :count]
+
+    def let_go(self, layer: int, slot: int, places: torch.Tensor) -> None:
+        """Keeps what tokens at ``places`` (kv_heads, n) int64 received, as what the first ones did."""
+        mass, count = self.mass[layer][slot], places.shape[1]
+        mass[..., :count] = mass.gather(2, places[:, None].expand(-1, self._planes, -1))
+        mass[..., count:] = 0.0
 
     def advance(self, slot: int, tokens: int, count: int) -> None:
         """All layers were judged when there were ``tokens``, of which the last ``count`` came as a chunk."""

@@ -14,7 +14,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,14 +35,16 @@ from tightfit.kv.evict.window import Window
 from tightfit.kv.fitted import NOTHING, Known
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.merging import Merging
-from tightfit.kv.method import Merger, Rater, Seen, Structured, Tabled
-from tightfit.kv.observed import Observed
+from tightfit.kv.method import Merger, Rater, Seen, Streamer, Structured, Tabled
+from tightfit.kv.observed import Observed, Observer
+from tightfit.kv.pooled import Pooled
 from tightfit.kv.rated import Rated
 from tightfit.kv.reading import Encode, Reading
 from tightfit.kv.reserved import Reserved
 from tightfit.kv.rest import Resting
 from tightfit.kv.select.selecting import Selecting, Settled, Where
 from tightfit.kv.share.distant import Distant
+from tightfit.kv.streaming import Streaming
 from tightfit.kv.turning import Turning, stand
 
 Made = TypeVar("Made")
@@ -107,13 +109,12 @@ class PagedCache(BaseCache):
         self.gemm_dtype = gemm_dtype
         self.tail = tail
         self.evictor = evictor = composition.evictor
+        streamer = composition.streamer
+        streams = None if streamer is None else streamer.streams(layouts, known)
         self.anchors = 0 if evictor is None else evictor.anchors
-        if isinstance(evictor, Structured) and self.own != list(range(len(layouts))):
-            raise UsageError(
-                f"{evictor.name} lets go of tokens of a layer before others would have read them",
-                "Use it without layers that share keys and values.",
-            )
-        self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, known)
+        if self.own != list(range(len(layouts))):
+            _check_alone(composition)
+        self.reserved = reserved = Reserved(layouts, composition, context, sequences, tail, known, streams)
         self._file = -1 if composition.tier is None else composition.tier.open()
         self.staging: list[pages.Staging] = []
         self._closing = weakref.finalize(self, _close, self._file, self.staging)
@@ -146,8 +147,21 @@ class PagedCache(BaseCache):
             self.observed = self.rated = Rated(evictor, prepared, *common, gemm_dtype, arena)
         elif evictor is not None and evictor.observes != "nothing":
             self.observed = Observed(evictor, layouts, widths, self._of_owners, sequences, tail, arena)
+        self.watching: Observer | None = self.observed  # what looks at prompts
+        if streamer is not None and streamer.window:
+            self.watching = Observer(streamer, layouts, widths, -(-streamer.window // BLOCK))
         self.distant = reserved.distant(self.layers, arena, dtype, self.tokens, self._file, known)
         self.beside = self._of_owners(lambda layer: self._beside(layer, arena, known))
+        self.repeatable = all(each.repeats for found in self.beside for each in found)
+        self.pooled: dict[int, Pooled] = {}  # of each layer that shares what it keeps with others
+        for layer in self.own:
+            if reserved.pooled(layer) and layer not in self.pooled:
+                layers = reserved.common(layer)
+                self.pooled |= dict.fromkeys(layers, self._pooling(layers, arena))
+        self.streaming: Streaming | None = None
+        if streamer is not None:
+            self.streaming = Streaming(streamer, self.layers, self.beside, self._keep, streams)
+            self.streaming.find(reserved, sequences, arena)
         # After which layer the tokens of each owner may leave: the last one that reads them, or needs them there.
         after = list(range(len(layouts))) if self.distant is None else self.distant.settled_after(len(layouts))
         self._last = {owner: after[layer] for layer, owner in enumerate(self.owners)}
@@ -176,6 +190,10 @@ class PagedCache(BaseCache):
     def _merging(self, merger: Merger, layer: int, arena: Arena) -> Merging:
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
         return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
+
+    def _pooling(self, layers: Sequence[int], arena: Arena) -> Pooled:
+        first = layers[0]
+        return Pooled(layers, self.sequences, self.layouts[first].kv_heads, self.reserved.sizes[first].most, arena)
 
     def _turning(self, layer: int) -> Turning:
         rotation = self.layouts[layer].rotation
@@ -334,9 +352,9 @@ class PagedCache(BaseCache):
             visible = int(self.evictor.keep) - self._anchors(layer)
             scoring = scoring._replace(window=min(visible, scoring.window or visible))
         kept, rows, past = self.layers[layer], step.vector, self.layouts[layer].past
-        watching = None if self.rated is not None else self.observed
+        observed = None if self.rated is not None else self.observed
         beside, selecting = self.beside[layer], self.selecting[layer]
-        sums = watching is not None or bool(beside) or (selecting is not None and selecting.joins)
+        sums = observed is not None or bool(beside) or (selecting is not None and selecting.joins)
         if rows:
             if past:
                 check_alone(step)
@@ -353,12 +371,12 @@ class PagedCache(BaseCache):
                 if lse is not None:
                     for each in beside:
                         each.join_rows(which, q[:rows], out[:rows], lse, ws, scoring)
-                if watching is not None and lse is not None and step.tentative:
-                    watching.drafts[layer].put(which, self.tokens, looking, lse, scoring)
+                if observed is not None and lse is not None and step.tentative:
+                    observed.drafts[layer].put(which, self.tokens, looking, lse, scoring)
                     for slot in set(step.places[:rows, 0].tolist()):
                         self._drafting[slot] = True
-                elif watching is not None and lse is not None:
-                    watching.rows(layer, kept, which, looking, lse, ws, scoring)
+                elif observed is not None and lse is not None:
+                    observed.rows(layer, kept, which, looking, lse, ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
             if self.reading is None:
                 self._attend_prompt(layer, segment, (a, b), run, at, held, q, out, index, ws, scoring)
@@ -402,7 +420,7 @@ class PagedCache(BaseCache):
         """Attention of ``rows`` of the step's prompt ``index``, which are the tokens from ``at`` on of a run; what the
         run adds is certain then, unless others read it or more of the prompt comes first."""
         kept, owner, beside = self.layers[layer], self.owners[layer], self.beside[layer]
-        watching = None if self.rated is not None else self.observed
+        watching = None if self.rated is not None else self.watching
         (a, b), slot, past = rows, segment.slot, self.layouts[layer].past
         with ws.frame():
             looking = Looking(q[a:b], _part(held.anchor_q, a, b), self._anchors(layer))
@@ -475,7 +493,7 @@ class PagedCache(BaseCache):
         return looking if selecting is None else selecting.look(rows, looking, ws, scoring)
 
     def _received(self, layer: int, count: int, ws: Workspace) -> torch.Tensor | None:
-        return None if self.observed is None else self.observed.room(layer, count, ws)
+        return None if self.watching is None else self.watching.room(layer, count, ws)
 
     # ---- tokens that are certain ----
 
@@ -504,6 +522,10 @@ class PagedCache(BaseCache):
         self.prompts[slot] = 0
         if self.observed is not None:
             self.observed.clear(slot)
+        for pooled in self.pooled.values():
+            pooled.clear(slot)
+        if self.streaming is not None:
+            self.streaming.clear(slot)
         for merging in self.merging:
             merging.memory[slot] = math.nan
         for selecting in self._selections:
@@ -547,6 +569,13 @@ class PagedCache(BaseCache):
             yield as_bytes(self.reading.ids[slot])
         if self.observed is not None:
             yield as_bytes(self.observed.since[slot])
+        for pool in self.reserved.pools.values():
+            yield as_bytes(pool.dense_free[slot])
+            yield as_bytes(pool.coded_free[slot])
+        for pooled in dict.fromkeys(self.pooled.values()):
+            yield from pooled.parts(slot)
+        if self.streaming is not None:
+            yield from self.streaming.parts(slot)
         for layer in self.own:
             mass = None if self.observed is None else self.observed.mass[layer]
             states = [self.merging[layer].memory] if self.merging else []
@@ -614,7 +643,7 @@ class PagedCache(BaseCache):
                 "Leave --prefill layered out, or kvsharer.",
             )
         layout, count = self.layouts[layer], len(segment.tokens)
-        wanted = 0 if self.observed is None else self.observed.window
+        wanted = 0 if self.watching is None else self.watching.window
         if self.composition.pruner is not None:
             wanted = max(wanted, self.composition.pruner.window)
         wanted = max([wanted, *(method.queries for method in self.composition.methods if isinstance(method, Tabled))])
@@ -656,15 +685,15 @@ class PagedCache(BaseCache):
                 ops.copy_(whole.anchor_q[rows], looking.anchor_q[first:])
             if lse is not None:
                 ops.copy_(whole.lse[rows], lse[first:])
-        observed, kept = self.observed, self.layers[layer]
-        if observed is None or self.rated is not None or whole.given is None or lse is None:
+        watching, kept = self.watching, self.layers[layer]
+        if watching is None or self.rated is not None or whole.given is None or lse is None:
             return
-        if observed.all:
-            observed.everything(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
-        if observed.last and at + count == total:
+        if watching.all:
+            watching.everything(kept, slot, run, at, looking, lse, whole.given, ws, scoring)
+        if watching.last and at + count == total:
             turned = None if looking.anchor_q is None else whole.anchor_q
             last = Looking(whole.q, turned, looking.anchors)
-            observed.lately(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
+            watching.lately(kept, slot, run, total - whole.last, last, whole.lse, whole.given, ws, scoring)
 
     def _look_first(self, layer: int, slot: int, run: Run, q: torch.Tensor) -> None:
         """The first queries ``q`` (n, heads, key_dim) of a sequence and its first tokens decide which channels of keys
@@ -683,26 +712,22 @@ class PagedCache(BaseCache):
     ) -> None:
         """The tokens of ``run`` are certain: what is too much is let go, and what stays is written. ``whole`` says
         whether the prompt is."""
-        kept, selecting = self.layers[layer], self.selecting[layer]
-        heads, composition = self.layouts[layer].kv_heads, self.reserved.of_layers[layer]
-        tier = composition.tier
-        resident, step = (pages.EVERYTHING, 1) if tier is None else (tier.resident // PAGE, tier.step)
-
-        def keep(run: Run, indices: torch.Tensor | None = None, held: torch.Tensor | None = None) -> None:
-            with self._writing():
-                recent, ahead = composition.recent, self.reserved.ahead
-                pages.keep(kept, slot, run, ws, indices, held, recent, resident, ahead, step)
-
+        kept, selecting, heads = self.layers[layer], self.selecting[layer], self.layouts[layer].kv_heads
+        if self.streaming is not None and self.reserved.streaming(layer):
+            self.streaming.settle(layer, slot, run, given, int(self.tokens[slot]) + run.count, ws)
+            return
         if kept.positions is None or ops.is_dry():
             if kept.positions is not None:
                 ws.empty(heads, kept.positions.shape[2] + run.count, dtype=torch.int32)
+            if layer in self.pooled:
+                self._let_go(layer, slot, torch.empty(heads, 0, dtype=torch.int32), ws)
             if self.turning:
                 self.turning[layer].take_most(slot, run, ws)
             if self.merging:
                 self.merging[layer].take_most(slot, run, ws)
             for each in self.beside[layer] if ops.is_dry() else ():
                 each.take_most(slot, kept, run, ws)
-            keep(run)
+            self._keep(layer, slot, run, ws)
             if selecting is not None:
                 selecting.settled(slot, Settled(run.count, whole), ws)
             return
@@ -722,14 +747,14 @@ class PagedCache(BaseCache):
         oldest = min((int(positions[head, 0]) for head in range(heads) if counts[head]), default=tokens)
         too_old = window is not None and oldest <= tokens - window
         too_many = sum(counts) > limit * heads if self.reserved.ragged else max(counts) > limit
-        if too_old or too_many or (self.evictor is not None and self.evictor.selective):
+        if too_old or too_many or layer in self.pooled or (self.evictor is not None and self.evictor.selective):
             alike = self.merging[layer].compare(slot, run, counts, ws) if self.merging else None
             mass, lately, since = torch.zeros(positions.shape), None, 0
             if self.observed is not None and given is not None:
                 mass, lately, since = self.observed.judged(slot, given, tokens, run.count)
             prompt = tokens if run.count else int(self.prompts[slot])
             seen = self._seen(layer, slot, positions, counts, (since, tokens, prompt, limit), (mass, lately, alike))
-            indices, left = self._judge(layer, seen)
+            indices, left = self._judge(layer, seen) if layer not in self.pooled else self._share(layer, slot, seen, ws)
             listed = indices
             with self._writing():
                 for each in self.beside[layer]:  # what no query sees any more does not count any more
@@ -741,7 +766,7 @@ class PagedCache(BaseCache):
                 listed = self.turning[layer].turn(slot, run, indices, left, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
             counts = left
-            keep(run, listed, torch.tensor(counts, dtype=torch.int32))
+            self._keep(layer, slot, run, ws, listed, torch.tensor(counts, dtype=torch.int32))
             now = Settled(now.count, whole, indices, left)
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
@@ -749,7 +774,7 @@ class PagedCache(BaseCache):
                 for block in given.unbind(1):
                     block[:, : indices.shape[1]] = block.gather(1, gather)
         else:
-            keep(run)
+            self._keep(layer, slot, run, ws)
         ahead = torch.arange(tokens, tokens + self.reserved.ahead)
         for head, length in enumerate(counts):
             kept.positions[slot, head, :length] = positions[head, :length]
@@ -758,6 +783,50 @@ class PagedCache(BaseCache):
             self.observed.keep(layer, slot, given, counts)
         if selecting is not None:
             selecting.settled(slot, now, ws)
+
+    def _let_go(self, layer: int, slot: int, indices: torch.Tensor, ws: Workspace) -> None:
+        """Of a layer's certain tokens those at ``indices`` (kv_heads, n) int32 stay, whose turn it is not: what else it
+        has of them, and room for what comes, stays with them."""
+        kept, (heads, count) = self.layers[layer], indices.shape
+        assert kept.positions is not None
+        with ws.frame():
+            positions = ws.empty(heads, kept.positions.shape[2], dtype=torch.int32)
+            run = self._new_run(layer, 0, ws)
+            if ops.is_dry():
+                for each in self.beside[layer]:
+                    each.take_most(slot, kept, run, ws)
+                self._keep(layer, slot, run, ws)
+                return
+            length, counts = int(kept.lengths[slot, 0]), [count] * heads
+            behind = self.reserved.ahead - (length - self.pooled[layer].of(layer, slot).shape[1])
+            positions.copy_(kept.positions[slot])
+            with self._writing():
+                for each in self.beside[layer]:
+                    each.take(slot, kept, run, indices, counts, torch.zeros(positions.shape), positions >= 0, ws)
+            self._keep(layer, slot, run, ws, indices, torch.tensor(counts, dtype=torch.int32), behind)
+            places = indices.long()
+            kept.positions[slot, :, :count] = positions.gather(1, places)
+            kept.positions[slot, :, count : count + behind] = positions[:, length : length + behind]
+            if self.observed is not None:
+                self.observed.let_go(layer, slot, places)
+
+    def _keep(
+        self,
+        layer: int,
+        slot: int,
+        run: Run,
+        ws: Workspace,
+        indices: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+        ahead: int | None = None,
+    ) -> None:
+        """:func:`tightfit.kernels.pages.keep`, with room for ``ahead`` more tokens."""
+        composition = self.reserved.of_layers[layer]
+        tier, recent = composition.tier, composition.recent
+        resident, step = (pages.EVERYTHING, 1) if tier is None else (tier.resident // PAGE, tier.step)
+        ahead = self.reserved.ahead if ahead is None else ahead
+        with self._writing():
+            pages.keep(self.layers[layer], slot, run, ws, indices, counts, recent, resident, ahead, step)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -782,7 +851,10 @@ class PagedCache(BaseCache):
             limit = self.reserved.limit(layer, width)
             counts = [width] * layout.kv_heads
             arrays = mass, mass.clone(), torch.zeros(positions.shape)
-            self._judge(layer, self._seen(layer, 0, positions, counts, (0, width, width, limit), arrays))
+            seen = self._seen(layer, 0, positions, counts, (0, width, width, limit), arrays)
+            if layer in self.pooled:
+                self.pooled[layer].rehearse(layer, self._scores(layer, seen), limit, self.reserved.sizes[layer].most)
+            self._judge(layer, seen)
 
     def _new_run(self, layer: int, count: int, ws: Workspace) -> Run:
         """Room in scratch memory for the keys and values of ``count`` tokens, and of those that merging changes."""
@@ -816,20 +888,57 @@ class PagedCache(BaseCache):
 
     def _judge(self, layer: int, seen: Seen) -> tuple[torch.Tensor, list[int]]:
         """Which of a layer's tokens stay: indices (kv_heads, n) int32, ascending, and how many for each head."""
-        evictor, window, limit = self.evictor, self.layouts[layer].window, seen.keep
+        indices, kept = budgets.choose(self._scores(layer, seen), seen.counts, seen.keep, self.reserved.budget)
+        return indices, kept.tolist()
+
+    def _share(self, layer: int, slot: int, seen: Seen, ws: Workspace) -> tuple[torch.Tensor, list[int]]:
+        """:meth:`_judge` where layers share what they keep: the others let go of what scores less."""
+        pooled, heads = self.pooled[layer], len(seen.counts)
+        scores = self._scores(layer, seen)
+        share = pooled.share(layer, slot, scores, seen.keep, self.reserved.sizes[layer].most)
+        for other, keep in share.items():
+            of_other = pooled.of(other, slot)
+            if other == layer or keep == of_other.shape[1]:
+                continue
+            # Behind those that were judged are others, whose turn comes; they stay.
+            waiting = int(self.layers[other].lengths[slot, 0]) - of_other.shape[1]
+            places, _ = budgets.choose(of_other, [of_other.shape[1]] * heads, keep, "uniform")
+            behind = torch.arange(waiting, dtype=torch.int32) + of_other.shape[1]
+            self._let_go(other, slot, torch.cat([places, behind.expand(heads, -1)], 1).contiguous(), ws)
+            pooled.note(other, slot, of_other.gather(1, places.long()))
+        indices, kept = budgets.choose(scores, seen.counts, share[layer], "uniform")
+        pooled.note(layer, slot, scores.gather(1, indices.long()))
+        return indices, kept.tolist()
+
+    def _scores(self, layer: int, seen: Seen) -> torch.Tensor:
+        """How much tokens (kv_heads, n) are worth keeping: infinite where they stay in any case, minus infinite where
+        they go. Where layers share what they keep, scores are shares of what the layer's tokens received."""
+        evictor, window = self.evictor, self.layouts[layer].window
         if evictor is None:
             scores = seen.positions.float()
         else:
+            if layer in self.pooled:
+                seen = replace(seen, mass=seen.mass / seen.mass.sum().clamp(min=torch.finfo().tiny))
             scores = evictor.scores(seen).clone()  # what it was given is left to mergers
-            first, last = evictor.protected(limit)
+            first, last = evictor.protected(seen.keep)
             if window is not None:  # which hides the first tokens sooner or later
                 first, last = 0, first + last
             for head, count in enumerate(seen.counts):
                 scores[head, : min(first, count)] = torch.inf
                 scores[head, max(count - last, 0) : count] = torch.inf
-        scores = scores.masked_fill(seen.positions <= seen.horizon, -torch.inf)
-        indices, kept = budgets.choose(scores, seen.counts, limit, "uniform" if evictor is None else evictor.budget)
-        return indices, kept.tolist()
+        return scores.masked_fill(seen.positions <= seen.horizon, -torch.inf)
+
+
+def _check_alone(composition: Composition) -> None:
+    """Raises UsageError where layers that share keys and values would lose some before all of them read them."""
+    evictor = composition.evictor
+    pooled = evictor is not None and evictor.budget == "dynamickv"
+    for method in composition.methods:
+        if isinstance(method, Structured | Streamer) or (pooled and method is evictor):
+            raise UsageError(
+                f"{method.name} lets go of tokens of a layer before others would have read them",
+                "Use it without layers that share keys and values.",
+            )
 
 
 def _close(file: int, staging: Sequence[pages.Staging]) -> None:

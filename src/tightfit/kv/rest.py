@@ -36,6 +36,8 @@ class Resting(Beside):
         ws: Workspace,
     ) -> None:
         for head, count in enumerate(counts):
+            if count < 0:
+                continue
             going = leaving(upper, slot, head, run, staying[head, :count].long(), seen[head])
             if len(going):
                 self._take(slot, head, upper, run, going, ws)

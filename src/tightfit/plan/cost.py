@@ -328,8 +328,9 @@ class Cost:
         """How many tokens of a context are looked at."""
         seen = tokens if attention.window is None else min(tokens, attention.window)
         composition = self._composition(kv)
-        if composition.evictor is not None and not isinstance(composition.evictor, Demoter):
-            seen = min(seen, composition.evictor.kept(tokens) + BLOCK // 2)
+        for method in (composition.evictor, composition.streamer):
+            if method is not None and not isinstance(method, Demoter):
+                seen = min(seen, method.kept(tokens) + BLOCK // 2)
         if composition.selector is not None:
             seen = min(seen, int(composition.selector.reads(seen)) + BLOCK // 2)
         return seen

@@ -108,7 +108,7 @@ def test_what_was_found_is_read_in_its_own_type() -> None:
     method, known = Locret(hidden=2), heads_of(LAYOUT)
     tensors = {name: tensor.bfloat16() for name, tensor in known.of(method).items()}
     write_findings("0" * 32, method, Findings(tensors, {}, []))
-    found = known_of("locret(keep=99,hidden=2)", "nothing", "0" * 32, 1)
+    found = known_of("locret(keep=99,hidden=2)", "nothing", "0" * 32, [0])
     assert all(torch.equal(found.of(method)[name], tensor) for name, tensor in tensors.items())
     assert found.digest
 

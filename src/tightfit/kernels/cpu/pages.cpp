@@ -445,8 +445,7 @@ struct Outcome {
     Outcome(const Head& head, const Run& run, const Keeping& k) {
         const Pages& p = head.p;
         length = head.length() + run.count, first = head.length() / PAGE;
-        if (k.indices) {
-            const int32_t* list = k.indices + head.head * k.stride;
+        if (const int32_t* list = k.of(head.head)) {
             length = static_cast<size_t>(k.counts[head.head]);
             size_t same = 0;
             while (same < length && list[same] == static_cast<int32_t>(same)) same++;
@@ -469,6 +468,7 @@ void keep_head(const Head& head, const Run& run, const Keeping& keeping, uint8_t
     Scratch all(scratch);
     PageBuffer source(p, all), target(p, all);
     const Outcome outcome(head, run, keeping);
+    const int32_t* staying = keeping.of(head.head);
     if (p.staging) p.staging->forget(p, head.sequence, head.head, outcome.first);
     const size_t before = head.length(), each = run.slots * itemsize(p.kind);
     const uint8_t* run_keys = run.keys + head.head * each * p.key_dim;
@@ -491,8 +491,7 @@ void keep_head(const Head& head, const Run& run, const Keeping& keeping, uint8_t
     // that of each page that is written everything that is still wanted was read before.
     size_t loaded = ~size_t(0), released = outcome.first;
     for (size_t i = outcome.first * PAGE; i < outcome.length; i++) {
-        const size_t from = keeping.indices
-                                ? static_cast<size_t>(keeping.indices[head.head * keeping.stride + i]) : i;
+        const size_t from = staying ? static_cast<size_t>(staying[i]) : i;
         float* key = target.keys + i % PAGE * p.key_dim;
         float* value = target.values + i % PAGE * p.value_dim;
         if (from < before) {

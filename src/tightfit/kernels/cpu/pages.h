@@ -186,13 +186,17 @@ void project(Block<const float> x, size_t rows, size_t heads, const float* matri
              Block<float> out);
 
 // What happens to a sequence when tokens become certain: those of `run` are added, all but counts[head] `indices` (kv_heads,
-// stride) are let go, if that is not null, all but the last `recent` are coded page by page where pages have codes, and all
-// but `resident` pages go to the file, `step` at a time. Pages for `tail` more tokens are there afterwards.
+// stride) are let go, if that is not null and the count not negative, all but the last `recent` are coded page by page
+// where pages have codes, and all but `resident` pages go to the file, `step` at a time. Pages for `tail` more tokens are
+// there afterwards.
 struct Keeping {
     const int32_t* indices = nullptr;
     size_t stride = 0;
     const int32_t* counts = nullptr;
     size_t recent = 0, resident = ~size_t(0), step = 1, tail = 1;
+
+    // What stays of a head, or null if everything does.
+    const int32_t* of(size_t head) const { return indices && counts[head] >= 0 ? indices + head * stride : nullptr; }
 };
 size_t keep_scratch(const Pages& pages);
 void keep(const Pages& pages, size_t sequence, const Run& run, const Keeping& keeping, uint8_t* scratch);

@@ -30,6 +30,9 @@ class CORM(Evictor):
 
     Heads that share keys and values keep what any of them needs (the paper has a key for each head). The paper judges
     at every token; here the last queries of each chunk of a prompt do, and in blocks of 32 those of what is generated.
+
+    Not met on the embedded model: at 357 tokens on average (82% less than a text of 2048) KL is 0.09, as that of h2o
+    with 512, but a window of 512 has 0.08, and of 24 hidden numbers it finds 5 to the window's 14.
     """
 
     window: int = 128  # type: ignore[misc]

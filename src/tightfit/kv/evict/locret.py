@@ -44,6 +44,10 @@ class Locret(Fitted, Rater):
     `tightfit fit` trains the heads on the frozen model, layer by layer. The paper takes questions with answers and the
     queries of the answers; here any text is cut into parts, and the last quarter of each asks. Ratings are of a layer's
     own scale, and the paper's 1024 units are 128 here: they take memory of the cache.
+
+    On the embedded model heads are trained in 20 seconds of one core, and of the tenth of tokens that are worth most
+    find 28%, untrained ones 11%. What the paper claims is met for bytes only: with 512 tokens 7 of 12 hidden numbers
+    are found, with h2o 5 and with a window 8, and KL after 3000 tokens is 0.49 to their 0.22 and 0.17 (two texts).
     """
 
     recent: int = 64

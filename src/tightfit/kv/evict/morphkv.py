@@ -29,6 +29,9 @@ class MorphKV(Evictor):
     The paper chooses at every token that is generated; here that happens in blocks of 32 tokens, by the last ``window``
     queries, and where the window is longer than 32, by the last blocks of 32 queries that have so many. Heads that
     share keys and values put together what they give.
+
+    Not met on the embedded model: the size is constant for any answer, but the last 512 of 1536 tokens behind a prompt
+    of 512 have a KL of 0.11 (fusion=max: 0.10), with h2o 0.09 and with a window 0.08 (intervals overlap).
     """
 
     window: int = 32  # type: ignore[misc]

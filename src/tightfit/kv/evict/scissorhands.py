@@ -29,6 +29,9 @@ class Scissorhands(Evictor):
     Each head of a group has a vote (the paper has a key for each head). The paper lets go of half of what is kept at
     once when the cache is full; here that happens in blocks of 32 tokens, and the history is the last blocks of 32
     queries that have ``window`` of them.
+
+    Not met on the embedded model: with 512 tokens of 3000 (17%) KL is 0.19, that of a window 0.12 (intervals overlap),
+    and of 24 hidden numbers it finds 6 to the window's 14. The bound on bytes holds at every step.
     """
 
     recent: int = 32

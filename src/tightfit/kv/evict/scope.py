@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
-from tightfit.kv.base import BLOCK
-from tightfit.kv.method import Evictor, Seen
+from tightfit.kv.method import BLOCK, Evictor, Seen
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +32,10 @@ class Scope(Evictor):
     where the text has a multiple of ``every`` tokens; what comes between is part of ``output``. The paper chooses at
     every token, and in the discontinuous way at every 15th; here nothing changes but at multiples of 32. Of a
     conversation all that came before the last answer is the prompt.
+
+    Not met on the embedded model: the last 512 of 1536 tokens behind a prompt of 512 have a KL of 0.14 with slide, 0.20
+    with adaptive and 0.17 with discontinuous, with h2o 0.09: code asks for what was written last more than for its
+    prompt. Discontinuous chooses four times less often.
     """
 
     output: int = 256

@@ -28,6 +28,9 @@ class TOVA(Evictor):
     As in the paper the heads of a layer keep the same tokens, by the sum of what all of them give. The paper lets go of
     one token for each that comes; here the last query of each chunk of a prompt, and of every 32 tokens that are
     generated, judges all of them.
+
+    On the embedded model with 512 of 1000 tokens it finds 19 of 24 hidden numbers, where h2o finds 8 and a window 14;
+    over long texts it is further from the exact cache than both (KL 0.18 to their 0.16 and 0.12, intervals overlap).
     """
 
     observes: ClassVar[str] = "last"

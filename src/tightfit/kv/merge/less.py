@@ -27,7 +27,7 @@ SAMPLE, SAMPLES = 512, 10  # tokens of a text, and texts; the last is held out
     paper="https://arxiv.org/abs/2402.09398",
     exact=False,
     summary="beside a method that lets go of tokens: a small state of constant size by which these still count",
-    calibration="tightfit fit MODEL --kv less --text FILE",
+    calibration="a text (`tightfit fit`)",
 )
 @dataclass(frozen=True)
 class Less(Rest, Fitted):

@@ -10,7 +10,6 @@ from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Rows
-from tightfit.kv.entries import parts
 from tightfit.kv.lower import LowerStore, alone
 from tightfit.kv.select.selecting import Selecting, Settled, Where
 
@@ -60,6 +59,6 @@ class Speculating(Selecting):
         self.low.pages.reset(slot)
 
     def parts(self, slot: int) -> Iterator[torch.Tensor]:
-        for part in parts(self.low.pages, slot, 0, None, []):
+        for part in self.low.parts(slot):
             assert isinstance(part, torch.Tensor)  # a copy has no file
             yield part
