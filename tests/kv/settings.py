@@ -53,7 +53,7 @@ SETTINGS = {
     "specache": "specache(tokens=32,ahead=32,resident=0,bits=8)",
     "matryoshka": "matryoshka(share=0.75,steps=3)",
     "gqa": "gqa",
-    "pod": "pod(keep=64,sinks=4,similar=0.2)",
+    "pod": "pod(keep=64,sinks=4,similar=0.4)",
     "cskv": "cskv(keep=60,keys=0.6,values=0.6)",
 }
 # Methods that do not go with these, and say why. All others do.

@@ -44,7 +44,14 @@ class PoD(Grouper, Fitted):
     queries of texts, so it also counts how much it gives to distant tokens at all.
 
     The paper trains 5 billion tokens more after that, with ``similar=0.5``, and can then leave distant tokens out where
-    near ones have most of the weight; here nothing is trained.
+    near ones have most of the weight; here nothing is trained. (Accounts of it differ in whose queries meet the shared
+    keys in the layers that follow: without training it can only be the first layer's, whose weights are then reused.)
+
+    On the embedded model with ``keep=128``, 10 of 16 heads follow, mostly in lower layers, where attention is local: a
+    cache of 4096 tokens takes 11.5 of 16 MiB, 28% less, and of 20 numbers hidden in 3700 tokens 16 are found where
+    everything finds 17; with ``similar=0.7`` it takes 11.0 MiB, 31% less, and 15 are found. Of evictors that keep as
+    many bytes, h2o finds 11, snapkv 9, and a plain window 17. Text diverges more than where tokens are evicted by their
+    scores: by 0.006 nats (0.022 with 0.7), h2o's by 0.0005.
     """
 
     keep: float = 256
