@@ -4,7 +4,8 @@
 
 Each method sees the same held-out code and the same look-ups, of `--tokens` tokens: the KL divergence of the next 64
 tokens from the exact cache's, the perplexity of these, and questions on hidden numbers and dictionaries that are
-answered right. `drop:elastic(keep=256)` keeps the same tokens and drops the others instead of merging them.
+answered right. `drop:elastic(keep=256)` keeps the same tokens and drops the others instead of merging them. For
+`lococo` call `tightfit fit nano --kv lococo --text FILE` first.
 """
 
 from __future__ import annotations

@@ -38,5 +38,5 @@ def test_it_finds_layers_and_runs_use_them(model: Path, text: Path) -> None:
 
 
 def test_what_cannot_be_found_is_refused(model: Path, text: Path, unloaded: None) -> None:
-    check(tightfit("fit", model, "--kv", "int4", "--text", text), USAGE, "Name one of kvsharer")
+    check(tightfit("fit", model, "--kv", "int4", "--text", text), USAGE, "Name one of a2ats")
     check(tightfit("fit", model, "--kv", "kvsharer", "--text", text.parent / "none"), USAGE, "cannot be read")

@@ -16,6 +16,7 @@ SETTINGS = {
     "kvmerger": "kvmerger(keep=70)",
     "elastic": "elastic(keep=70,offset=12)",
     "ems": "ems(keep=70,window=12,threshold=0.2)",
+    "lococo": "lococo(keep=70,slots=24,window=12,steps=2)",
     "less": "less(rank=4,hidden=16)",
     "tova": "tova(keep=70)",
     "scissorhands": "scissorhands(keep=70,recent=16,window=40)",
@@ -27,6 +28,7 @@ SETTINGS = {
     "anchor": "anchor(at=#3,keep=200)",
     "mikv": "mikv(keep=70,recent=0.25)",
     "zipcache": "zipcache(keep=0.4,recent=16,window=12)",
+    "aqua": "aqua(keep=20,bits=4,first=8)",
     "cq": "cq(coupled=2,recent=16)",
     "gear": "gear(bits=4,recent=16)",
     "int8": "int8(recent=16)",
@@ -51,10 +53,12 @@ SETTINGS = {
     "specache": "specache(tokens=32,ahead=32,resident=0,bits=8)",
     "matryoshka": "matryoshka(share=0.75,steps=3)",
     "gqa": "gqa",
+    "pod": "pod(keep=64,sinks=4,similar=0.4)",
     "cskv": "cskv(keep=60,keys=0.6,values=0.6)",
 }
 # Methods that do not go with these, and say why. All others do.
 REFUSED: dict[str, set[str]] = {
+    "aqua": {"int4", "int8"},
     "cq": {"int4", "int8"},
     "gear": {"int4", "int8"},
     "zipcache": {"int4", "int8"},

@@ -135,6 +135,7 @@ class BaseCache(ABC):
     anchors = 0  # first tokens that queries see from another position than their own
     whole_entries = False  # whether what is saved is all of a sequence, or what some tokens of it added
     settled = True  # whether what a step adds stays as it is
+    repeatable = True  # whether steps that decode as many tokens compute the same operations
 
     def standing(self, step: Step, positions: torch.Tensor) -> torch.Tensor:
         """Where the tokens of a step stand that are at ``positions`` (tokens,) of their sequences."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 
@@ -16,6 +17,13 @@ from tightfit.kv.entries import InFile
 class Beside(ABC):
     """Of one layer: something of the tokens that its pages let go of. Attention over both is joined by the logarithms
     of what each softmax divides by, ``lse``."""
+
+    repeats: ClassVar[bool] = True  # whether steps that decode as many tokens compute the same operations
+
+    @property
+    def stores(self) -> list[Pages]:
+        """The pages that are read when the layer looks."""
+        return []
 
     @abstractmethod
     def take(

@@ -78,6 +78,7 @@ class LowerStore(Beside):
             key_side=table(arena, key_codec, sequences, heads),
             value_side=None if layout.shared else table(arena, value_codec, sequences, heads),
         )
+        self.looked_at = self.pages  # by queries
         self.projected = self.merged > 1 or (key_dim, value_dim) != (layout.key_dim, layout.value_dim)
         if self.projected:
 
@@ -90,6 +91,10 @@ class LowerStore(Beside):
                 matrices(layout.value_dim, value_dim),
                 matrices(value_dim, layout.value_dim),
             )
+
+    @property
+    def stores(self) -> list[Pages]:
+        return [self.pages]
 
     # ---- tokens that come ----
 
@@ -194,7 +199,7 @@ class LowerStore(Beside):
     ) -> None:
         with ws.frame():
             looking, part, sums = self._look(q, ws)
-            pages.attend_rows(self.pages, Rows(rows.places), looking, part, sums, ws, alone(scoring))
+            pages.attend_rows(self.looked_at, Rows(rows.places), looking, part, sums, ws, alone(scoring))
             self._join(out_, lse_, part, sums, ws)
 
     def join(
@@ -207,7 +212,7 @@ class LowerStore(Beside):
         scoring: Scoring,
         bf16: bool,
     ) -> None:
-        kept = self.pages
+        kept = self.looked_at
         with ws.frame():
             looking, part, sums = self._look(q, ws)
             nothing = Run(kept.keys[slot], kept.values[slot], 0)

@@ -297,6 +297,7 @@ class Leaving(Protocol):
 class Judged(NamedTuple):
     """The tokens of one head as :class:`Seen` had them, (n,) each, after they were judged."""
 
+    layer: int
     stays: torch.Tensor  # (m,) int64, ascending: the places among them of those that stay
     positions: torch.Tensor
     mass: torch.Tensor
@@ -441,11 +442,30 @@ class Demoter(Evictor, Lowering):
     def prepare(self, layer: int, store: LowerStore, known: Known) -> None:
         """Writes the matrices of a layer's lower store, which has some if it keeps fewer features."""
 
-    def store(self, *arguments: Any) -> LowerStore:
-        """A layer's lower store, of the arguments of :class:`~tightfit.kv.lower.LowerStore`."""
+    def store(self, before: LowerStore | None, *arguments: Any) -> LowerStore:
+        """A layer's lower store, of the arguments of :class:`~tightfit.kv.lower.LowerStore`; ``before`` is that of the
+        last layer before it that has one."""
         from tightfit.kv.lower import LowerStore
 
         return LowerStore(self, *arguments)
+
+
+class Group(NamedTuple):
+    """Key-value ``heads`` of consecutive ``layers``, which look at distant tokens alike."""
+
+    layers: range
+    heads: range
+
+
+@dataclass(frozen=True)
+class Grouper(Evictor):
+    """An evictor whose tokens are not gone when they leave: layers keep them together
+    (:mod:`tightfit.kv.share.distant`). The same tokens leave in all heads and layers; layers with a sliding window keep
+    all that it shows."""
+
+    def groups(self, layouts: Sequence[LayerLayout], known: Known) -> list[Group]:
+        """Of all heads of all layers without a window the group that each is in."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from tightfit.kv.reading import Encode, Reading
 from tightfit.kv.reserved import Reserved
 from tightfit.kv.rest import Resting
 from tightfit.kv.select.selecting import Selecting, Settled, Where
+from tightfit.kv.share.distant import Distant
 from tightfit.kv.streaming import Streaming
 from tightfit.kv.turning import Turning, stand
 
@@ -101,7 +102,6 @@ class PagedCache(BaseCache):
         composition = composition.with_found(known, lambda found: _placed(found, arena))
         self.layouts = layouts
         self.owners = list(range(len(layouts)) if known.owners is None else known.owners)
-        self._last = {owner: layer for layer, owner in enumerate(self.owners)}  # the last one that reads an owner's
         self.composition = composition
         self.context = context
         self.sequences = sequences
@@ -150,7 +150,12 @@ class PagedCache(BaseCache):
         self.watching: Observer | None = self.observed  # what looks at prompts
         if streamer is not None and streamer.window:
             self.watching = Observer(streamer, layouts, widths, -(-streamer.window // BLOCK))
+        self.distant = reserved.distant(self.layers, arena, dtype, self.tokens, self._file, known)
         self.beside = self._of_owners(lambda layer: self._beside(layer, arena, known))
+        self.repeatable = all(each.repeats for found in self.beside for each in found)
+        # After which layer the tokens of each owner may leave: the last one that reads them, or needs them there.
+        after = list(range(len(layouts))) if self.distant is None else self.distant.settled_after(len(layouts))
+        self._last = {owner: after[layer] for layer, owner in enumerate(self.owners)}
         self.pooled: dict[int, Pooled] = {}  # of each layer that shares what it keeps with others
         for layer in self.own:
             if reserved.pooled(layer) and layer not in self.pooled:
@@ -184,7 +189,7 @@ class PagedCache(BaseCache):
 
     def _merging(self, merger: Merger, layer: int, arena: Arena) -> Merging:
         memory = place(arena, (self.sequences, self.layouts[layer].kv_heads, merger.remembers), torch.float32)
-        return Merging(merger, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
+        return Merging(merger, layer, self.layers[layer], memory, self.reserved.sizes[layer].table_pages * PAGE)
 
     def _pooling(self, layers: Sequence[int], arena: Arena) -> Pooled:
         first = layers[0]
@@ -202,6 +207,8 @@ class PagedCache(BaseCache):
         rest = self.composition.rest
         if lower is not None:
             found.append(lower)
+        if self.distant is not None:
+            found.append(Distant(self.distant, layer))
         if rest is not None:
             found.append(Resting(rest, layer, self.layouts[layer], self.sequences, arena))
         return found
@@ -280,14 +287,18 @@ class PagedCache(BaseCache):
     def through(self, step: Step, ws: Workspace) -> Iterator[None]:
         """What others read of a prompt's tokens stays in scratch memory until the last of them has."""
         with ws.frame():
-            for owner in self._last:
-                if self.owners.count(owner) > 1:
-                    counts = [b - a for _, a, b in step.prefills]
+            counts = [b - a for _, a, b in step.prefills]
+            for owner, last in self._last.items():
+                if last != owner or self.owners.count(owner) > 1:
                     self._shared[owner] = [self._new_shared(owner, count, ws) for count in counts]
+            if self.distant is not None:
+                self.distant.begin(step, ws)
             try:
                 yield
             finally:
                 self._shared = {}
+                if self.distant is not None:
+                    self.distant.runs = {}
 
     def _new_shared(self, owner: int, count: int, ws: Workspace) -> Shared:
         run = self._new_run(owner, count, ws)
@@ -343,7 +354,6 @@ class PagedCache(BaseCache):
         kept, rows, past = self.layers[layer], step.vector, self.layouts[layer].past
         observed = None if self.rated is not None else self.observed
         beside, selecting = self.beside[layer], self.selecting[layer]
-        shared = self._shared.get(self.owners[layer])
         sums = observed is not None or bool(beside) or (selecting is not None and selecting.joins)
         if rows:
             if past:
@@ -368,21 +378,20 @@ class PagedCache(BaseCache):
                 elif observed is not None and lse is not None:
                     observed.rows(layer, kept, which, looking, lse, ws, scoring)
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
-            common = None if shared is None else shared[index]
             if self.reading is None:
-                self._attend_prompt(layer, segment, (a, b), run, at, held, q, out, common, ws, scoring)
+                self._attend_prompt(layer, segment, (a, b), run, at, held, q, out, index, ws, scoring)
                 continue
             if ops.is_dry():  # a stretch may be the whole chunk
                 with ws.frame():
                     part = self._part(layer, run, 0, b - a, ws)
-                    self._attend_prompt(layer, segment, (a, b), part, 0, held, q, out, common, ws, scoring)
+                    self._attend_prompt(layer, segment, (a, b), part, 0, held, q, out, index, ws, scoring)
                 continue
             for first, stop in self.reading.stretches(segment.slot, segment.start, b - a):
                 self.tokens[segment.slot] = segment.start + first
                 stretch = a + first, a + stop
                 with ws.frame():
                     part = self._part(layer, run, first, stop, ws)
-                    self._attend_prompt(layer, segment, stretch, part, 0, held, q, out, common, ws, scoring)
+                    self._attend_prompt(layer, segment, stretch, part, 0, held, q, out, index, ws, scoring)
             self.tokens[segment.slot] = segment.start
 
     def _part(self, layer: int, run: Run, start: int, stop: int, ws: Workspace) -> Run:
@@ -404,12 +413,12 @@ class PagedCache(BaseCache):
         held: Held,
         q: torch.Tensor,
         out: torch.Tensor,
-        common: Shared | None,
+        index: int,
         ws: Workspace,
         scoring: Scoring,
     ) -> None:
-        """Attention of ``rows`` of a step, which are the tokens from ``at`` on of a run; what the run adds is certain
-        then, unless others read it or more of the prompt comes first."""
+        """Attention of ``rows`` of the step's prompt ``index``, which are the tokens from ``at`` on of a run; what the
+        run adds is certain then, unless others read it or more of the prompt comes first."""
         kept, owner, beside = self.layers[layer], self.owners[layer], self.beside[layer]
         watching = None if self.rated is not None else self.watching
         (a, b), slot, past = rows, segment.slot, self.layouts[layer].past
@@ -424,7 +433,10 @@ class PagedCache(BaseCache):
             if lse is not None:
                 for each in beside:
                     each.join(slot, q[a:b], out[a:b], lse, ws, scoring, bf16)
-            held_by: Whole | Shared | None = self._whole or common
+            if self.distant is not None:
+                self.distant.runs.setdefault(slot, {})[layer] = run
+            common = self._shared.get(owner)
+            held_by: Whole | Shared | None = self._whole or (None if common is None else common[index])
             given = self._received(layer, run.count, ws) if held_by is None else held_by.given
             if self.rated is not None and held.worth is not None and given is not None:
                 self.rated.put_chunk(kept, slot, at, held.worth[a:b], given)
@@ -435,9 +447,14 @@ class PagedCache(BaseCache):
                 watching.chunk(kept, slot, run, at, looking, lse, given, ws, scoring)
             if layer == owner and self.settled:
                 self._look_first(layer, slot, run, looking.q)
-            if layer == self._last[owner] and self.settled:
+            if self.settled:
                 whole = segment.stop >= (segment.length or 0)
-                self._settle(owner, slot, run, given, ws, whole)
+                for waiting in (each for each in self.own if self._last[each] == layer):
+                    if waiting == owner:
+                        self._settle(owner, slot, run, given, ws, whole)
+                    else:
+                        of_layer = self._shared[waiting][index]
+                        self._settle(waiting, slot, of_layer.run, of_layer.given, ws, whole)
 
     def _attend_before(
         self,
@@ -613,6 +630,11 @@ class PagedCache(BaseCache):
         if isinstance(self.evictor, Structured):
             raise UsageError(
                 f"{self.evictor.name} sees of a prompt what it would see token by token, in any schedule",
+                "Leave --prefill layered out.",
+            )
+        if self.distant is not None:
+            raise UsageError(
+                f"layers of which one looks for others, as with {self.composition}, are computed chunk by chunk",
                 "Leave --prefill layered out.",
             )
         if self.own != list(range(len(self.owners))):

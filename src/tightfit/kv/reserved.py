@@ -14,7 +14,8 @@ from tightfit.kv.cache import numbers, place, table
 from tightfit.kv.compose import Composition
 from tightfit.kv.fitted import Known
 from tightfit.kv.lower import LowerStore
-from tightfit.kv.method import Demoter
+from tightfit.kv.method import Demoter, Grouper
+from tightfit.kv.share.distant import AsCoded, Distants, DistantStore
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Reserved:
         self.budget = "uniform" if composition.evictor is None else composition.evictor.budget
         self.ragged = self.budget == "adakv"
         self.file_bytes = 0
+        self._before: LowerStore | None = None
         self.pools: dict[int, Pool] = {}  # of the first of the layers that have them in common
         self.sizes = [self._size(layer, kept) for layer, kept in enumerate(self._kept(context))]
 
@@ -119,21 +121,37 @@ class Reserved:
 
     def _all_of_window(self, layer: int) -> bool:
         """Whether a layer keeps what its window shows, whatever the evictor does elsewhere."""
-        return isinstance(self.composition.evictor, Demoter) and self.layouts[layer].window is not None
+        return isinstance(self.composition.evictor, Demoter | Grouper) and self.layouts[layer].window is not None
 
     def lower(
         self, layer: int, arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int, known: Known
     ) -> LowerStore | None:
         """The lower store of a layer, as :meth:`pages`, if its evictor has one."""
-        evictor, layout = self.composition.evictor, self.layouts[layer]
+        evictor, layout = self.of_layers[layer].evictor, self.layouts[layer]
         if not isinstance(evictor, Demoter) or self._all_of_window(layer):
             return None
         most = self.context - self.sizes[layer].kept
         longest = self.context if self.ragged else max(most, PAGE)
-        kept = evictor.store(layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes)
+        arguments = layout, most, longest, self.sequences, dtype, arena, tokens, file, self.file_bytes
+        self._before = kept = evictor.store(self._before, *arguments)
         self.file_bytes = kept.end
         evictor.prepare(layer, kept, known)
         return kept
+
+    def distant(
+        self, layers: list[Pages], arena: Arena, dtype: torch.dtype, tokens: torch.Tensor, file: int, known: Known
+    ) -> Distants | None:
+        """What ``layers`` keep together, if the evictor has them do so."""
+        evictor, composition, stores = self.composition.evictor, self.composition, []
+        if not isinstance(evictor, Grouper):
+            return None
+        coding = AsCoded(composition.key_codec, composition.value_codec)
+        for group in evictor.groups(self.layouts, known):
+            most = self.context - self.sizes[group.layers[0]].kept
+            common = coding, most, max(most, PAGE), self.sequences, dtype, arena, tokens, file, self.file_bytes
+            stores.append(DistantStore(group, [self.layouts[layer] for layer in group.layers], *common))
+            self.file_bytes = stores[-1].end
+        return Distants(stores, layers, self.layouts)
 
     def _has_codes(self, layer: int) -> bool:
         c = self.of_layers[layer]

@@ -160,7 +160,8 @@ class Decoder:
         A step that only decodes repeats the operations of the one before, if that decoded as many tokens: what Python
         does between them takes as long as reading a hundred megabytes of weights.
         """
-        if ops.is_dry() or batch.prefills or batch.tentative or not self._repeatable or not cpu.available():
+        repeatable = self._repeatable and cache.repeatable and cpu.available()
+        if ops.is_dry() or batch.prefills or batch.tentative or not repeatable:
             self._compute_layers(x, batch, cache, ropes, ws)
             return
         # What decides which tensors lie where.

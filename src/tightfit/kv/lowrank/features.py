@@ -68,6 +68,7 @@ class Features(BaseCache):
         self.gemm_dtype = inner.gemm_dtype
         self.anchors = inner.anchors
         self.whole_entries = inner.whole_entries
+        self.repeatable = inner.repeatable
         placed = {layer: maps[layer].placed(layouts[layer], arena) for layer in inner.own}
         self._maps = [placed[owner] for owner in inner.owners]
 

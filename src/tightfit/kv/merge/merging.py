@@ -16,10 +16,11 @@ from tightfit.kv.method import Judged, Leaving, Merger, Seen, Tokens
 
 @dataclass(frozen=True)
 class Merging:
-    """Of one layer: ``memory`` (sequences, kv_heads, n) float32 is what ``merger`` remembers; a head has at most
+    """Of one ``layer``: ``memory`` (sequences, kv_heads, n) float32 is what ``merger`` remembers; a head has at most
     ``most`` tokens."""
 
     merger: Merger
+    layer: int
     pages: Pages
     memory: torch.Tensor
     most: int
@@ -61,7 +62,7 @@ class Merging:
                 continue
             alike = None if seen.alike is None else seen.alike[head, :total]
             numbers = seen.positions[head, :total], seen.mass[head, :total], alike
-            judged = Judged(stays, *numbers, decoding=seen.tokens > seen.prompt)
+            judged = Judged(self.layer, stays, *numbers, decoding=seen.tokens > seen.prompt)
             with ws.frame():
                 tokens, changed = self._head(slot, head, run, going, judged, ws)
                 which = changed.nonzero()[:, 0]
@@ -78,7 +79,7 @@ class Merging:
         self.compare(slot, run, [most + run.count] * self.pages.table.shape[1], ws)
         nothing = torch.zeros(most + run.count)
         with ws.frame():
-            judged = Judged(torch.arange(most), nothing.int(), nothing, nothing, decoding=not run.count)
+            judged = Judged(self.layer, torch.arange(most), nothing.int(), nothing, nothing, decoding=not run.count)
             self._head(slot, 0, run, torch.arange(most + run.count), judged, ws)
 
     def _head(

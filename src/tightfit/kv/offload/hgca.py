@@ -70,7 +70,7 @@ class HGCA(Demoter, Tier):
     def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
         return Codec(as_they_are, layout.key_dim, per_channel=True), Codec(as_they_are, layout.value_dim, False)
 
-    def store(self, *arguments: Any) -> LowerStore:
+    def store(self, before: LowerStore | None, *arguments: Any) -> LowerStore:
         from tightfit.kv.offload.sparse import SparseStore
 
         return SparseStore(self, *arguments)

@@ -1,5 +1,5 @@
 """Methods by which layers share keys and values."""
 
-from tightfit.kv.share import kvsharer
+from tightfit.kv.share import kvsharer, pod
 
-__all__ = ["kvsharer"]
+__all__ = ["kvsharer", "pod"]

@@ -1,0 +1,315 @@
+"""All methods of the cache at equal bytes, on the embedded model.
+
+    python benchmarks/cache_methods.py run FOLDER [--shares 50 25] [--methods h2o snapkv] [--speed]
+    python benchmarks/cache_methods.py table FOLDER [SPEED_FOLDER] [--out FILE.md] [--json]
+
+Each method has one setting by which it grows: the largest is taken with which the ``kv`` account, as the cache itself
+allocates it, is no larger than a share of a cache that keeps everything, for a context of 4096 tokens. What has no such
+setting stands where it fits. ``run`` first finds what methods must know of the model (`tightfit fit`, on half of the
+held-out texts), then measures with the lab: look-ups in dictionaries and of hidden numbers, and the KL divergence of
+text after long prompts, which begins in the other half. With ``--speed`` it measures seconds and peaks instead: on a
+quiet machine. A run that was ended goes on. ``table`` writes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import command, commit, held_out, machine, table
+
+from tightfit import zoo
+from tightfit.checkpoints.checkpoint import open_checkpoint
+from tightfit.checkpoints.config import Config
+from tightfit.errors import CheckpointError, UsageError
+from tightfit.kv.compose import compose, known_of
+from tightfit.kv.fitted import NOTHING
+from tightfit.kv.make import kv_nbytes
+from tightfit.lab.report import Report, Row, summarise
+from tightfit.lab.results import Results
+from tightfit.lab.statistics import Estimate
+from tightfit.model.decoder import cache_layouts
+from tightfit.model.families import model_spec
+
+MODEL, OWNERS, CONTEXT, CHUNK, MEMORY = "nano", list(range(8)), 4096, 128, "1GiB"
+BASELINE = "int8"
+SHARES = (50.0, 25.0, 12.5, 6.0)
+TASKS = "lookup(questions=16,tokens=1000/2000),needle(questions=2,tokens=2000),divergence(texts=12,tokens=95%)"
+SPEED = "latency(repetitions=3,tokens=90%),memory"
+
+# Of each method the spec string with its growing setting, and between which values; or what it is if nothing grows.
+TOKENS = (8, CONTEXT)
+GROWING: dict[str, tuple[str, tuple[int, int], float]] = {
+    name: (spec, TOKENS, 1.0)
+    for name, spec in {
+        "window": "window(keep={})",
+        "h2o": "h2o(keep={})",
+        "scissorhands": "scissorhands(keep={})",
+        "tova": "tova(keep={})",
+        "corm": "corm(keep={})",
+        "morphkv": "morphkv(keep={})",
+        "scope": "scope(keep={},output=64,recent=32)",
+        "snapkv": "snapkv(keep={})",
+        "snapkv, pyramid": "snapkv(keep={},budget=pyramid)",
+        "snapkv, adakv": "snapkv(keep={},budget=adakv)",
+        "snapkv, dynamickv": "snapkv(keep={},budget=dynamickv)",
+        "locret": "locret(keep={})",
+        "razor": "razor(recent={})",
+        "duo": "duo(recent={})",
+        "lighttransfer": "lighttransfer(recent={})",
+        "d2o": "d2o(keep={})",
+        "kvmerger": "kvmerger(keep={})",
+        "elastic": "elastic(keep={})",
+        "ems": "ems(keep={})",
+        "less": "less+h2o(keep={})",
+        "mikv": "mikv(keep={})",
+        "hgca": "hgca(keep={})",
+        "snapkv+int4": "snapkv(keep={})+int4",
+        "h2o+int4": "h2o(keep={})+int4",
+        "host": "host(resident={})",
+        "quest+host": "quest+host(resident={})",
+        "recycled+host": "recycled+host(resident={})",
+        "clusterkv+host": "clusterkv+host(resident={})",
+        "squeezed+host": "squeezed+host(resident={})",
+        "alisa+host": "alisa+host(resident={})",
+        "a2ats+host": "a2ats+host(resident={})",
+        "headinfer": "headinfer(resident={})",
+        "specache": "specache(resident={})",
+        "tailor": "tailor(resident={})",
+    }.items()
+} | {
+    "zipcache": ("zipcache(keep={})", (1, 100), 0.01),
+    "matryoshka": ("matryoshka(share={})", (1, 99), 0.01),
+}
+FIXED = (
+    "int8",
+    "int4",
+    "int4(of=keys)+int2(of=values)",
+    "int2",
+    "gear(bits=4)",
+    "gear",
+    "cq(coupled=2,bits=8)",
+    "cq(coupled=4,bits=8)",
+    "cq(coupled=8,bits=8)",
+    "aqua",
+    "think",
+    "think+int4",
+    "cskv(keys=0.5,values=0.5)",
+    "cskv(keys=0.4,values=0.4)",
+    "cskv",
+    "cskv(keys=0.1,values=0.1)",
+    "gqa",
+    "gqa+int4",
+    "kvsharer",
+    "kvsharer(share=0.5)",
+    # "pod",
+    # "pod+int4",
+)
+
+
+class Sizes:
+    """The bytes that caches take."""
+
+    def __init__(self) -> None:
+        checkpoint = open_checkpoint(str(zoo.path(MODEL)))
+        spec = model_spec(Config(checkpoint.config, checkpoint.name), checkpoint.tensors)
+        self.layouts = cache_layouts(spec, CONTEXT, CHUNK)
+        self.name, self.fingerprint = checkpoint.name, checkpoint.fingerprint
+        checkpoint.close()
+        self.whole = self.nbytes("none")
+
+    def nbytes(self, kv: str) -> int:
+        known = known_of(kv, self.name, self.fingerprint, OWNERS) if compose(kv).fitted else NOTHING
+        return kv_nbytes(kv, self.layouts, CONTEXT, 1, "bfloat16", known)
+
+    def fitting(self, share: float, names: list[str]) -> dict[str, str]:
+        """Of each method the largest that takes no more than ``share`` percent of everything; a fixed one only if it
+        takes more than half of that, so that it is compared where it belongs."""
+        most, found = int(self.whole * share / 100), {}
+        for name, (spec, (low, high), unit) in GROWING.items():
+            if names and name.partition("+")[0].partition(",")[0] not in names:
+                continue
+
+            def fits(number: int, spec: str = spec, unit: float = unit) -> bool:
+                return self.fits(spec.format(f"{number * unit:g}"), most)
+
+            best = largest(fits, low, high)
+            if best is not None:
+                found[name] = spec.format(f"{best * unit:g}")
+        for spec in FIXED:
+            if names and spec.partition("(")[0].partition("+")[0] not in names:
+                continue
+            if self.fits(spec, most) and not self.fits(spec, most // 2):
+                found[spec] = spec
+        return found
+
+    def fits(self, kv: str, most: int) -> bool:
+        try:
+            return self.nbytes(kv) <= most
+        except UsageError:
+            return False
+
+
+def largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest number that fits, where all below it do that a method can be given at all."""
+    candidates = [number for number in (low, 16, 32, 64, 80, 100, 132, 140, 160, 200, 256) if low <= number <= high]
+    first = next((number for number in candidates if fits(number)), None)
+    if first is None:
+        return None
+    while first < high:
+        middle = (first + high + 1) // 2
+        first, high = (middle, high) if fits(middle) else (first, middle - 1)
+    return first
+
+
+def fit_all(specs: list[str]) -> None:
+    """Finds what methods must know, where it was not found yet."""
+    texts, _ = held_out(zoo.path(MODEL))
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as text, open_checkpoint(str(zoo.path(MODEL))) as checkpoint:
+        text.write("\n".join(texts[: len(texts) // 2]))
+        text.flush()
+        for method in {method.fitted_by() for spec in specs for method in compose(spec).fitted}:
+            try:
+                known_of(method, checkpoint.name, checkpoint.fingerprint, OWNERS)
+            except CheckpointError:
+                arguments = ["fit", MODEL, "--kv", method, "--text", text.name, "--memory", "4GiB"]
+                subprocess.run([sys.executable, "-m", "tightfit", *arguments], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("folder", type=Path)
+    run.add_argument("--shares", type=float, nargs="+", default=SHARES, metavar="PERCENT")
+    run.add_argument("--methods", nargs="+", default=[], metavar="NAME")
+    run.add_argument("--speed", action="store_true")
+    run.add_argument("--show", action="store_true", help="only say what would be measured")
+    shown = commands.add_parser("table")
+    shown.add_argument("folder", type=Path)
+    shown.add_argument("speed", type=Path, nargs="?")
+    shown.add_argument("--out", type=Path)
+    shown.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if options.command == "table":
+        show(options)
+        return
+    sizes = Sizes()
+    fit_all([spec.format("0.5") if unit < 1 else spec.format(512) for spec, _, unit in GROWING.values()] + list(FIXED))
+    shares = [100 * sizes.nbytes(BASELINE) / sizes.whole, *options.shares]
+    found = {share: sizes.fitting(share, options.methods) for share in shares}
+    chosen = [spec for of_share in found.values() for spec in of_share.values()]
+    specs = list(dict.fromkeys(["none", BASELINE, *chosen]))
+    if options.show:
+        for share, of_share in found.items():
+            rows = [[name, spec, f"{100 * sizes.nbytes(spec) / sizes.whole:.1f}"] for name, spec in of_share.items()]
+            print(f"\n{share:.1f}%\n" + table(["method", "with", "% of everything"], rows))
+        print(f"{len(specs)} configurations")
+        return
+    tasks = SPEED if options.speed else TASKS
+    arguments = ["lab", "run", MODEL, "--memory", MEMORY, "--context", str(CONTEXT), "--chunk", str(CHUNK)]
+    arguments += ["--tasks", tasks, "--vary", f"kv=[{','.join(specs)}]", "--out", str(options.folder)]
+    print(shlex.join(["tightfit", *arguments]))
+    raise SystemExit(subprocess.run([sys.executable, "-m", "tightfit", *arguments]).returncode)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Writes the page of what was measured."""
+    report = summarise(Results.open(options.folder))
+    speed = None if options.speed is None else summarise(Results.open(options.speed))
+    sizes, whole = Sizes(), report.by_key["kv=none"]
+    shares = [100 * sizes.nbytes(BASELINE) / sizes.whole, *SHARES]
+    rows = [row for row in report.rows if row.key.startswith("kv=") and row.finished]
+    found: dict[float, list[Row]] = {share: [] for share in shares}
+    for row in rows:
+        share = 100 * row.indicators["kv_bytes"] / whole.indicators["kv_bytes"]
+        fits = [each for each in shares if share <= each * 1.0001]
+        if row is not whole and fits:
+            found[min(fits)].append(row)
+    if options.json:
+        print(json.dumps({f"{share:g}": [as_json(report, speed, row) for row in of] for share, of in found.items()}))
+        return
+    parts = [
+        "# Methods of the cache at equal bytes",
+        f"Made by `{command()}` at {commit()}. {machine(report.experiment.machine['cores'])}",
+    ]
+    for share, of_share in found.items():
+        of_share.sort(key=lambda row: kl(report, row).value)
+        title = f"{BASELINE}'s {share:.0f}%" if share == shares[0] else f"{share:g}%"
+        lines = [cells(report, speed, row) for row in (whole, *of_share)]
+        parts += [f"## At most {title} of {sizes.whole / 2**20:.0f} MiB", table(COLUMNS, lines)]
+    page = "\n\n".join(parts) + "\n"
+    if options.out is None:
+        print(page)
+    else:
+        options.out.write_text(page, encoding="utf-8")
+
+
+COLUMNS = (
+    "methods",
+    "kv MiB",
+    "read by a token, MiB",
+    "dictionary",
+    "hidden numbers",
+    "KL divergence",
+    "new tokens, times as many",
+    "first token, times as long",
+    "peak MiB",
+)
+
+
+def kl(report: Report, row: Row) -> Estimate:
+    return next(value for name, value in row.values.items() if name.startswith("divergence") and name.endswith(".kl"))
+
+
+def answers(row: Row, task: str) -> Estimate:
+    return next(value for name, value in row.values.items() if name.startswith(task) and name.endswith(".correct"))
+
+
+def seconds(report: Report, row: Row, metric: str) -> float:
+    """The median of a time of the latency task."""
+    values = row.values.items()
+    return next(each.value for name, each in values if name.startswith("latency") and name.endswith(metric))
+
+
+def interval(of: Estimate, digits: int) -> str:
+    if of.low is None or of.high is None:
+        return f"{of.value:.{digits}f}"
+    return f"{of.value:.{digits}f} ({of.low:.{digits}f} to {of.high:.{digits}f})"
+
+
+def cells(report: Report, speed: Report | None, row: Row) -> list[str]:
+    own = [
+        f"`{row.vary['kv']}`",
+        f"{row.indicators['kv_bytes'] / 2**20:.2f}",
+        f"{(row.indicators['read_bytes_per_token'] - row.indicators['weights_bytes']) / 2**20:.1f}",
+        interval(answers(row, "lookup"), 2),
+        interval(answers(row, "needle"), 2),
+        interval(kl(report, row), 4),
+    ]
+    timed = None if speed is None else speed.by_key.get(row.key)
+    if speed is None or timed is None or not timed.finished:
+        return [*own, "", "", ""]
+    none = speed.by_key["kv=none"]
+    return [
+        *own,
+        f"{seconds(speed, none, '.token') / seconds(speed, timed, '.token'):.2f}",
+        f"{seconds(speed, timed, '.first_token') / seconds(speed, none, '.first_token'):.2f}",
+        f"{timed.indicators['peak_rss_bytes'] / 2**20:.0f}",
+    ]
+
+
+def as_json(report: Report, speed: Report | None, row: Row) -> dict[str, str]:
+    return dict(zip(COLUMNS, cells(report, speed, row), strict=True))
+
+
+if __name__ == "__main__":
+    main()
