@@ -36,12 +36,19 @@ class LServe(Gated, Selector):
 
     Heads are found by `tightfit fit`, as those of ``duo``. The paper has pages of 64 tokens in parts of 16, reads 4096
     tokens of them, and keeps more recent ones while the prompt is computed than afterwards; here a chunk sees itself.
+
+    On the embedded model 103 of 120 look-ups in 2000 tokens are right and 34 of 80 in 3700; with everything 105 and 34,
+    so two points are not passed, of the six that so many questions can tell. With parts of 8 tokens, the paper's share
+    of a page, it is 102 and 31, and with bounds of whole pages 91 of the 120. As many pages are read at both lengths:
+    with their bounds 29% and 17% of the bytes, where heads that stream alone leave 64% and 59%. Bounds take a fourth of
+    what they bound. Choosing at every token reads a third more and has a sixth of the divergence (0.017 nats, 0.107).
+    Bytes were counted; seconds were not measured.
     """
 
     tokens: int = 512
     full: int = 0
     retrieval: float = 0.5
-    size: int = 8
+    size: int = 4
     every: int = 4
 
     roles: ClassVar[tuple[str, ...]] = ("tokens", "selector")
