@@ -101,6 +101,16 @@ def test_a_cache_that_lets_go_is_looked_at_as_far_as_it_keeps(nano: Checkpoint) 
     assert cost.attend_seconds(0, "quest(tokens=128)", 1024) == kept[2]
 
 
+def test_heads_that_stream_are_looked_at_beside_those_that_do_not(nano: Checkpoint) -> None:
+    """Half of them keep 16 tokens, and half of those that come before some are let go of; the others all, or choose."""
+    cost, _ = opened(nano)
+    for kv, others in (
+        ("duo(retrieval=0.5,sinks=0,recent=16)", 1024),
+        ("lserve(retrieval=0.5,sinks=0,recent=16,tokens=128)", 128 + 16),
+    ):
+        assert cost.attend_seconds(0, kv, 1024) == cost.attend_seconds(0, "int8", (32 + others) // 2)
+
+
 def test_a_whole_prediction_is_the_sum_of_its_parts(nano: Checkpoint) -> None:
     cost, search = opened(nano)
     plan = search.best(RUNTIME)
