@@ -42,7 +42,7 @@ from tightfit.model.families import model_spec
 MODEL, OWNERS, CONTEXT, CHUNK, MEMORY = "nano", list(range(8)), 4096, 128, "1GiB"
 BASELINE = "int8"
 SHARES = (50.0, 25.0, 12.5, 6.0)
-TASKS = "lookup(questions=16,tokens=1000/2000),needle(questions=2,tokens=2000),divergence(texts=12,tokens=95%)"
+TASKS = "lookup(questions=16,tokens=2000),needle(questions=2,tokens=2000),divergence(texts=8,tokens=95%)"
 SPEED = "latency(repetitions=3,tokens=90%),memory"
 
 # Of each method the spec string with its growing setting, and between which values; or what it is if nothing grows.
@@ -70,8 +70,14 @@ GROWING: dict[str, tuple[str, tuple[int, int], float]] = {
         "elastic": "elastic(keep={})",
         "ems": "ems(keep={})",
         "less": "less+h2o(keep={})",
+        "lococo": "lococo(keep={})",
         "mikv": "mikv(keep={})",
         "hgca": "hgca(keep={})",
+        "razor+int4": "razor(recent={})+int4",
+        "duo+int4": "duo(recent={})+int4",
+        "duo, an eighth": "duo(retrieval=0.125,recent={})",
+        "duo, an eighth+int4": "duo(retrieval=0.125,recent={})+int4",
+        "lighttransfer+int4": "lighttransfer(recent={})+int4",
         "snapkv+int4": "snapkv(keep={})+int4",
         "h2o+int4": "h2o(keep={})+int4",
         "host": "host(resident={})",
@@ -110,8 +116,8 @@ FIXED = (
     "gqa+int4",
     "kvsharer",
     "kvsharer(share=0.5)",
-    # "pod",
-    # "pod+int4",
+    "pod(keep=128)",
+    "pod(keep=128)+int4",
 )
 
 

@@ -140,7 +140,7 @@ void check_rotation(size_t heads, size_t half, size_t rest, bool interleaved) {
 }
 
 // Pages of one head that `rows` of two tokens fold: where they lie, and in how many bits, 16 for bfloat16.
-struct Pages {
+struct Listed {
     size_t rows, key_dim, value_dim, tokens, from, key_bits, value_bits;
     bool in_file, shared;
 };
@@ -164,7 +164,7 @@ struct Stored {
     }
 };
 
-void check_pages(const Pages& c) {
+void check_pages(const Listed& c) {
     std::vector<int32_t> table;
     for (size_t i = 0; i < (c.tokens + PAGE - 1) / PAGE; i++) table.push_back(static_cast<int32_t>(i));
     std::shuffle(table.begin(), table.end(), generator);
@@ -243,19 +243,19 @@ int main() {
                                   Case{kind, 1, 16, 130, 96, 140, 5, ALL, true, false, 0}})
                 for (size_t threads : {1, 3}) check_case(c, threads);
         for (bool in_file : {false, true})
-            for (const Pages& c : {Pages{1, 64, 64, 160, 0, 16, 16, in_file, false},
-                                   Pages{20, 72, 40, 333, 5, 16, 16, in_file, false},
-                                   Pages{4, 96, 64, 333, 40, 16, 16, in_file, true},
-                                   Pages{8, 64, 64, 384, 0, 4, 4, in_file, false},
-                                   Pages{7, 33, 17, 256, 35, 4, 4, in_file, false},
-                                   Pages{16, 1, 1, 128, 0, 2, 2, in_file, false},
-                                   Pages{2, 130, 200, 160, 1, 2, 2, in_file, false},
-                                   Pages{5, 5, 70, 192, 0, 8, 8, in_file, false},
-                                   Pages{35, 64, 96, 160, 33, 8, 2, in_file, false},
-                                   Pages{6, 128, 128, 288, 0, 2, 8, in_file, false},
-                                   Pages{4, 64, 64, 160, 0, 16, 4, in_file, false},
-                                   Pages{9, 40, 64, 160, 0, 4, 16, in_file, false},
-                                   Pages{4, 64, 32, 160, 0, 4, 4, in_file, true}})
+            for (const Listed& c : {Listed{1, 64, 64, 160, 0, 16, 16, in_file, false},
+                                   Listed{20, 72, 40, 333, 5, 16, 16, in_file, false},
+                                   Listed{4, 96, 64, 333, 40, 16, 16, in_file, true},
+                                   Listed{8, 64, 64, 384, 0, 4, 4, in_file, false},
+                                   Listed{7, 33, 17, 256, 35, 4, 4, in_file, false},
+                                   Listed{16, 1, 1, 128, 0, 2, 2, in_file, false},
+                                   Listed{2, 130, 200, 160, 1, 2, 2, in_file, false},
+                                   Listed{5, 5, 70, 192, 0, 8, 8, in_file, false},
+                                   Listed{35, 64, 96, 160, 33, 8, 2, in_file, false},
+                                   Listed{6, 128, 128, 288, 0, 2, 8, in_file, false},
+                                   Listed{4, 64, 64, 160, 0, 16, 4, in_file, false},
+                                   Listed{9, 40, 64, 160, 0, 4, 16, in_file, false},
+                                   Listed{4, 64, 32, 160, 0, 4, 4, in_file, true}})
                 check_pages(c);
         for (bool interleaved : {false, true})
             for (size_t half : {1, 7, 32}) check_rotation(3, half, half % 3, interleaved);

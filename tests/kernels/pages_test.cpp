@@ -70,7 +70,7 @@ struct Store {
     Bytes keys, values, coded_keys, coded_values, bounds;
     std::vector<int32_t> table, lengths, coded, cold, bounded, dense_free, coded_free, tokens, positions, channels;
     std::FILE* file;
-    Pages pages;
+    Pages pages{};
 
     explicit Store(const Case& c)
         : c(c), dense_pages(c.kv_heads * TABLE_PAGES), coded_pages(c.pool ? c.kv_heads * TABLE_PAGES : 0),
@@ -95,13 +95,20 @@ struct Store {
             std::shuffle(all.begin(), all.end(), generator);
             channels.insert(channels.end(), all.begin(), all.begin() + static_cast<long>(c.channels));
         }
-        pages = {c.kind, SEQUENCES, c.kv_heads, c.key_dim, c.value_dim, TABLE_PAGES, dense_pages, coded_pages,
-                 keys.get(), c.shared ? keys.get() : values.get(), c.pool ? coded_keys.get() : nullptr,
-                 !c.pool ? nullptr : c.shared ? coded_keys.get() : coded_values.get(), key_codec, value_codec,
-                 table.data(), lengths.data(), coded.data(), cold.data(), bounded.data(), dense_free.data(),
-                 coded_free.data(), tokens.data(), c.positions ? positions.data() : nullptr,
-                 c.channels ? channels.data() : nullptr, bounds.get(), file ? fileno(file) : -1, 0,
-                 SEQUENCES * c.kv_heads * TABLE_PAGES * key_codec.page_bytes()};
+        pages.kind = c.kind, pages.sequences = SEQUENCES, pages.kv_heads = pages.all_heads = c.kv_heads;
+        pages.key_dim = c.key_dim, pages.value_dim = c.value_dim, pages.table_pages = TABLE_PAGES;
+        pages.dense_pages = dense_pages, pages.coded_pages = coded_pages;
+        pages.keys = keys.get(), pages.values = c.shared ? keys.get() : values.get();
+        pages.coded_keys = c.pool ? coded_keys.get() : nullptr;
+        pages.coded_values = !c.pool ? nullptr : c.shared ? coded_keys.get() : coded_values.get();
+        pages.key_codec = key_codec, pages.value_codec = value_codec;
+        pages.table = table.data(), pages.lengths = lengths.data(), pages.coded = coded.data(), pages.cold = cold.data();
+        pages.bounded = bounded.data(), pages.dense_free = dense_free.data(), pages.coded_free = coded_free.data();
+        pages.tokens = tokens.data(), pages.positions = c.positions ? positions.data() : nullptr;
+        pages.channels = c.channels ? channels.data() : nullptr;
+        pages.bounds = bounds.get(), pages.bound_heads = c.kv_heads, pages.bound_parts = 1;
+        pages.file = file ? fileno(file) : -1;
+        pages.values_at = SEQUENCES * c.kv_heads * TABLE_PAGES * key_codec.page_bytes();
     }
     ~Store() {
         if (file) std::fclose(file);
@@ -192,8 +199,8 @@ void check_run(Store& store, size_t sequence, const Run& run, size_t threads) {
     }
     std::vector<float> mass(c.kv_heads * longest);
     Bytes scratch(weigh_scratch(store.pages, count, heads, threads));
-    weigh(store.pages, sequence, run, start, count, looking, {lse.data(), heads}, attention, {mass.data(), longest},
-          scratch.get(), threads);
+    weigh(store.pages, sequence, run, start, count, looking, {lse.data(), heads}, attention, Giving::sum,
+          {mass.data(), longest}, scratch.get(), threads);
     const float given = std::accumulate(mass.begin(), mass.end(), 0.0f), all_given = static_cast<float>(count * heads);
     check(std::abs(given - all_given) <= 0.05f * all_given, "what tokens are given adds up");
 }
@@ -281,7 +288,7 @@ void check_case(const Case& c, size_t threads) {
             counts.push_back(static_cast<int32_t>(count));
         }
         Bytes scratch(keep_scratch(store.pages));
-        keep(store.pages, sequence, own.run, {indices.data(), capacity, counts.data(), c.recent, c.resident, TAIL},
+        keep(store.pages, sequence, own.run, {indices.data(), capacity, counts.data(), c.recent, c.resident, 1, TAIL},
              scratch.get());
         store.tokens[sequence] += static_cast<int32_t>(own.run.count);
         for (size_t h = 0; h < c.kv_heads; h++)

@@ -234,12 +234,14 @@ class Slow:
 
     def settle(self, layer: int, count: int) -> None:
         """All of a layer's tokens are certain, of which ``count`` came so far."""
-        for head, places in zip(self.layers[layer], self.evict(layer, count), strict=True):
+        staying = self.evict(layer, count)
+        others = count > self.count or list(map(len, staying)) != [len(head.tokens) for head in self.layers[layer]]
+        for head, places in zip(self.layers[layer], staying, strict=True):
+            if others:
+                head.recycled = None
             changed = {i for i, place in enumerate(places) if i != place}
             if self.d2o and len(places) < len(head.tokens):
                 changed |= self.merge(head, places, count, self.windows[layer])
-            if len(places) < len(head.tokens) or count > self.count:
-                head.recycled = None
             head.tokens = [head.tokens[place] for place in places]
             head.certain = len(places)
             self.store(head, min(changed, default=len(places)) // PAGE)

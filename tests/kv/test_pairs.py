@@ -20,7 +20,7 @@ PROMPT, DECODED, CHUNK, CONTEXT = 150, 72, 48, 256
 MORE = [
     "none",
     "window(keep=60,positions=original,sinks=1)+int4(recent=0)+host(resident=0)",
-    "snapkv(keep=70,window=12,budget=adakv)+int4(recent=0)+host(resident=0)",
+    "snapkv(keep=72,window=12,budget=adakv)+int4(recent=0)+host(resident=0)",
     "snapkv(keep=0.4,window=12,kernel=3,budget=pyramid)+int4(recent=32,of=keys)+int8(recent=0,of=values)",
     "h2o(keep=40,normalize=true,budget=adakv)+int2(recent=0,of=keys)+quest(tokens=32,full=0)",
     "h2o(keep=90,budget=pyramid)+think(recent=0,prune=0.6)+quest(tokens=32,full=0)+host(resident=0)",

@@ -767,9 +767,10 @@ class PagedCache(BaseCache):
             if self.turning:
                 listed = self.turning[layer].turn(slot, run, indices, left, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
+            if left != counts:
+                now = Settled(now.count, whole, indices, left)
             counts = left
             self._keep(layer, slot, run, ws, listed, torch.tensor(counts, dtype=torch.int32))
-            now = Settled(now.count, whole, indices, left)
             gather = indices.long().clamp(max=positions.shape[1] - 1)
             positions[:, : indices.shape[1]] = positions.gather(1, gather)
             if given is not None:
