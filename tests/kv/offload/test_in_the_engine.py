@@ -13,7 +13,7 @@ PROMPT = "#" + "7 8 " * 200
 
 @cache
 def run(kv: str) -> list[int]:
-    with tightfit.load("nano", "512MiB", context=1024, kv=kv, threads=1) as model:
+    with tightfit.load("nano", "4GiB", context=1024, kv=kv, threads=1) as model:
         completion = model.generate(PROMPT, max_new_tokens=40, temperature=0, ignore_eos=True)
         account = model.receipt()["accounts"]["kv"]
         assert account["peak_bytes"] <= account["reserved_bytes"]
