@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,35 @@ from tightfit.budget.ledger import Workspace
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import Pages, Rows, Run
 from tightfit.kv.entries import InFile
+from tightfit.kv.merge.tokens import leaving
+
+
+@dataclass(frozen=True)
+class Going:
+    """Tokens of a sequence that leave: of the certain ones of ``upper`` and of the run behind them all but those that
+    stay, indices (kv_heads, n) int32, of each head ``counts`` (-1: all stay). They received ``given`` (kv_heads, m)
+    float32 from the queries that are observed, and queries to come see those of ``seen`` (kv_heads, m) bool."""
+
+    slot: int
+    upper: Pages
+    run: Run
+    staying: torch.Tensor
+    counts: list[int]
+    given: torch.Tensor
+    seen: torch.Tensor
+
+    @property
+    def totals(self) -> list[int]:
+        """How many tokens each head had."""
+        return [length + self.run.count for length in self.upper.lengths[self.slot].tolist()]
+
+    def places(self, head: int, seen: bool = False) -> torch.Tensor:
+        """Where a head has them: (k,) int64, ascending; only those that queries to come see, if ``seen``."""
+        if self.counts[head] < 0:
+            return torch.empty(0, dtype=torch.int64)
+        stays = self.staying[head, : self.counts[head]].long()
+        total = self.totals[head]
+        return leaving(total, stays, self.seen[head, :total] if seen else None)
 
 
 class Beside(ABC):
@@ -26,21 +56,8 @@ class Beside(ABC):
         return []
 
     @abstractmethod
-    def take(
-        self,
-        slot: int,
-        upper: Pages,
-        run: Run,
-        staying: torch.Tensor,
-        counts: list[int],
-        given: torch.Tensor,
-        seen: torch.Tensor,
-        ws: Workspace,
-    ) -> None:
-        """Takes over tokens of a sequence: of the certain ones of ``upper`` and of the run behind them all but those
-        that stay, indices (kv_heads, n) int32, of each head ``counts`` (-1: all stay). They received ``given``
-        (kv_heads, m) float32 from the queries that are observed, and queries to come see those of ``seen`` (kv_heads,
-        m) bool."""
+    def take(self, going: Going, ws: Workspace) -> None:
+        """Takes over tokens that leave."""
 
     @abstractmethod
     def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:

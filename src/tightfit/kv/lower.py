@@ -16,7 +16,7 @@ from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout
-from tightfit.kv.beside import Beside
+from tightfit.kv.beside import Beside, Going
 from tightfit.kv.cache import as_bytes, numbers, place, table
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
@@ -98,31 +98,21 @@ class LowerStore(Beside):
 
     # ---- tokens that come ----
 
-    def take(
-        self,
-        slot: int,
-        upper: Pages,
-        run: Run,
-        staying: torch.Tensor,
-        counts: list[int],
-        given: torch.Tensor,
-        seen: torch.Tensor,
-        ws: Workspace,
-    ) -> None:
-        totals = [length + run.count for length in upper.lengths[slot].tolist()]
+    def take(self, going: Going, ws: Workspace) -> None:
+        slot, upper, run = going.slot, going.upper, going.run
         with ws.frame():
             leaving = self._room_for_leaving(upper, run, ws)
             below = self.pages.lengths[slot].tolist()
-            came = max(below[head // self.merged] + total for head, total in enumerate(totals))
-            left = [total - count for total, count in zip(totals, counts, strict=True)]
-            for head, (total, count) in enumerate(zip(totals, counts, strict=True)):
-                leaves = torch.ones(total, dtype=torch.bool)
-                leaves[staying[head, :count].long()] = False
-                leaving[head, : left[head]] = leaves.nonzero()[:, 0]
+            came = max(below[head // self.merged] + total for head, total in enumerate(going.totals))
+            left = []
+            for head, row in enumerate(leaving):
+                found = going.places(head)
+                row[: len(found)] = found
+                left.append(len(found))
             for at in range(0, max(left), READ_AT_ONCE):
                 stops = [min(count, at + READ_AT_ONCE) for count in left]
                 places = [leaving[head, at:stop].long() for head, stop in enumerate(stops)]
-                self.judge(slot, given, places, came)
+                self.judge(slot, going.given, places, came)
                 self._take(slot, upper, run, places, ws)
 
     def judge(self, slot: int, given: torch.Tensor, places: list[torch.Tensor], tokens: int) -> None:

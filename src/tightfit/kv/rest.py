@@ -11,9 +11,9 @@ from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout
-from tightfit.kv.beside import Beside
+from tightfit.kv.beside import Beside, Going
 from tightfit.kv.cache import as_bytes, place
-from tightfit.kv.merge.tokens import TokensAt, leaving
+from tightfit.kv.merge.tokens import TokensAt
 from tightfit.kv.method import Rest
 
 
@@ -24,23 +24,11 @@ class Resting(Beside):
         self.rest, self.layer = rest, layer
         self.memory = place(arena, (sequences, layout.kv_heads, rest.remembers(layout)), torch.float32)
 
-    def take(
-        self,
-        slot: int,
-        upper: Pages,
-        run: Run,
-        staying: torch.Tensor,
-        counts: list[int],
-        given: torch.Tensor,
-        seen: torch.Tensor,
-        ws: Workspace,
-    ) -> None:
-        for head, count in enumerate(counts):
-            if count < 0:
-                continue
-            going = leaving(upper, slot, head, run, staying[head, :count].long(), seen[head])
-            if len(going):
-                self._take(slot, head, upper, run, going, ws)
+    def take(self, going: Going, ws: Workspace) -> None:
+        for head in range(len(going.counts)):
+            places = going.places(head, seen=True)
+            if len(places):
+                self._take(going.slot, head, going.upper, going.run, places, ws)
 
     def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:
         self._take(slot, 0, upper, run, torch.arange(upper.table.shape[2] * PAGE + run.count), ws)

@@ -15,7 +15,7 @@ from tightfit.kernels import ops, pages
 from tightfit.kernels.pages import PAGE, Pages, Run
 from tightfit.kv import budgets
 from tightfit.kv.base import LayerLayout
-from tightfit.kv.beside import Beside
+from tightfit.kv.beside import Beside, Going
 from tightfit.kv.compose import Composition
 from tightfit.kv.merge.merging import Merging
 from tightfit.kv.method import Seen
@@ -102,9 +102,10 @@ class Settling:
             seen = self._seen(layer, slot, positions, counts, (since, tokens, prompt, limit), (mass, lately, alike))
             indices, left = self._judge(layer, seen) if layer not in self.pooled else self._share(layer, slot, seen, ws)
             listed = indices
+            going = Going(slot, kept, run, indices, left, seen.mass, positions > seen.horizon)
             with self._writing():
                 for each in self.beside[layer]:  # what no query sees any more does not count any more
-                    each.take(slot, kept, run, indices, left, seen.mass, positions > seen.horizon, ws)
+                    each.take(going, ws)
             if self.merging:
                 listed = self.merging[layer].merge(slot, run, (indices, left), seen, ws)
                 run = Run(run.keys, run.values, run.keys.shape[1])
@@ -147,9 +148,10 @@ class Settling:
             length, counts = int(kept.lengths[slot, 0]), [count] * heads
             behind = self.reserved.ahead - (length - self.pooled[layer].of(layer, slot).shape[1])
             positions.copy_(kept.positions[slot])
+            going = Going(slot, kept, run, indices, counts, torch.zeros(positions.shape), positions >= 0)
             with self._writing():
                 for each in self.beside[layer]:
-                    each.take(slot, kept, run, indices, counts, torch.zeros(positions.shape), positions >= 0, ws)
+                    each.take(going, ws)
             self.keep(layer, slot, run, ws, indices, torch.tensor(counts, dtype=torch.int32), behind)
             places = indices.long()
             kept.positions[slot, :, :count] = positions.gather(1, places)

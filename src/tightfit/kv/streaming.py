@@ -10,7 +10,7 @@ import torch
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import ops
 from tightfit.kernels.pages import Pages, Run
-from tightfit.kv.beside import Beside
+from tightfit.kv.beside import Beside, Going
 from tightfit.kv.lazy import Lazy
 from tightfit.kv.method import Streamer
 from tightfit.kv.reserved import Reserved
@@ -88,7 +88,7 @@ class Streaming:
                 indices[head, sinks:] = torch.arange(total - self.streamer.recent, total)
         nothing = torch.zeros(1).expand(len(totals), max(totals))  # was observed of single tokens
         for each in self.beside[layer]:
-            each.take(slot, kept, run, indices, counts, nothing, nothing == 0, ws)
+            each.take(Going(slot, kept, run, indices, counts, nothing, nothing == 0), ws)
         self.keep(layer, slot, run, ws, indices, torch.tensor(counts, dtype=torch.int32))
 
     def clear(self, slot: int) -> None:

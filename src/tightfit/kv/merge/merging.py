@@ -57,7 +57,7 @@ class Merging:
         indices = staying[0].clone()
         for head, (total, count) in enumerate(zip(seen.counts, staying[1], strict=True)):
             stays = indices[head, :count].long()
-            going = leaving(self.pages, slot, head, run, stays, seen.positions[head] > seen.horizon)
+            going = leaving(total, stays, (seen.positions[head] > seen.horizon)[:total])
             if not len(going):
                 continue
             alike = None if seen.alike is None else seen.alike[head, :total]

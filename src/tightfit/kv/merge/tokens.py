@@ -15,11 +15,11 @@ from tightfit.kv.method import Tokens
 READ_AT_ONCE = 256  # tokens of a head that are read into float32 to merge them
 
 
-def leaving(pages: Pages, sequence: int, head: int, run: Run, places: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Of a head's tokens and of a run behind them those that do not stay at ``places`` (m,) int64, if they are ``seen``
-    (n,) bool by queries to come: their places (k,) int64."""
-    leaves = seen[: int(pages.lengths[sequence, head]) + run.count].clone()
-    leaves[places] = False
+def leaving(total: int, stays: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """Of ``total`` tokens the places (k,) int64 of those that do not stay at ``stays`` (m,) int64; of them those that
+    are ``seen`` (total,) bool, if that is given."""
+    leaves = torch.ones(total, dtype=torch.bool) if seen is None else seen.clone()
+    leaves[stays] = False
     return leaves.nonzero()[:, 0]
 
 

@@ -19,7 +19,7 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.codec import Codec
 from tightfit.kernels.pages import Looking, Pages, Rows, Run
 from tightfit.kv.base import LayerLayout, Step
-from tightfit.kv.beside import Beside
+from tightfit.kv.beside import Beside, Going
 from tightfit.kv.entries import InFile
 from tightfit.kv.lower import LowerStore, alone
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
@@ -175,20 +175,8 @@ class Distant(Beside):
     def stores(self) -> list[Pages]:
         return [store.pages for store in self._own]
 
-    def take(
-        self,
-        slot: int,
-        upper: Pages,
-        run: Run,
-        staying: torch.Tensor,
-        counts: list[int],
-        given: torch.Tensor,
-        seen: torch.Tensor,
-        ws: Workspace,
-    ) -> None:
-        leaves = torch.ones(int(upper.lengths[slot, 0]) + run.count, dtype=torch.bool)
-        leaves[staying[0, : counts[0]].long()] = False
-        self._take(slot, leaves.nonzero()[:, 0], ws)
+    def take(self, going: Going, ws: Workspace) -> None:
+        self._take(going.slot, going.places(0), ws)
 
     def take_most(self, slot: int, upper: Pages, run: Run, ws: Workspace) -> None:
         self._take(slot, torch.arange(READ_AT_ONCE), ws)
