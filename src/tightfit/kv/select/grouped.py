@@ -12,7 +12,7 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.ops import op
 from tightfit.kernels.pages import Looking, Rows
 from tightfit.kv.cache import numbers
-from tightfit.kv.select.selecting import Selecting, Where
+from tightfit.kv.select.selecting import Selecting, Where, room_for_lists
 
 
 class Grouping(Protocol):
@@ -41,9 +41,7 @@ class Grouped(Selecting):
         self.assigned = numbers(arena, *shape, where.most)
 
     def look(self, rows: Rows, looking: Looking, ws: Workspace, scoring: Scoring) -> Looking:
-        n, kv_heads = looking.q.shape[0], self.since.shape[1]
-        listed = ws.empty(n, kv_heads, self.grouping.tokens, dtype=torch.int32)
-        since = ws.empty(n, kv_heads, dtype=torch.int32)
+        listed, since = room_for_lists(len(looking.q), self.since.shape[1], self.grouping.tokens, ws)
         with ws.frame():
             scratch = ws.empty(2, self.room), ws.empty(2, self.room, dtype=torch.int32)
             _choose(self, rows, self.asked(rows, looking.q, ws), listed, since, *scratch, scoring.scale)

@@ -40,4 +40,4 @@ class Quest(Selector):
     def select(self, where: Where) -> Selecting:
         from tightfit.kv.select.by_bounds import ByBounds
 
-        return ByBounds(where.pages, self.tokens // PAGE)
+        return ByBounds(where, self.tokens // PAGE)
