@@ -50,5 +50,6 @@ class ClusterKV(Clustering):
         prompt = now.count and now.whole
         return tokens if prompt or (now.whole and tokens - clustered >= self.every) else clustered
 
-    def always(self, clustered: int) -> int:
-        return self.sinks if clustered == 0 else 0
+    @property
+    def always(self) -> int:
+        return self.sinks
