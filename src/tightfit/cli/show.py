@@ -70,9 +70,10 @@ def _streamed(receipt: dict[str, Any]) -> list[str]:
             )
         fetched = receipt[f"{phase}_fetched"]
         if fetched is not None:
+            waited = _seconds(fetched["waited_s"])
             lines.append(
                 f"keys and values of the {name}: {format_bytes(fetched['bytes'])} read from the disk, "
-                f"{fetched['ahead_rate']:.1%} of what was wanted had been asked for, waited {_seconds(fetched['waited_s'])}"
+                f"{fetched['ahead_rate']:.1%} of what was wanted had been asked for, waited {waited}"
             )
     return lines
 

@@ -30,7 +30,7 @@ def test_what_sees_everything_as_it_is_gives_the_same_tokens(kv: str) -> None:
     assert run(kv)[0] == run("none")[0]
 
 
-@pytest.mark.skipif(cpu.module is None, reason="reading ahead is compiled")
+@pytest.mark.skipif(not cpu.available(), reason="reading ahead is compiled")
 @pytest.mark.parametrize("kv", ["headinfer", "specache(tokens=960)"])
 def test_the_receipt_says_what_was_read_ahead(kv: str) -> None:
     _, receipt, counted = run(kv)

@@ -34,8 +34,8 @@ ITERATIONS = 25
 class A2ATS(Selector, Fitted):
     """Each key-value head has a codebook of ``codes`` keys as they are before they are turned, and each token the code
     of its key: the nearest where distances are weighed as the queries of a text look at them. A query is turned as if
-    all tokens were ``distance`` behind it, so the codebook's scores stand for those of all tokens; those with the best
-    codes are read, up to ``tokens`` with the ``sinks`` first ones, and the last ``window`` in any case.
+    all tokens were ``distance`` behind it, so the codebook's scores stand for those of all tokens. It reads those with
+    the best codes, ``tokens`` in all with the ``sinks`` first ones, and the last ``window`` in any case.
 
     What is read is attended to from where it really stands, by exact keys; the paper attends from that distance too.
     Heads of a group read together what any of them would give most. Codebooks are found by `tightfit fit`.
