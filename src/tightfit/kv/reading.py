@@ -24,7 +24,7 @@ class Reading:
         self.names = Names(sequences, method.tokens, arena) if isinstance(method, Naming) else None
         self._marks: dict[str, frozenset[int]] = {}
         named = {name: _texts(getattr(method, name)) for name in method.marks}
-        if all(text.startswith("#") for texts in named.values() for text in texts):
+        if all(_number(text) is not None for texts in named.values() for text in texts):
             self.resolve(lambda text: [])
 
     @property
@@ -38,7 +38,8 @@ class Reading:
         for name in self.method.marks:
             found = []
             for text in _texts(getattr(self.method, name)):
-                tokens = [int(text[1:])] if text[1:].isdigit() and text[0] == "#" else encode(text)
+                number = _number(text)
+                tokens = encode(text) if number is None else [number]
                 if len(tokens) != 1:
                     raise UsageError(
                         f"{name} of {self.method.name} is {text!r}, and that is {len(tokens)} tokens of this model",
@@ -89,3 +90,8 @@ class Names:
 
 def _texts(setting: str) -> list[str]:
     return [text for text in setting.split("|") if text]
+
+
+def _number(text: str) -> int | None:
+    """The number of a token that is named by it: 17 of ``#17``."""
+    return int(text[1:]) if text[0] == "#" and text[1:].isdecimal() else None

@@ -49,7 +49,9 @@ def test_only_conclusions_of_finished_subtasks_stay() -> None:
     assert kept([o, 1, o, 2, c, 3, e, 4]) == [0, 1, 4, 5, 6, 7]  # the inner one is
     assert kept([o, 1, o, 2, c, 3, e, 4, c, 5, e, 6]) == [8, 9, 10, 11]  # both: the inner conclusion was the outer's
     assert kept([o, 1, e, 2]) == [3]  # without a conclusion
-    assert kept([o, 1, c, 2, e, o, 3, c, 4, e], stack=1) == [2, 3, 4, 5, 6, 7, 8, 9]
+    two = [o, 1, c, 2, e, o, 3, c, 4, e]
+    assert [kept(two, stack) for stack in (0, 1)] == [[2, 3, 4, 7, 8, 9], [2, 3, 4, 5, 6, 7, 8, 9]]
+    assert all(kept(two, stack) == list(range(10)) for stack in (2, 3, 4, 9))
     assert kept([e, c, 1]) == [0, 1, 2]  # marks alone mean nothing
 
 

@@ -62,9 +62,7 @@ class Locret(Fitted, Rater):
         super().__post_init__()
 
     def refusal(self, layout: LayerLayout) -> str | None:
-        return (
-            "latent attention has one latent for all heads, and no keys and values to rate" if layout.shared else None
-        )
+        return "latent attention has no keys and values of heads that could be rated" if layout.shared else None
 
     def protected(self, keep: int) -> tuple[int, int]:
         return 0, min(self.recent, max(keep - 1, 1))
