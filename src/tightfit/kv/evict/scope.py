@@ -1,4 +1,4 @@
-"""Prompts and what is generated apart."""
+"""A budget for prompts, and another for what is generated."""
 
 from __future__ import annotations
 
