@@ -9,7 +9,7 @@ import torch
 from tightfit.budget.ledger import Arena
 from tightfit.errors import UsageError
 from tightfit.kv.cache import numbers
-from tightfit.kv.method import Naming, Read, Reads
+from tightfit.kv.method import Naming, Read, Reads, Structured
 
 Encode = Callable[[str], list[int]]
 
@@ -20,6 +20,7 @@ class Reading:
 
     def __init__(self, method: Reads, context: int, sequences: int, tail: int, arena: Arena) -> None:
         self.method = method
+        self.acts = isinstance(method, Structured)  # when something ends; others see a prompt's tokens as they come
         self.ids = numbers(arena, sequences, context + tail)
         self.names = Names(sequences, method.tokens, arena) if isinstance(method, Naming) else None
         self._marks: dict[str, frozenset[int]] = {}
