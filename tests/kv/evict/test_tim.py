@@ -92,6 +92,16 @@ def test_the_oldest_go_where_there_is_no_room(one_layer: Tiny) -> None:
     assert position == len(run.positions(0, 0))
 
 
+def test_nothing_may_be_left(one_layer: Tiny) -> None:
+    """Where a text is a subtask without a conclusion and no more, what follows is as at its beginning."""
+    tokens = [OPEN, 5, 9, CLOSE, 7, 8]
+    run = one_layer.run(KV, chunk=64)
+    run.prefill(tokens[:4])
+    assert run.positions(0, 0) == []
+    found = torch.stack([run.decode(token) for token in tokens[4:]])
+    torch.testing.assert_close(found, pruned(one_layer, tokens, 5)[-2:], rtol=1e-3, atol=1e-3)
+
+
 def _step(start: int, token: int) -> Batch:
     return Batch((Segment(0, start, [token], decode=True),))
 

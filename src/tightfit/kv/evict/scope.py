@@ -88,6 +88,8 @@ class Scope(Evictor):
         for head, count in enumerate(seen.counts):
             positions = seen.positions[head, :count]
             hidden, prompt = int((positions <= seen.horizon).sum()), int((positions < seen.prompt).sum())
+            if hidden == count:
+                continue
             if seen.tokens == seen.prompt:
                 mass, most = self._smooth(seen.mass[head, hidden:count]), int(self.keep) - self.output
                 self._choose(mass, most, scores[head, hidden:count])
