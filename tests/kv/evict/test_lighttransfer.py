@@ -92,7 +92,7 @@ def test_what_lazy_layers_keep_are_first_and_recent_tokens() -> None:
 
 def test_a_layer_is_as_lazy_as_the_share_of_attention_that_it_would_keep() -> None:
     """And no token counts twice, in however few tokens."""
-    streaming = cache_of().streaming
+    streaming = cache_of().settling.streaming
     assert streaming is not None
     for count in (1, 3, 6, 7, 20, 200):
         given = torch.rand(2, count)

@@ -99,5 +99,5 @@ def test_marks_are_texts_or_numbers_of_one_token(models: dict[str, tuple[Sharing
     cache = models["tuned"][1].run("anchor(at=#|##|#5)").cache  # texts that begin as numbers do
     cache.resolve({"#": [3], "##": [4]}.__getitem__)
     cache.told(0, 0, [3, 4, 5, 6])
-    reading = cache.stored.reading
+    reading = cache.store.reading
     assert [reading.ends(0, at) for at in range(4)] == [True, True, True, False]
