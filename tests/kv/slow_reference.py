@@ -83,7 +83,9 @@ class Slow:
         self.last, self.fold = (0, "sum") if self.evictor is None else JUDGES[self.evictor.name]
         self.last = self.evictor.window if self.last is None else self.last
         self.fold = self.evictor.fusion if self.fold is None else self.fold
-        self.starts = [0]  # positions at which blocks of queries begin that are still remembered, the last ones first
+        self.starts = [
+            self.first(0)
+        ]  # of blocks of queries that are remembered, the last ones first
         self.think, self.quest, self.recycled = (methods.get(name) for name in ("think", "quest", "recycled"))
         self.selector = self.quest or self.recycled
         quantizers = [methods[name] for name in ("int8", "int4", "int2") if name in methods]
@@ -127,7 +129,7 @@ class Slow:
             for index in self.own:
                 self.settle(index, self.count)
         if not decode or self.count % PAGE == 0:
-            self.remember([self.count])
+            self.remember([self.first(self.count)])
         return self.model.lm_head(model.norm(x[-1]))
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -190,6 +192,10 @@ class Slow:
         return head.tokens
 
     # ---- methods ----
+
+    def first(self, count: int) -> int:
+        """Where the first of the next queries is that counts: of a block of 32 that decode, the last ones do."""
+        return max(count, count // PAGE * PAGE + PAGE - self.last) if self.last else count
 
     def remember(self, starts: list[int], chunk: int = 0) -> None:
         """Blocks of queries begin at ``starts``, if they are those of a chunk, its last ones; older ones than are ever

@@ -92,7 +92,7 @@ class Observed(Observer):
 
     Of the last queries, so many blocks are kept that they always hold the evictor's ``window``: tokens that decode fill
     the first one until tokens are judged, of a chunk every 32 queries are a block. ``since`` (sequences, blocks) int32
-    are the positions at which blocks begin.
+    are the positions of the first queries of blocks that were observed.
     """
 
     def __init__(
@@ -117,6 +117,8 @@ class Observed(Observer):
 
     def clear(self, slot: int) -> None:
         self.since[slot] = 0
+        if self.last:
+            self.since[slot, 0] = self._first(0)
         for mass in self.mass:
             mass[slot] = 0.0
 
@@ -183,8 +185,12 @@ class Observed(Observer):
     def advance(self, slot: int, tokens: int, count: int) -> None:
         """All layers were judged when there were ``tokens``, of which the last ``count`` came as a chunk."""
         if self.last:
-            starts = [tokens, *self._starts(slot, tokens, count)][: self.blocks]
+            starts = [self._first(tokens), *self._starts(slot, tokens, count)][: self.blocks]
             self.since[slot, : len(starts)] = torch.tensor(starts, dtype=torch.int32)
+
+    def _first(self, tokens: int) -> int:
+        """Where the first of the next queries that decode is which is observed: of each 32 the last ``window`` are."""
+        return max(tokens, tokens // BLOCK * BLOCK + BLOCK - self.evictor.window)
 
     def _put_together_(self, a_: torch.Tensor, b: torch.Tensor) -> None:
         if self.evictor.fold == "max":
@@ -198,7 +204,7 @@ class Observed(Observer):
             return 0, 0
         if count >= self.evictor.window:
             return self.blocks, 0
-        empty = int(self.since[slot, 0]) == tokens - count
+        empty = int(self.since[slot, 0]) >= tokens - count
         return int(empty), len(self._parts(count))
 
     def _starts(self, slot: int, tokens: int, count: int) -> list[int]:

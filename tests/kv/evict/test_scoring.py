@@ -88,6 +88,16 @@ def test_scissorhands_forgets_what_was_important_before_its_history() -> None:
     assert [60 in layer.positions(0) for layer in layers] == [True, False]
 
 
+def test_scissorhands_counts_only_queries_that_were_observed() -> None:
+    """With a history of 8 queries those that decode before the last 8 of 32 do not speak against a token."""
+    q, k, v = alike(64)
+    k[5] = 40 * unit(0)
+    layer = prefilled("scissorhands(keep=20,recent=1,window=8)", q, k, v)
+    q, k, v = alike(64)
+    layer.add(q + unit(0), k, v, decode=True)
+    assert 5 in layer.positions(0)
+
+
 # ---- corm ----
 
 
