@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from tests.parity.harness import make, save
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import GptOssConfig
 
 import tightfit
+from tightfit import zoo
 from tightfit.engine.fit import Observing
 from tightfit.errors import BudgetError, UsageError
 
@@ -98,6 +104,17 @@ def test_looking_changes_nothing(model: tightfit.Model) -> None:
     list(seen.layers([tokens]))
     seen.hidden(tokens, owners=[0] * len(seen.layouts))
     assert model.score(tokens) == before
+
+
+def test_scorings_have_the_sinks_of_a_model(tmp_path: Path) -> None:
+    config = GptOssConfig(vocab_size=4096, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    config.num_key_value_heads, config.num_local_experts, config.intermediate_size = 2, 4, 32
+    reference = make(config)
+    shutil.copy(zoo.path("nano") / "tokenizer.json", tmp_path)
+    with tightfit.load(str(save(reference, tmp_path)), "4GiB", context=64, weights="own") as loaded:
+        seen = Observing(loaded.borrow_engine(), "tiny", [1, 2, 3], lambda text: [], 1 << 40)
+        for layer, scoring in zip(reference.model.layers, seen.scorings, strict=True):
+            torch.testing.assert_close(scoring.sinks, layer.self_attn.sinks.data.float())
 
 
 def test_scorings_are_those_of_the_model(model: tightfit.Model) -> None:

@@ -83,9 +83,7 @@ class Slow:
         self.last, self.fold = (0, "sum") if self.evictor is None else JUDGES[self.evictor.name]
         self.last = self.evictor.window if self.last is None else self.last
         self.fold = self.evictor.fusion if self.fold is None else self.fold
-        self.starts = [
-            self.first(0)
-        ]  # of blocks of queries that are remembered, the last ones first
+        self.starts = [self.first(0)]  # of blocks of queries that are remembered, the last ones first
         self.think, self.quest, self.recycled = (methods.get(name) for name in ("think", "quest", "recycled"))
         self.selector = self.quest or self.recycled
         quantizers = [methods[name] for name in ("int8", "int4", "int2") if name in methods]

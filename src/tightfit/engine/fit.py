@@ -75,10 +75,17 @@ class Observing:
             else None
             for each in attentions
         ]
-        self.scorings = [
-            Scoring(each.scale, each.window, each.softcap) if isinstance(each, AttentionSpec) else Scoring(each.scale)
-            for each in attentions
-        ]
+        self.scorings = [self._scoring(layer) for layer in range(len(attentions))]
+
+    def _scoring(self, layer: int) -> Scoring:
+        decoder, sinks = self.engine.decoder, None
+        spec = decoder.spec.layers[layer]
+        if not isinstance(spec.attention, AttentionSpec):
+            return Scoring(spec.attention.scale)
+        if any(param.name == "sinks" for param in spec.params):
+            with decoder.weights.layer(layer) as weights:
+                sinks = weights["sinks"].clone()
+        return Scoring(spec.attention.scale, spec.attention.window, spec.attention.softcap, sinks)
 
     def samples(self, length: int, count: int) -> list[list[int]]:
         length = min(length, self.engine.context, *(layout.slots for layout in self.layouts))

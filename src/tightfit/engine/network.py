@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from tightfit.budget.ledger import Workspace
 from tightfit.errors import UsageError
-from tightfit.kv.fitted import Attend
+from tightfit.kernels.attention import Scoring
+from tightfit.kv.fitted import Attend, attention_weights
 from tightfit.model.batch import Batch, Segment
 from tightfit.model.decoder import Decoder
 from tightfit.model.rope import tables
@@ -77,16 +78,11 @@ class Network:
         assert isinstance(spec, AttentionSpec)
         n, groups = q.shape[1], spec.heads // spec.kv_heads
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        scores = q @ k.repeat_interleave(groups, 1).mT * spec.scale
-        if spec.softcap is not None:
-            scores = spec.softcap * (scores / spec.softcap).tanh()
+        products = q @ k.repeat_interleave(groups, 1).mT
         behind = torch.arange(n)[:, None] - torch.arange(n)
         hidden = behind < 0 if spec.window is None else (behind < 0) | (behind >= spec.window)
-        scores = scores.masked_fill(hidden, -torch.inf)
-        sinks = self._layers[layer].get("sinks")
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
-        weights = scores.softmax(-1)[..., :n]
+        scoring = Scoring(spec.scale, spec.window, spec.softcap, self._layers[layer].get("sinks"))
+        weights = attention_weights(products, hidden, scoring)
         return (weights @ v.repeat_interleave(groups, 1)).transpose(1, 2)
 
     def _layer(

@@ -84,6 +84,20 @@ class Sample(NamedTuple):
         return q, k
 
 
+def attention_weights(products: torch.Tensor, hidden: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """Attention of each query to each key, by their ``products`` (..., heads, n, m); ``hidden`` (n, m) bool says which
+    keys a query does not see."""
+    import torch
+
+    scores = products * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * (scores / scoring.softcap).tanh()
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if scoring.sinks is not None:
+        scores = torch.cat([scores, scoring.sinks.view(-1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+    return scores.softmax(-1)[..., : products.shape[-1]]
+
+
 Attend = Callable[..., "torch.Tensor"]
 
 

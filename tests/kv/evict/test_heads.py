@@ -6,7 +6,8 @@ import torch
 
 from tightfit.kernels.attention import Scoring
 from tightfit.kv.base import LayerLayout
-from tightfit.kv.evict.heads import all_but, weights
+from tightfit.kv.evict.heads import all_but
+from tightfit.kv.fitted import attention_weights
 
 
 def test_each_score_chooses_its_share_of_heads_without_windows() -> None:
@@ -21,7 +22,7 @@ def test_each_score_chooses_its_share_of_heads_without_windows() -> None:
 
 def test_sinks_take_their_part_of_attention() -> None:
     products, hidden = torch.tensor([2.0, 4.0, 9.0]).expand(2, 1, 3), torch.tensor([[False, False, True]])
-    found = weights(products, hidden, Scoring(0.5, None, 2.0, torch.tensor([-torch.inf, 1.0])))
+    found = attention_weights(products, hidden, Scoring(0.5, None, 2.0, torch.tensor([-torch.inf, 1.0])))
     scores = (2.0 * (torch.tensor([1.0, 2.0]) / 2.0).tanh()).exp()
     torch.testing.assert_close(found[0, 0, :2], scores / scores.sum())
     torch.testing.assert_close(found[1, 0, :2], scores / (scores.sum() + torch.tensor(1.0).exp()))

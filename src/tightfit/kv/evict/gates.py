@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tightfit.errors import UsageError
-from tightfit.kv.evict.heads import all_but, weights
-from tightfit.kv.fitted import Findings, Fitted, Known, Observed, Progress
+from tightfit.kv.evict.heads import all_but
+from tightfit.kv.fitted import Findings, Fitted, Known, Observed, Progress, attention_weights
 from tightfit.kv.method import Streamer
 
 if TYPE_CHECKING:
@@ -130,4 +130,4 @@ def _streaming(
     behind = places[:, None] - places
     seen = (behind >= 0) & ((behind < recent) | (places < sinks))
     products = torch.einsum("bnhd,bmhd->bhnm", q, k.repeat_interleave(groups, 2))
-    return torch.einsum("bhnm,bmhd->bnhd", weights(products, ~seen, scoring), v.repeat_interleave(groups, 2))
+    return torch.einsum("bhnm,bmhd->bnhd", attention_weights(products, ~seen, scoring), v.repeat_interleave(groups, 2))

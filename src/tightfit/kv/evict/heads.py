@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from tightfit.kernels.attention import Scoring
     from tightfit.kv.base import LayerLayout
 
 
@@ -22,17 +21,3 @@ def all_but(layouts: Sequence[LayerLayout], ranked: Sequence[tuple[torch.Tensor,
         for layer, head in best[: round(share * len(heads))]:
             streams[layer][head] = False
     return streams
-
-
-def weights(products: torch.Tensor, hidden: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-    """Attention of each query to each key, by their ``products`` (..., heads, n, m); ``hidden`` (n, m) bool says which
-    keys a query does not see."""
-    import torch
-
-    scores = products * scoring.scale
-    if scoring.softcap is not None:
-        scores = scoring.softcap * (scores / scoring.softcap).tanh()
-    scores = scores.masked_fill(hidden, -torch.inf)
-    if scoring.sinks is not None:
-        scores = torch.cat([scores, scoring.sinks.view(-1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
-    return scores.softmax(-1)[..., : products.shape[-1]]

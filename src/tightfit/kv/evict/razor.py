@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
-from tightfit.kv.evict.heads import all_but, weights
-from tightfit.kv.fitted import Findings, Fitted, Known, Observed, Progress
+from tightfit.kv.evict.heads import all_but
+from tightfit.kv.fitted import Findings, Fitted, Known, Observed, Progress, attention_weights
 from tightfit.kv.method import Leaving, Rest, Streamer
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _patterns(sample: Sample, scoring: Scoring, length: int) -> tuple[torch.Tens
         products = torch.einsum("nhgd,mhd->hgnm", q[rows].unflatten(1, (kv_heads, -1)), keys).flatten(0, 1)
         behind = rows[:, None] - torch.arange(len(keys))
         hidden = behind < 0 if scoring.window is None else (behind < 0) | (behind >= scoring.window)
-        attention = weights(products, hidden, scoring)
+        attention = attention_weights(products, hidden, scoring)
         for sums, distance in zip(found, (0, length - 1), strict=True):
             sums += (attention * ((behind > 0) & (behind % length == distance))).sum((1, 2))
     echo, induction = (found / (count - length)).unflatten(1, (kv_heads, -1)).amax(2)

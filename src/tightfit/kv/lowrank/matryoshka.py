@@ -148,7 +148,8 @@ def _principal(
         for sample in seen:
             of_keys.add(sample.turned()[1])
             of_values.add(sample.v)
-        keys.append(of_keys.principal(centered=scoring.softcap is None))  # else a softmax does not forget the mean
+        forgotten = scoring.softcap is None and scoring.sinks is None  # the mean of keys, by a softmax
+        keys.append(of_keys.principal(centered=forgotten))
         values.append(of_values.principal(centered=True))
         means.append(of_values.mean())
     return keys, values, means

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tightfit.catalog import spec_string, technique
 from tightfit.errors import UsageError
 from tightfit.kernels.codec import PAGE
-from tightfit.kv.fitted import Findings, Fitted, Known, Observed, Progress
+from tightfit.kv.fitted import Findings, Fitted, Known, Observed, Progress, attention_weights
 from tightfit.kv.method import Method, Tier
 from tightfit.kv.quantize.int2 import Int2
 from tightfit.kv.quantize.int4 import Int4
@@ -119,10 +119,8 @@ def spread_of(sample: Sample, scoring: Scoring) -> torch.Tensor:
     n, heads, _ = q.shape
     last = min(QUERIES, n)
     keys = k.repeat_interleave(heads // k.shape[1], 1)
-    scores = torch.einsum("qhd,khd->hqk", q[-last:], keys) * scoring.scale
-    if scoring.softcap is not None:
-        scores = (scores / scoring.softcap).tanh() * scoring.softcap
     back = torch.arange(n - last, n)[:, None] - torch.arange(n)  # how far before each query
-    scores = scores.masked_fill((back < 0) | (back >= (scoring.window or n)), -torch.inf)
-    dominant = scores.softmax(2).topk(max(round(n * DOMINANT), 1), dim=2).values.sum(2)
+    hidden = (back < 0) | (back >= (scoring.window or n))
+    given = attention_weights(torch.einsum("qhd,khd->hqk", q[-last:], keys), hidden, scoring)
+    dominant = given.topk(max(round(n * DOMINANT), 1), dim=2).values.sum(2)
     return 1 - dominant.mean()
