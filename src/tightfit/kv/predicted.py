@@ -17,14 +17,15 @@ from tightfit.errors import UsageError
 from tightfit.kernels import attention, ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.codec import Codec
-from tightfit.kernels.matmul import vector_matmul
 from tightfit.kernels.pages import PAGE, Pages, Rows, Run
-from tightfit.kernels.weight import Weight
 from tightfit.kv.base import LayerLayout, Rotation
 from tightfit.kv.cache import numbers, place
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
 from tightfit.kv.method import Lowering
+
+
+MADE_AT_ONCE = 256  # tokens that go from one layer to the next
 
 
 class Numbers(NamedTuple):
@@ -39,7 +40,7 @@ class Linear:
     ``found`` is its matrix (width, all inputs) and offset (width,) until :meth:`load`."""
 
     def __init__(self, width: int, inputs: Sequence[int], arena: Arena) -> None:
-        self.parts = [Weight(place(arena, (2 * width * each,), torch.uint8), "bf16", 0, width, each) for each in inputs]
+        self.parts = [place(arena, (1, each, width), torch.bfloat16) for each in inputs]
         self.offset = place(arena, (width,), torch.float32)
         self.found: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -49,15 +50,15 @@ class Linear:
         if self.found is None:
             return
         (matrix, offset), self.found = self.found, None
-        for part, columns in zip(self.parts, matrix.split([part.cols for part in self.parts], 1), strict=True):
-            part.data.view(torch.bfloat16).view(part.rows, part.cols).copy_(columns)
+        for part, columns in zip(self.parts, matrix.split([part.shape[1] for part in self.parts], 1), strict=True):
+            part[0].copy_(columns.T)
         self.offset.copy_(offset)
 
-    def apply(self, out: torch.Tensor, *inputs: torch.Tensor, ws: Workspace) -> None:
-        """Writes into ``out`` (n, heads, dim) what ``inputs`` (n, heads, dim) say."""
-        sums = out.flatten(1)
-        for index, (part, x) in enumerate(zip(self.parts, inputs, strict=True)):
-            vector_matmul(x.flatten(1), part, sums, ws, accumulate=float(index > 0))
+    def add(self, out_: torch.Tensor, *inputs: torch.Tensor) -> None:
+        """Adds to ``out`` (n, heads, dim) what ``inputs`` (n, heads, dim) say."""
+        sums = out_.flatten(1)
+        for part, x in zip(self.parts, inputs, strict=True):
+            pages.project(x.flatten(1)[:, None], part, sums[:, None], add=True)
         ops.add_(sums, self.offset)
 
 
@@ -178,23 +179,20 @@ class PredictedStore(LowerStore):
         chain, stop = self.chain, self.index + 1
         start = chain.at[slot] + 1 if chain.at[slot] < stop else 0
         if ops.is_dry():
-            self._advance(slot, 0, READ_AT_ONCE, ws)
+            self._advance(slot, 0, MADE_AT_ONCE, ws)
             return
         for store in chain.stores[start:stop]:
             length = int(store.pages.lengths[slot, 0])
-            for first in range(0, length, READ_AT_ONCE):
-                store._advance(slot, first, min(first + READ_AT_ONCE, length), ws)
+            for first in range(0, length, MADE_AT_ONCE):
+                store._advance(slot, first, min(first + MADE_AT_ONCE, length), ws)
         chain.at[slot] = self.index
 
     def _advance(self, slot: int, first: int, stop: int, ws: Workspace) -> None:
         """Makes of what the chain has of tokens in the layer before what it has in this one."""
         with ws.frame():
-            before, found = self._of_before(slot, first, stop, ws), self._room(stop - first, ws)
-            missed = self._missed(slot, first, stop, ws)
-            self._predict_keys(before, found.keys, ws)
-            ops.add_(found.keys.flatten(1), missed.keys.flatten(1))
-            self._predict_values(found.keys, before, found.values, ws)
-            ops.add_(found.values.flatten(1), missed.values.flatten(1))
+            before, found = self._of_before(slot, first, stop, ws), self._missed(slot, first, stop, ws)
+            self._add_keys(before, found.keys)
+            self._add_values(found.keys, before, found.values)
             self._turn(found.keys, first, 1.0, ws)
             for of_chain, x in zip(self.chain.tokens(slot, first, stop), found, strict=True):
                 ops.copy_(of_chain, x.unflatten(0, (-1, PAGE)))
@@ -220,13 +218,14 @@ class PredictedStore(LowerStore):
                     at = rows.stop
             self._turn(found.keys, first, -1.0, ws)
             said = self._room(count, ws)
-            self._predict_keys(before, said.keys, ws)
+            for x in said:
+                ops.zero_(x)
+            self._add_keys(before, said.keys)
             ops.add_(found.keys.flatten(1), said.keys.flatten(1), -1.0)
-            ops.zero_(said.values)
             self._code(slot, first, Numbers(found.keys, said.values), ws)
-            with ws.frame():
-                ops.add_(said.keys.flatten(1), self._missed(slot, first, stop, ws).keys.flatten(1))
-            self._predict_values(said.keys, before, said.values, ws)
+            keys = self._missed(slot, first, stop, ws).keys
+            self._add_keys(before, keys)
+            self._add_values(keys, before, said.values)
             ops.add_(found.values.flatten(1), said.values.flatten(1), -1.0)
             self._code(slot, first, found, ws)
         self._advance(slot, first, stop, ws)
@@ -263,17 +262,15 @@ class PredictedStore(LowerStore):
         self.before._turn(found.keys, first, -1.0, ws)
         return found
 
-    def _predict_keys(self, before: Numbers | None, out: torch.Tensor, ws: Workspace) -> None:
-        if before is None:
-            ops.zero_(out)
-        else:
-            self.key_map.apply(out, before.keys, ws=ws)
+    def _add_keys(self, before: Numbers | None, keys_: torch.Tensor) -> None:
+        """Adds what the layer before says of keys."""
+        if before is not None:
+            self.key_map.add(keys_, before.keys)
 
-    def _predict_values(self, keys: torch.Tensor, before: Numbers | None, out: torch.Tensor, ws: Workspace) -> None:
-        if before is None:
-            ops.zero_(out)
-        else:
-            self.value_map.apply(out, keys, before.values, ws=ws)
+    def _add_values(self, keys: torch.Tensor, before: Numbers | None, values_: torch.Tensor) -> None:
+        """Adds what ``keys`` of this layer and the layer before say of values."""
+        if before is not None:
+            self.value_map.add(values_, keys, before.values)
 
     def _missed(self, slot: int, first: int, stop: int, ws: Workspace) -> Numbers:
         """What the codes of tokens say."""
