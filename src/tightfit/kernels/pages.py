@@ -345,26 +345,15 @@ def join(out_: torch.Tensor, lse_: torch.Tensor, other: torch.Tensor, other_lse:
     _run(cpu.module.join, _block(out_, shape), _rows(lse_), _block(other, shape), _rows(other_lse), *shape)
 
 
-def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
-    """``out`` (n, heads, m) = ``x`` (n, heads, dim) times that of ``matrices`` (kv_heads, dim, m), float32 or bfloat16,
-    of each head's group, or with ``add`` that is added to it. A row's bits do not depend on the others."""
+def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
+    """``out`` (n, heads, m) = ``x`` (n, heads, dim) times that of ``matrices`` (kv_heads, dim, m) float32 of each
+    head's group. A row's bits do not depend on the others."""
     if not cpu.available():
-        _run(reference.project, x, matrices, out, add)
+        _run(reference.project, x, matrices, out)
         return
-    count, dim, width = matrices.shape
-    n, heads, _ = x.shape
-    if not matrices.is_contiguous() or matrices.dtype is torch.float16 or heads % count:
-        raise ValueError(f"cannot multiply {heads} heads by {matrices.dtype} {tuple(matrices.shape)}")
-    blocks = _block(x, (n, heads, dim)), _block(out, (n, heads, width))
-    kind = KINDS[matrices.dtype]
-    _run(
-        cpu.module.project,
-        blocks[0],
-        *(n, heads, kind, matrices.data_ptr(), (count, dim, width)),
-        blocks[1],
-        add,
-        cpu.threads(),
-    )
+    shape = tuple(matrices.shape)
+    blocks = _block(x, x.shape), _block(out, out.shape)
+    _run(cpu.module.project, blocks[0], *x.shape[:2], matrices.data_ptr(), shape, blocks[1], cpu.threads())
 
 
 def weigh_rows(

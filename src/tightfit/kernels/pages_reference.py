@@ -431,11 +431,10 @@ def join(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: t
     lse.copy_(torch.where(found, top + total.log2(), lse))
 
 
-def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    of_heads = matrices.float().repeat_interleave(x.shape[1] // len(matrices), 0)
+def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
+    of_heads = matrices.repeat_interleave(x.shape[1] // len(matrices), 0)
     for row, sums in zip(x, out, strict=True):  # each alone, so that its bits are its own
-        product = (row[:, None] @ of_heads)[:, 0]
-        sums.copy_(sums + product if add else product)
+        sums.copy_((row[:, None] @ of_heads)[:, 0])
 
 
 def weigh_rows(

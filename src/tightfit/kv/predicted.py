@@ -14,18 +14,17 @@ import torch
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import UsageError
-from tightfit.kernels import attention, ops, pages
+from tightfit.kernels import attention, cpu, ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.codec import Codec
+from tightfit.kernels.matmul import gemm, vector_matmul
 from tightfit.kernels.pages import PAGE, Pages, Rows, Run
+from tightfit.kernels.weight import Weight
 from tightfit.kv.base import LayerLayout, Rotation
 from tightfit.kv.cache import numbers, place
 from tightfit.kv.lower import LowerStore
 from tightfit.kv.merge.tokens import READ_AT_ONCE, TokensAt
 from tightfit.kv.method import Lowering
-
-
-MADE_AT_ONCE = 256  # tokens that go from one layer to the next
 
 
 class Numbers(NamedTuple):
@@ -40,7 +39,7 @@ class Linear:
     ``found`` is its matrix (width, all inputs) and offset (width,) until :meth:`load`."""
 
     def __init__(self, width: int, inputs: Sequence[int], arena: Arena) -> None:
-        self.parts = [place(arena, (1, each, width), torch.bfloat16) for each in inputs]
+        self.parts = [Weight(place(arena, (2 * width * each,), torch.uint8), "bf16", 0, width, each) for each in inputs]
         self.offset = place(arena, (width,), torch.float32)
         self.found: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -50,15 +49,19 @@ class Linear:
         if self.found is None:
             return
         (matrix, offset), self.found = self.found, None
-        for part, columns in zip(self.parts, matrix.split([part.shape[1] for part in self.parts], 1), strict=True):
-            part[0].copy_(columns.T)
+        for part, columns in zip(self.parts, matrix.split([part.cols for part in self.parts], 1), strict=True):
+            part.data.view(torch.bfloat16).view(part.rows, part.cols).copy_(columns)
         self.offset.copy_(offset)
 
-    def add(self, out_: torch.Tensor, *inputs: torch.Tensor) -> None:
-        """Adds to ``out`` (n, heads, dim) what ``inputs`` (n, heads, dim) say."""
+    def add(self, out_: torch.Tensor, *inputs: torch.Tensor, dtype: torch.dtype, ws: Workspace) -> None:
+        """Adds to ``out`` (n, heads, dim) what ``inputs`` (n, heads, dim) say. Where the cache's ``dtype`` is bfloat16,
+        they are rounded to it if that makes products faster: those of the layer before were."""
         sums = out_.flatten(1)
         for part, x in zip(self.parts, inputs, strict=True):
-            pages.project(x.flatten(1)[:, None], part, sums[:, None], add=True)
+            if dtype == torch.bfloat16 and cpu.has_gemm():
+                gemm(x.flatten(1), part, sums, [(0, len(sums))], dtype, ws, accumulate=1.0)
+            else:
+                vector_matmul(x.flatten(1), part, sums, ws, accumulate=1.0)
         ops.add_(sums, self.offset)
 
 
@@ -179,20 +182,20 @@ class PredictedStore(LowerStore):
         chain, stop = self.chain, self.index + 1
         start = chain.at[slot] + 1 if chain.at[slot] < stop else 0
         if ops.is_dry():
-            self._advance(slot, 0, MADE_AT_ONCE, ws)
+            self._advance(slot, 0, READ_AT_ONCE, ws)
             return
         for store in chain.stores[start:stop]:
             length = int(store.pages.lengths[slot, 0])
-            for first in range(0, length, MADE_AT_ONCE):
-                store._advance(slot, first, min(first + MADE_AT_ONCE, length), ws)
+            for first in range(0, length, READ_AT_ONCE):
+                store._advance(slot, first, min(first + READ_AT_ONCE, length), ws)
         chain.at[slot] = self.index
 
     def _advance(self, slot: int, first: int, stop: int, ws: Workspace) -> None:
         """Makes of what the chain has of tokens in the layer before what it has in this one."""
         with ws.frame():
             before, found = self._of_before(slot, first, stop, ws), self._missed(slot, first, stop, ws)
-            self._add_keys(before, found.keys)
-            self._add_values(found.keys, before, found.values)
+            self._add_keys(before, found.keys, ws)
+            self._add_values(found.keys, before, found.values, ws)
             self._turn(found.keys, first, 1.0, ws)
             for of_chain, x in zip(self.chain.tokens(slot, first, stop), found, strict=True):
                 ops.copy_(of_chain, x.unflatten(0, (-1, PAGE)))
@@ -220,12 +223,12 @@ class PredictedStore(LowerStore):
             said = self._room(count, ws)
             for x in said:
                 ops.zero_(x)
-            self._add_keys(before, said.keys)
+            self._add_keys(before, said.keys, ws)
             ops.add_(found.keys.flatten(1), said.keys.flatten(1), -1.0)
             self._code(slot, first, Numbers(found.keys, said.values), ws)
             keys = self._missed(slot, first, stop, ws).keys
-            self._add_keys(before, keys)
-            self._add_values(keys, before, said.values)
+            self._add_keys(before, keys, ws)
+            self._add_values(keys, before, said.values, ws)
             ops.add_(found.values.flatten(1), said.values.flatten(1), -1.0)
             self._code(slot, first, found, ws)
         self._advance(slot, first, stop, ws)
@@ -262,15 +265,15 @@ class PredictedStore(LowerStore):
         self.before._turn(found.keys, first, -1.0, ws)
         return found
 
-    def _add_keys(self, before: Numbers | None, keys_: torch.Tensor) -> None:
+    def _add_keys(self, before: Numbers | None, keys_: torch.Tensor, ws: Workspace) -> None:
         """Adds what the layer before says of keys."""
         if before is not None:
-            self.key_map.add(keys_, before.keys)
+            self.key_map.add(keys_, before.keys, dtype=self.dtype, ws=ws)
 
-    def _add_values(self, keys: torch.Tensor, before: Numbers | None, values_: torch.Tensor) -> None:
+    def _add_values(self, keys: torch.Tensor, before: Numbers | None, values_: torch.Tensor, ws: Workspace) -> None:
         """Adds what ``keys`` of this layer and the layer before say of values."""
         if before is not None:
-            self.value_map.add(values_, keys, before.values)
+            self.value_map.add(values_, keys, before.values, dtype=self.dtype, ws=ws)
 
     def _missed(self, slot: int, first: int, stop: int, ws: Workspace) -> Numbers:
         """What the codes of tokens say."""

@@ -470,18 +470,15 @@ void softmax(float* scores, size_t count) {
 
 // ---- products with a matrix: a lane for each column ----
 
-// out[r] = x[r] . SPAN vectors of columns, or a last one of `width`; added to it if `add`.
-template <class Isa, class T, size_t ROWS, size_t SPAN, bool PART>
-inline void project_columns(Rows<const float> x, size_t from, Rows<const T> matrix, size_t width, Rows<float> out,
-                            bool add) {
+// out[r] = x[r] . SPAN vectors of columns, or a last one of `width`.
+template <class Isa, size_t ROWS, size_t SPAN, bool PART>
+inline void project_columns(Rows<const float> x, size_t from, Rows<const float> matrix, size_t width, Rows<float> out) {
     constexpr size_t LANES = Isa::LANES;
-    const auto load = [&](const auto* numbers) { return PART ? Isa::load_part(numbers, width) : Isa::load(numbers); };
-    typename Isa::Vector sums[ROWS][SPAN];
-    for (size_t r = 0; r < ROWS; r++)
-        for (size_t j = 0; j < SPAN; j++) sums[r][j] = add ? load(out[r] + j * LANES) : Isa::zero();
+    typename Isa::Vector sums[ROWS][SPAN] = {};
     for (size_t i = 0; i < from; i++) {
         typename Isa::Vector columns[SPAN];
-        for (size_t j = 0; j < SPAN; j++) columns[j] = load(matrix[i] + j * LANES);
+        for (size_t j = 0; j < SPAN; j++)
+            columns[j] = PART ? Isa::load_part(matrix[i], width) : Isa::load(matrix[i] + j * LANES);
         for (size_t r = 0; r < ROWS; r++) {
             const auto feature = Isa::broadcast(x[r][i]);
             for (size_t j = 0; j < SPAN; j++) sums[r][j] = Isa::fma(feature, columns[j], sums[r][j]);
@@ -489,37 +486,29 @@ inline void project_columns(Rows<const float> x, size_t from, Rows<const T> matr
     }
     for (size_t r = 0; r < ROWS; r++)
         for (size_t j = 0; j < SPAN; j++) {
-            if (PART) Isa::store_part(out[r] + j * LANES, sums[r][j], width);
+            if (PART) Isa::store_part(out[r], sums[r][j], width);
             else Isa::store(out[r] + j * LANES, sums[r][j]);
         }
 }
 
 // The columns from `o` on.
-template <class Isa, class T, size_t ROWS, size_t SPAN>
-inline void project_rows(Rows<const float> x, size_t from, Rows<const T> matrix, size_t o, size_t to, Rows<float> out,
-                         bool add) {
+template <class Isa, size_t ROWS, size_t SPAN>
+inline void project_rows(Rows<const float> x, size_t from, Rows<const float> matrix, size_t o, size_t to, Rows<float> out) {
     constexpr size_t STEP = SPAN * Isa::LANES;
-    const auto columns = [&] { return Rows<const T>{matrix.data + o, matrix.stride}; };
+    const auto columns = [&] { return Rows<const float>{matrix.data + o, matrix.stride}; };
     const auto sums = [&] { return Rows<float>{out.data + o, out.stride}; };
-    for (; o + STEP <= to; o += STEP) project_columns<Isa, T, ROWS, SPAN, false>(x, from, columns(), 0, sums(), add);
-    if constexpr (SPAN > 1) project_rows<Isa, T, ROWS, SPAN / 2>(x, from, matrix, o, to, out, add);
-    else if (o < to) project_columns<Isa, T, ROWS, 1, true>(x, from, columns(), to - o, sums(), add);
-}
-
-template <class Isa, class T>
-void project(Rows<const float> x, size_t rows, size_t from, const T* matrix, size_t to, Rows<float> out, bool add) {
-    Ahead none{reinterpret_cast<const char*>(matrix), false};
-    for_rows<Isa>(rows, none, [&](size_t r, auto rows_at_once, Ahead&) {
-        constexpr size_t ROWS = decltype(rows_at_once)::value;
-        project_rows<Isa, T, ROWS, SPAN<Isa, ROWS>>({x[r], x.stride}, from, {matrix, to}, 0, to, {out[r], out.stride}, add);
-    });
+    for (; o + STEP <= to; o += STEP) project_columns<Isa, ROWS, SPAN, false>(x, from, columns(), 0, sums());
+    if constexpr (SPAN > 1) project_rows<Isa, ROWS, SPAN / 2>(x, from, matrix, o, to, out);
+    else if (o < to) project_columns<Isa, ROWS, 1, true>(x, from, columns(), to - o, sums());
 }
 
 template <class Isa>
-void project(Rows<const float> x, size_t rows, size_t from, Kind kind, const uint8_t* matrix, size_t to, Rows<float> out,
-             bool add) {
-    if (kind == Kind::bf16) return project<Isa>(x, rows, from, reinterpret_cast<const BF16*>(matrix), to, out, add);
-    project<Isa>(x, rows, from, reinterpret_cast<const float*>(matrix), to, out, add);
+void project_all(Rows<const float> x, size_t rows, size_t from, const float* matrix, size_t to, Rows<float> out) {
+    Ahead none{reinterpret_cast<const char*>(matrix), false};
+    for_rows<Isa>(rows, none, [&](size_t r, auto rows_at_once, Ahead&) {
+        constexpr size_t ROWS = decltype(rows_at_once)::value;
+        project_rows<Isa, ROWS, SPAN<Isa, ROWS>>({x[r], x.stride}, from, {matrix, to}, 0, to, {out[r], out.stride});
+    });
 }
 
 inline float largest_score(const float* bounds, const float* q, size_t rows, size_t dim) {
@@ -544,7 +533,8 @@ inline float largest_score(const float* bounds, const float* q, size_t rows, siz
 template <class Isa>
 constexpr AttentionKernels attention_kernels_of() {
     return {rotate_head,  store<Isa>,       fold<Isa>,        weigh_tokens<Isa>,  score_tokens<Isa>,
-            softmax<Isa>, decode_page<Isa>, encode_page<Isa>, load_numbers<Isa>, largest_score, project<Isa>};
+            softmax<Isa>, decode_page<Isa>, encode_page<Isa>, load_numbers<Isa>, largest_score,
+            project_all<Isa>};
 }
 
 }  // namespace

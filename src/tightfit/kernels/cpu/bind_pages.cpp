@@ -97,12 +97,11 @@ void tightfit::bind_pages(nb::module_& m) {
         join(block<float>(out), {at<float>(std::get<0>(lse)), std::get<1>(lse)}, block<const float>(other),
              {at<const float>(std::get<0>(other_lse)), std::get<1>(other_lse)}, rows, heads, dim);
     });
-    m.def("project", [](const Strided& x, size_t rows, size_t heads, const std::string& kind, uintptr_t matrices,
-                        const std::tuple<size_t, size_t, size_t>& shape, const Strided& out, bool add, size_t threads) {
+    m.def("project", [](const Strided& x, size_t rows, size_t heads, uintptr_t matrices,
+                        const std::tuple<size_t, size_t, size_t>& shape, const Strided& out, size_t threads) {
         nb::gil_scoped_release release;
-        const auto& [count, from, to] = shape;
-        project(block<const float>(x), rows, heads, {kind_of(kind), at<const uint8_t>(matrices), count, from, to},
-                block<float>(out), add, threads);
+        const auto& [kv_heads, from, to] = shape;
+        project(block<const float>(x), rows, heads, at<const float>(matrices), kv_heads, from, to, block<float>(out), threads);
     });
     m.def("page_bytes", [](const CodecOf& of) { return codec_of(of).page_bytes(); });
     nb::class_<Staging>(m, "Staging")

@@ -612,15 +612,14 @@ void join(Block<float> out, Rows<float> lse, Block<const float> other, Rows<cons
         }
 }
 
-void project(Block<const float> x, size_t rows, size_t heads, const Matrices& m, Block<float> out, bool add,
-             size_t threads) {
+void project(Block<const float> x, size_t rows, size_t heads, const float* matrices, size_t kv_heads, size_t from, size_t to,
+             Block<float> out, size_t threads) {
     constexpr size_t AT_ONCE = 32, WORTH_A_THREAD = size_t(1) << 16;  // rows, and products
-    const size_t groups = heads / m.count, bytes = m.from * m.to * itemsize(m.kind);
-    if (rows * heads * m.from * m.to < WORTH_A_THREAD) threads = 1;
+    if (rows * heads * from * to < WORTH_A_THREAD) threads = 1;
     parallel_for((rows + AT_ONCE - 1) / AT_ONCE * heads, threads, [&](size_t task) {
         const size_t r = task / heads * AT_ONCE, h = task % heads;
-        attention_kernels().project({x.at(r, h), x.outer_stride}, std::min(rows - r, AT_ONCE), m.from, m.kind,
-                                    m.data + h / groups * bytes, m.to, {out.at(r, h), out.outer_stride}, add);
+        attention_kernels().project({x.at(r, h), x.outer_stride}, std::min(rows - r, AT_ONCE), from,
+                                    matrices + h / (heads / kv_heads) * from * to, to, {out.at(r, h), out.outer_stride});
     });
 }
 

@@ -183,16 +183,9 @@ void weigh(const Pages& pages, size_t sequence, const Run& run, size_t start, si
 void join(Block<float> out, Rows<float> lse, Block<const float> other, Rows<const float> other_lse, size_t rows,
           size_t heads, size_t dim);
 
-// `count` matrices (from, to) in float32 or bfloat16.
-struct Matrices {
-    Kind kind;
-    const uint8_t* data;
-    size_t count, from, to;
-};
-
-// out (rows, heads, to) = x (rows, heads, from) times the matrix of each head's group; added to it if `add`.
-void project(Block<const float> x, size_t rows, size_t heads, const Matrices& matrices, Block<float> out, bool add,
-             size_t threads);
+// out (rows, heads, to) = x (rows, heads, from) times that of `matrices` (kv_heads, from, to) of each head's group.
+void project(Block<const float> x, size_t rows, size_t heads, const float* matrices, size_t kv_heads, size_t from, size_t to,
+             Block<float> out, size_t threads);
 
 // What happens to a sequence when tokens become certain: those of `run` are added, all but counts[head] `indices` (kv_heads,
 // stride) are let go, if that is not null and the count not negative, all but the last `recent` are coded page by page
