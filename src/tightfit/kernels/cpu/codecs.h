@@ -108,27 +108,33 @@ inline void halve(const uint8_t* bytes, size_t count, uint8_t* out) {
     }
 }
 
-// The codes of `count` numbers, a row of a page, as floats.
+constexpr size_t UNPACKED_AT_ONCE = 256;
+
+template <class Isa, size_t BITS>
+[[gnu::always_inline]] inline void unpack_some(const uint8_t* codes, size_t count, float* out) {
+    const size_t bytes = (count * BITS + 7) / 8;
+    uint8_t halves[UNPACKED_AT_ONCE], quarters[UNPACKED_AT_ONCE];
+    const uint8_t* from = codes;
+    if constexpr (BITS < 8) halve<4>(codes, bytes, halves), from = halves;
+    if constexpr (BITS < 4) halve<2>(halves, 2 * bytes, quarters), from = quarters;
+    size_t i = 0;
+    for (; i + Isa::LANES <= count; i += Isa::LANES) Isa::store(out + i, Isa::inputs(from + i, 0.0f));
+    for (; i < count; i++) out[i] = static_cast<float>(from[i]);
+}
+
+// `count` codes, one behind the other, as floats.
 template <class Isa, size_t BITS>
 void unpack(const uint8_t* codes, size_t count, float* out) {
-    constexpr size_t AT_ONCE = 64;
-    for (size_t at = 0; at < count; at += AT_ONCE, codes += AT_ONCE * BITS / 8) {
-        const size_t now = std::min(count - at, AT_ONCE), bytes = (now * BITS + 7) / 8;
-        uint8_t halves[AT_ONCE], quarters[AT_ONCE];
-        const uint8_t* from = codes;
-        if constexpr (BITS < 8) halve<4>(codes, bytes, halves), from = halves;
-        if constexpr (BITS < 4) halve<2>(halves, 2 * bytes, quarters), from = quarters;
-        size_t i = 0;
-        for (; i + Isa::LANES <= now; i += Isa::LANES) Isa::store(out + at + i, Isa::inputs(from + i, 0.0f));
-        for (; i < now; i++) out[at + i] = static_cast<float>(from[i]);
-    }
+    constexpr size_t MOST = UNPACKED_AT_ONCE;
+    for (; count >= MOST; count -= MOST, codes += MOST * BITS / 8, out += MOST) unpack_some<Isa, BITS>(codes, MOST, out);
+    unpack_some<Isa, BITS>(codes, count, out);
 }
 
 template <class Isa>
-void unpack_row(const Codec& codec, const uint8_t* codes, float* out) {
-    if (codec.bits == 8) unpack<Isa, 8>(codes, codec.dim, out);
-    else if (codec.bits == 4) unpack<Isa, 4>(codes, codec.dim, out);
-    else unpack<Isa, 2>(codes, codec.dim, out);
+void unpack(const Codec& codec, const uint8_t* codes, size_t count, float* out) {
+    if (codec.bits == 8) unpack<Isa, 8>(codes, count, out);
+    else if (codec.bits == 4) unpack<Isa, 4>(codes, count, out);
+    else unpack<Isa, 2>(codes, count, out);
 }
 
 // The numbers of one token of a page.
@@ -136,7 +142,7 @@ template <class Isa>
 void decode_row(const Codec& codec, Kind kind, const uint8_t* page, size_t t, float* out) {
     const uint8_t* codes = page + t * codec.row_bytes();
     if (codec.dense()) return load_numbers<Isa>(codes, kind, codec.dim, out);
-    unpack_row<Isa>(codec, codes, out);
+    unpack<Isa>(codec, codes, codec.dim, out);
     const size_t each = codec.per_channel ? 1 : CODE_GROUP;  // numbers that share a scale
     const size_t scales = codec.per_channel ? codec.dim : codec.groups(), first = codec.per_channel ? 0 : t * scales;
     constexpr size_t AT_ONCE = 64;
@@ -183,7 +189,9 @@ void scale_codes(const Codec& codec, const uint8_t* page, float* out) {
 
 template <class Isa>
 void unpack_page(const Codec& codec, const uint8_t* page, float* out) {
-    for (size_t t = 0; t < PAGE; t++) unpack_row<Isa>(codec, page + t * codec.row_bytes(), out + t * codec.dim);
+    const size_t dim = codec.dim, row_bytes = codec.row_bytes();
+    if (dim * codec.bits % 8 == 0) unpack<Isa>(codec, page, PAGE * dim, out);  // no row ends within a byte
+    else for (size_t t = 0; t < PAGE; t++) unpack<Isa>(codec, page + t * row_bytes, dim, out + t * dim);
     scale_codes<Isa>(codec, page, out);
 }
 
