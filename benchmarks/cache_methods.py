@@ -148,7 +148,7 @@ class Sizes:
                 return self.fits(spec.format(f"{number * unit:g}"), most)
 
             best = largest(fits, low, high)
-            if best is not None:
+            if best is not None and (best < CONTEXT or unit < 1):  # otherwise nothing is left out
                 found[name] = spec.format(f"{best * unit:g}")
         for spec in FIXED:
             if names and spec.partition("(")[0].partition("+")[0] not in names:
@@ -231,9 +231,9 @@ def show(options: argparse.Namespace) -> None:
     """Writes the page of what was measured."""
     report = summarise(Results.open(options.folder))
     speed = None if options.speed is None else summarise(Results.open(options.speed))
-    sizes, whole = Sizes(), report.by_key["kv=none"]
-    shares = [100 * sizes.nbytes(BASELINE) / sizes.whole, *SHARES]
-    rows = [row for row in report.rows if row.key.startswith("kv=") and row.finished]
+    whole, baseline = report.by_key["kv=none"], report.by_key[f"kv={BASELINE}"]
+    shares = [100 * baseline.indicators["kv_bytes"] / whole.indicators["kv_bytes"], *SHARES]
+    rows = [row for row in report.rows if row.finished]
     found: dict[float, list[Row]] = {share: [] for share in shares}
     for row in rows:
         share = 100 * row.indicators["kv_bytes"] / whole.indicators["kv_bytes"]
@@ -251,7 +251,7 @@ def show(options: argparse.Namespace) -> None:
         of_share.sort(key=lambda row: kl(report, row).value)
         title = f"{BASELINE}'s {share:.0f}%" if share == shares[0] else f"{share:g}%"
         lines = [cells(report, speed, row) for row in (whole, *of_share)]
-        parts += [f"## At most {title} of {sizes.whole / 2**20:.0f} MiB", table(COLUMNS, lines)]
+        parts += [f"## At most {title} of {whole.indicators['kv_bytes'] / 2**20:.0f} MiB", table(COLUMNS, lines)]
     page = "\n\n".join(parts) + "\n"
     if options.out is None:
         print(page)

@@ -99,7 +99,7 @@ class Layers:
             pools.setdefault(pages.dense_free.data_ptr(), []).append(pages)
         for layers in pools.values():
             self._check_pool(layers, self.cache.room(0))
-        for lower in self.cache.lower:
+        for lower in self.cache.store.lower:
             if lower is not None:
                 self._check_pool([lower.pages], 0)
 

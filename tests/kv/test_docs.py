@@ -1,4 +1,4 @@
-"""The method that docs/kv.md adds really works."""
+"""The method that docs/kv-inside.md adds really works."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import tightfit
 from tightfit.catalog import TECHNIQUES
 
-PAGE = (Path(__file__).parents[2] / "docs" / "kv.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "kv-inside.md").read_text()
 
 
 @pytest.mark.parametrize("prefill", ["chunked", "layered"])
@@ -18,7 +18,7 @@ def test_a_method_as_the_page_adds_it(prefill: str) -> None:
     [code] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     try:
         # As a module: dataclasses look up where they come from.
-        exec(compile(code, "docs/kv.md", "exec"), {"__name__": __name__})
+        exec(compile(code, "docs/kv-inside.md", "exec"), {"__name__": __name__})
         with tightfit.load(
             "nano", "4GiB", context=1024, kv="sparse(keep=128)+int4(recent=32)", prefill=prefill
         ) as model:

@@ -165,8 +165,8 @@ def statistics_of(run: Run) -> list[object]:
     layers, kept = range(len(run.paged.layers)), run.paged.layers
     heads = [(layer, head) for layer in layers for head in range(kept[layer].table.shape[1])]
     found: list[object] = [run.positions(layer, head) for layer, head in heads]
-    if run.paged.observed is not None:
-        mass = run.paged.observed.mass
+    if run.paged.store.observed is not None:
+        mass = run.paged.store.observed.mass
         found += [mass[layer][0, head, :, : len(run.positions(layer, head))].tolist() for layer, head in heads]
     return found
 

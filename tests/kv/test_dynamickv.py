@@ -45,7 +45,7 @@ def test_layers_keep_what_scores_highest_in_all_of_them(tiny: Callable[..., Tiny
     found = model.run(KV, chunk=chunk)
     everything.prefill(tokens, layered=layered)
     found.prefill(tokens, layered=layered)
-    evictor, observed, layers = compose(KV).evictor, everything.paged.observed, range(len(model.spec.layers))
+    evictor, observed, layers = compose(KV).evictor, everything.paged.store.observed, range(len(model.spec.layers))
     assert evictor is not None
     assert observed is not None
     scores = []
@@ -96,7 +96,7 @@ def test_what_is_reserved_for_all_layers_is_enough_at_every_moment_and_all_of_it
     cache = PagedCache(
         layouts, compose(f"{evictor},budget=dynamickv){more}"), context, 1, torch.float32, Arena(ROOM), tail=tail
     )
-    limit = cache.reserved.limit
+    limit = cache.store.reserved.limit
     for _ in range(2):
         layers = Concentrated(cache, rng)
         prompt = rng.randint(1, context)

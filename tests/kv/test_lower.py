@@ -56,7 +56,7 @@ def check_sees_everything(tiny: Tiny, composition: Composition, layered: bool = 
         assert torch.allclose(found, expected, atol=2e-5 * float(expected.abs().max()))
         token = choose(expected, position)
         found, expected = run.decode(token), full.decode(token)
-    for lower in run.paged.lower:
+    for lower in run.paged.store.lower:
         assert lower is None or (lower.pages.lengths > 0).all()
 
 
@@ -135,7 +135,7 @@ def test_features_that_are_projected_without_loss_lose_nothing() -> None:
     outs = []
     for composition in (composed(Demote(keep=20, features=8)), composed(Demote(keep=20))):
         layer = Layer(composition, layout)
-        lower = layer.cache.lower[0]
+        lower = layer.cache.store.lower[0]
         assert lower is not None
         if lower.projected:
             for matrices, plane in ((lower.to_keys, 0), (lower.to_queries, 0), (lower.to_values, 1)):

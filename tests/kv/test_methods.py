@@ -332,12 +332,12 @@ def test_host_holds_what_it_says_in_memory(tiny: Callable[..., Tiny]) -> None:
         assert [total - cold for total, cold in zip(used, in_file, strict=True)] == [2, 2]
     exact = tiny("llama").run("none", context=2048)
     assert run.arena.used < exact.arena.used / 6
-    assert os.fstat(run.paged._file).st_size > 0.8 * exact.arena.used * 1000 / 2048
+    assert os.fstat(run.paged.store.file).st_size > 0.8 * exact.arena.used * 1000 / 2048
 
 
 def test_the_file_of_host_has_no_name_and_goes_with_the_cache(tiny: Callable[..., Tiny], tmp_path: Path) -> None:
     run = tiny("llama").run(f"host(resident=0,folder={tmp_path})")
-    file = run.paged._file
+    file = run.paged.store.file
     assert list(tmp_path.iterdir()) == []
     assert os.fstat(file).st_nlink == 0
     assert os.readlink(f"/proc/self/fd/{file}").startswith(str(tmp_path))

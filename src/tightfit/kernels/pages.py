@@ -259,6 +259,11 @@ class Looking(NamedTuple):
     since: torch.Tensor | None = None
     certain: bool = False
 
+    def part(self, start: int, stop: int | None) -> Looking:
+        """How some queries look that see everything."""
+        turned = None if self.anchor_q is None else self.anchor_q[start:stop]
+        return Looking(self.q[start:stop], turned, self.anchors, certain=self.certain)
+
 
 def append(pages: Pages, rows: Rows, k: torch.Tensor, v: torch.Tensor | None) -> None:
     """Writes ``k`` (n, kv_heads, key_dim) and ``v`` behind the certain tokens."""

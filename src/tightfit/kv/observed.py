@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +15,28 @@ from tightfit.kv.base import BLOCK, LayerLayout
 from tightfit.kv.cache import numbers, place
 from tightfit.kv.drafts import Drafts
 from tightfit.kv.method import Evictor, Streamer
+
+
+class Chunk(NamedTuple):
+    """Queries of a prompt that have looked at a layer, (n, heads): those of tokens ``at`` onwards of ``run``, which
+    come behind what the sequence ``slot`` has in ``kept``; ``lse`` (n, heads) is the log-sum-exp of their scores."""
+
+    kept: Pages
+    slot: int
+    run: Run
+    at: int
+    looking: Looking
+    lse: torch.Tensor
+    scoring: Scoring
+
+    def part(self, start: int, stop: int) -> Chunk:
+        """Some of these queries."""
+        return self._replace(at=self.at + start, looking=self.looking.part(start, stop), lse=self.lse[start:stop])
+
+    def weigh(self, given_: torch.Tensor, ws: Workspace, fold: str) -> None:
+        """Notes in ``given`` (kv_heads, tokens) what tokens receive, put together as ``fold`` says."""
+        kept, slot, run, at, looking, lse, scoring = self
+        pages.weigh(kept, slot, run, at, looking, lse, given_, ws, scoring, fold)
 
 
 class Observer:
@@ -40,58 +63,21 @@ class Observer:
         ops.zero_(given)
         return given
 
-    def chunk(
-        self,
-        kept: Pages,
-        slot: int,
-        run: Run,
-        at: int,
-        looking: Looking,
-        lse: torch.Tensor,
-        given_: torch.Tensor,
-        ws: Workspace,
-        scoring: Scoring,
-    ) -> None:
-        """Notes in ``given`` what those queries of a run give, the first of which is its token ``at``, that are
-        observed."""
+    def chunk(self, chunk: Chunk, given_: torch.Tensor, ws: Workspace) -> None:
+        """Notes in ``given`` what those queries of a chunk give that are observed."""
         if self.all:
-            self.everything(kept, slot, run, at, looking, lse, given_, ws, scoring)
+            self.everything(chunk, given_, ws)
         if self.last:
-            self.lately(kept, slot, run, at, looking, lse, given_, ws, scoring)
+            self.lately(chunk, given_, ws)
 
-    def everything(
-        self,
-        kept: Pages,
-        slot: int,
-        run: Run,
-        at: int,
-        looking: Looking,
-        lse: torch.Tensor,
-        given_: torch.Tensor,
-        ws: Workspace,
-        scoring: Scoring,
-    ) -> None:
+    def everything(self, chunk: Chunk, given_: torch.Tensor, ws: Workspace) -> None:
         """What :meth:`chunk` notes of all queries."""
-        pages.weigh(kept, slot, run, at, looking, lse, given_[:, self.blocks], ws, scoring, self.method.fold)
+        chunk.weigh(given_[:, self.blocks], ws, self.method.fold)
 
-    def lately(
-        self,
-        kept: Pages,
-        slot: int,
-        run: Run,
-        at: int,
-        looking: Looking,
-        lse: torch.Tensor,
-        given_: torch.Tensor,
-        ws: Workspace,
-        scoring: Scoring,
-    ) -> None:
+    def lately(self, chunk: Chunk, given_: torch.Tensor, ws: Workspace) -> None:
         """What :meth:`chunk` notes of the last queries."""
-        for block, (start, stop) in enumerate(self._parts(len(looking.q))):
-            turned = None if looking.anchor_q is None else looking.anchor_q[start:stop]
-            part = Looking(looking.q[start:stop], turned, looking.anchors)
-            to = given_[:, block]
-            pages.weigh(kept, slot, run, at + start, part, lse[start:stop], to, ws, scoring, self.method.fold)
+        for block, (start, stop) in enumerate(self._parts(len(chunk.lse))):
+            chunk.part(start, stop).weigh(given_[:, block], ws, self.method.fold)
 
     def _parts(self, count: int) -> list[tuple[int, int]]:
         """Of so many queries those that make blocks, the last ones first."""

@@ -66,9 +66,9 @@ class Reader:
 def _paged_bytes(cache: PagedCache, layer: int) -> float:
     """What one query of all heads reads of the first sequence in a layer. Of what a selector chooses among, tokens in
     few bits are chosen as often as others."""
-    pages, selecting = cache.layers[layer], cache.selecting[layer]
+    pages, selecting = cache.layers[layer], cache.store.selecting[layer]
     total = 0.0 if selecting is None else float(selecting.index_bytes(0))
-    total += sum(_bytes_below(below) for each in cache.beside[layer] for below in each.stores)
+    total += sum(_bytes_below(below) for each in cache.store.beside[layer] for below in each.stores)
     token = (pages.keys.shape[3] + pages.values.shape[3]) * pages.keys.element_size()
     code = pages.key_codec.page_bytes + pages.value_codec.page_bytes
     lists = [counts[0].tolist() for counts in (pages.lengths, pages.coded)]

@@ -63,7 +63,7 @@ def test_locret_keeps_what_was_rated_highest_when_it_came_whatever_is_looked_at(
 def test_drafts_bring_the_ratings_of_those_that_are_accepted() -> None:
     layer = Layer("locret(keep=34,recent=0,hidden=2)", LAYOUT, 1024, heads_of(LAYOUT))
     layer.add(torch.zeros(40, HEADS, DIM), *torch.zeros(2, 40, KV_HEADS, DIM))
-    worth = layer.cache.rated
+    worth = layer.cache.store.rated
     assert worth is not None
     mass, kept = worth.mass[0], layer.pages
     length = int(kept.lengths[0, 0])

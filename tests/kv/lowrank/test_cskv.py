@@ -35,7 +35,7 @@ def test_tokens_in_the_window_are_exact_and_older_ones_are_not(tiny: Callable[..
     for token in tokens[64 + BLOCK - 1 : 64 + BLOCK + 1]:
         found, wanted = run.decode(token), full.decode(token)
     assert (found - wanted).abs().max() > 1e-2 * wanted.abs().max()
-    for layer, lower in enumerate(run.paged.lower):
+    for layer, lower in enumerate(run.paged.store.lower):
         assert lower is not None
         assert run.positions(layer, 0) == run.positions(layer, 1) == list(range(BLOCK, 64 + BLOCK + 1))
         assert lower.pages.lengths.tolist() == [[BLOCK]]

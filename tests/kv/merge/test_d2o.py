@@ -108,7 +108,7 @@ def test_what_is_unlike_everything_is_dropped() -> None:
     for i in (3, 4, 5):
         assert torch.equal(kept[i][0], k[i, 0])
         assert torch.equal(kept[i][1], v[i, 0])
-    threshold = driver.cache.merging[0].memory[0, 0, 0]
+    threshold = driver.cache.store.merging[0].memory[0, 0, 0]
     torch.testing.assert_close(threshold, torch.tensor(0.5))  # the mean of 1 and 0
 
 
@@ -120,9 +120,9 @@ def test_the_threshold_begins_anew_with_a_sequence() -> None:
         driver.cache._begun[0] = False
         driver.cache.tokens[0] = 0
         driver.add(*tokens(60))
-        results.append((driver.cache.merging[0].memory.clone(), driver.kept(0)))
+        results.append((driver.cache.store.merging[0].memory.clone(), driver.kept(0)))
         driver.add(*tokens(50, seed=1))
-        assert not torch.equal(driver.cache.merging[0].memory, results[0][0])
+        assert not torch.equal(driver.cache.store.merging[0].memory, results[0][0])
     assert torch.equal(results[0][0], results[1][0])
     assert_same(results[0][1], results[1][1])
 
@@ -138,11 +138,11 @@ def test_tentative_tokens_leave_no_trace() -> None:
         plain.commit(1)
         refused = min(3, drafting.cache.room(0) - 1)
         wrong = [torch.cat([x, 9 * torch.ones(refused, *x.shape[1:])]) for x in (q, k, v)]
-        memory = drafting.cache.merging[0].memory.clone()
+        memory = drafting.cache.store.merging[0].memory.clone()
         drafting.add(*wrong, decode=True)
-        torch.testing.assert_close(drafting.cache.merging[0].memory, memory, equal_nan=True, rtol=0, atol=0)
+        torch.testing.assert_close(drafting.cache.store.merging[0].memory, memory, equal_nan=True, rtol=0, atol=0)
         drafting.commit(1)
-    assert torch.equal(plain.cache.merging[0].memory, drafting.cache.merging[0].memory)
+    assert torch.equal(plain.cache.store.merging[0].memory, drafting.cache.store.merging[0].memory)
     for head in range(HEADS):
         assert_same(drafting.kept(head), plain.kept(head))
 

@@ -108,7 +108,7 @@ def test_while_decoding_the_last_queries_are_those_before() -> None:
     for index in range(32):
         driver.add(*(x[:1] for x in tokens(1, index + 1)), decode=True)
         driver.commit(1)
-    observed = driver.cache.observed
+    observed = driver.cache.store.observed
     assert observed is not None
     everywhere = observed.mass[0][0, 0, -1, :40]
     assert 60 < float(everywhere.sum()) < 96  # 96 queries gave 1 each, some of it to tokens that are gone

@@ -35,7 +35,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Ten
 
 
 def sparse(layer: Layer) -> SparseStore:
-    store = layer.cache.lower[0]
+    store = layer.cache.store.lower[0]
     assert isinstance(store, SparseStore)
     return store
 

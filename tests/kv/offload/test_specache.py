@@ -126,7 +126,7 @@ def test_drafts_that_are_refused_change_no_later_token(tiny: Callable[..., Tiny]
 def test_pages_are_ranked_as_the_reference_does(level: str) -> None:
     layer = Layer(SPEC.format(64, 4), LAYOUT)
     layer.add(*random_tokens(300, 3))
-    selecting = layer.cache.selecting[0]
+    selecting = layer.cache.store.selecting[0]
     assert isinstance(selecting, Speculating)
     q, ws, found = random_tokens(3, 4)[0], Workspace(Arena(1 << 20)), []
     chosen, before = cpu.features()["chosen"], torch.tensor([[0, 300]] * 3, dtype=torch.int32)

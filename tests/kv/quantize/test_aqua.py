@@ -81,14 +81,14 @@ class Cached:
             self.cache.prefilled(0, start, part.stop)
 
     def stores(self) -> list[PredictedStore]:
-        found = [store for store in self.cache.lower if isinstance(store, PredictedStore)]
+        found = [store for store in self.cache.store.lower if isinstance(store, PredictedStore)]
         assert len(found) == len(self.cache.layouts)
         return found
 
     def read(self, layer: int) -> list[torch.Tensor]:
         """Keys (n, heads, dim), turned, and values of tokens that were coded, as attention sees them."""
         kept = self.cache.layers[layer]
-        if self.cache.lower[layer] is not None:
+        if self.cache.store.lower[layer] is not None:
             self.stores()[layer].reach(0, self.ws)
             kept = self.stores()[layer].looked_at
         nothing = pages.Run(*torch.empty(2, HEADS, 1, DIM), 0)
@@ -186,7 +186,7 @@ def test_first_and_last_tokens_are_exact_and_pages_between_are_coded(tiny: Calla
         torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.03 * float(wanted.abs().max()))
         last = max(count // PAGE * PAGE, 140)  # when tokens were coded last
         coded = (last - 40) // PAGE * PAGE
-        for layer, lower in enumerate(run.paged.lower):
+        for layer, lower in enumerate(run.paged.store.lower):
             assert lower is not None
             assert lower.pages.lengths.tolist() == [[coded, coded]]
             assert run.positions(layer, 0) == [*range(4), *range(4 + coded, count)]

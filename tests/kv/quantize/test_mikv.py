@@ -57,7 +57,7 @@ def test_at_equal_bytes_it_sees_what_eviction_lost() -> None:
 def test_every_token_is_in_one_of_the_stores() -> None:
     tokens = haystack()
     layer = last_output("mikv(keep=64)", tokens)[1]
-    below = layer.cache.lower[0]
+    below = layer.cache.store.lower[0]
     assert below is not None
     for head in range(2):
         coded, above = int(below.pages.lengths[0, head]), layer.length(head)
@@ -72,7 +72,7 @@ def test_balancing_keeps_outlying_channels_from_hiding_the_others() -> None:
     assert outlying < 2 * calm
     tokens = haystack(30.0)
     layer = last_output("mikv(keep=64,bits=4)", tokens)[1]
-    below = layer.cache.lower[0]
+    below = layer.cache.store.lower[0]
     assert below is not None
     assert below.pages.key_side is not None
     q, k, _ = (x[:256] for x in tokens)
@@ -105,7 +105,7 @@ def test_the_compiled_kernels_store_what_the_reference_stores() -> None:
         cpu.use(level)
         layer = Layer("mikv(keep=64)", LAYOUT, CONTEXT)
         layer.add(*(x[:100] for x in haystack()))
-        below = layer.cache.lower[0]
+        below = layer.cache.store.lower[0]
         assert below is not None
         stored.append((below.pages.lengths.clone(), below.pages.coded.clone()))
     cpu.use(chosen)

@@ -38,7 +38,7 @@ def test_spread_layers_are_quantised_and_peaked_ones_are_in_the_file(tiny: Calla
         assert bool((kept.coded[0] == (320 - 16) // 32).all()) == quantised  # at 320 tokens
         assert bool((kept.cold[0] >= 9).all()) == (not quantised)
         assert kept.key_codec.bits == (2 if quantised else 32)
-        assert (run.paged.selecting[layer] is None) == quantised
+        assert (run.paged.store.selecting[layer] is None) == quantised
     run.cache.close()
 
 

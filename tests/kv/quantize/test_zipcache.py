@@ -90,7 +90,7 @@ def test_tokens_that_fewer_probes_can_see_are_not_judged_by_how_few_they_are() -
 
 def test_salient_tokens_have_more_bits_and_no_token_is_gone() -> None:
     layer = prefilled("zipcache(keep=224,recent=32)")
-    below = layer.cache.lower[0]
+    below = layer.cache.store.lower[0]
     assert below is not None
     _, k, _, _ = tokens()
     for head in range(HEADS):

@@ -76,7 +76,7 @@ def layer_of(kv: str, start: int = 0) -> tuple[Layer, torch.Tensor]:
 def recall(layer: Layer, k: torch.Tensor, among: range) -> float:
     """Which share of the tokens that queries of a group give most is read of those ``among`` which is chosen."""
     found, wanted = 0, 0
-    selecting = layer.cache.selecting[0]
+    selecting = layer.cache.store.selecting[0]
     assert selecting is not None
     for seed in range(12):
         q = turned_by_place(Text().draw(1, 1000 + seed)[0], layer.start)
@@ -110,7 +110,7 @@ def test_codes_do_not_depend_on_where_a_token_stands() -> None:
     """Keys are turned back before they are coded, so that a code is what a token is, and not where."""
     kv = "a2ats(tokens=96,full=0,codes=64,distance=40,window=0,sinks=0)"
     layer, _ = layer_of(kv)
-    state = layer.cache.selecting[0]
+    state = layer.cache.store.selecting[0]
     assert isinstance(state, ByCodes)
     _, k, _ = Text().draw(PROMPT, 7)
     book, metric = state.book, state.metric
@@ -134,7 +134,7 @@ def test_distances_are_weighed_by_what_queries_look_at() -> None:
 
 def test_the_window_and_the_sinks_are_always_read() -> None:
     layer, _ = layer_of("a2ats(tokens=32,full=0,codes=64,distance=40,window=64,sinks=8)")
-    selecting = layer.cache.selecting[0]
+    selecting = layer.cache.store.selecting[0]
     assert isinstance(selecting, ByCodes)
     assert selecting.among(0) == [PROMPT - 64] * KV_HEADS
     rows, q = Rows(torch.tensor([[0, PROMPT]], dtype=torch.int32)), torch.randn(1, HEADS, DIM)
@@ -149,7 +149,7 @@ def test_the_window_and_the_sinks_are_always_read() -> None:
 def test_queries_look_as_if_all_tokens_were_as_far_away() -> None:
     """Scores of codes are those of the same keys at the distance, wherever the query stands."""
     layer, _ = layer_of("a2ats(tokens=32,full=0,codes=64,distance=40)")
-    state = layer.cache.selecting[0]
+    state = layer.cache.store.selecting[0]
     assert isinstance(state, ByCodes)
     q = Text().draw(1, 5)[0]
     for place in (PROMPT, PROMPT + 17):

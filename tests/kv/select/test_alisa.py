@@ -16,7 +16,7 @@ PROMPT = 200
 
 
 def selecting(layer: Layer) -> ByLastQueries:
-    found = layer.cache.selecting[0]
+    found = layer.cache.store.selecting[0]
     assert isinstance(found, ByLastQueries)
     return found
 

@@ -18,7 +18,7 @@ PROMPT = 200
 
 
 def clusters(layer: Layer) -> ByClusters:
-    found = layer.cache.selecting[0]
+    found = layer.cache.store.selecting[0]
     assert isinstance(found, ByClusters)
     return found
 

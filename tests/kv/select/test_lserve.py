@@ -36,7 +36,7 @@ def finds(layer: Layer, direction: torch.Tensor, value: torch.Tensor, head: int 
 def touched(layer: Layer, q: torch.Tensor) -> int:
     """How many pages of all heads a token reads: those that are not chosen are made unreadable."""
     assert layer.add(q, *noise(1)[1:], decode=True).isfinite().all()
-    (selecting,), kept = layer.cache.selecting, layer.pages
+    (selecting,), kept = layer.cache.store.selecting, layer.pages
     now = int(selecting.states.current[0])  # type: ignore[union-attr]
     count = 0
     for head in range(KV_HEADS):

@@ -75,7 +75,7 @@ def test_what_was_chosen_is_forgotten_with_the_tokens_that_it_was_chosen_from() 
     layer.add(q, k, v)
     for token in range(200, 224):
         layer.add(*noise(1, seed=token, scale=1.0), decode=True)
-    selecting = layer.cache.selecting[0]
+    selecting = layer.cache.store.selecting[0]
     current = int(selecting.states.current[0])
     assert int(selecting.age[0, current]) > 1000
     layer.add(*noise(1, seed=9), decode=True)

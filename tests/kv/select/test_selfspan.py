@@ -72,7 +72,7 @@ def right(tiny: Tiny, kv: str) -> tuple[float, float]:
         for at in range(BODY, len(text)):
             if at in AT.tolist():
                 found.append(int(logits.argmax()) == text[at])
-                names = run.paged.reading.names if "selfspan" in kv else None  # type: ignore[union-attr]
+                names = run.paged.store.reading.names if "selfspan" in kv else None  # type: ignore[union-attr]
                 if names is not None:
                     read.append((int((names.listed[0] >= 0).sum()) + at - int(names.since[0])) / at)
             logits = run.decode(text[at])

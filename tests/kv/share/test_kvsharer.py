@@ -155,8 +155,8 @@ def test_tokens_are_judged_by_all_layers_that_read_them(decoder: Decoder) -> Non
         logits(decoder, cache, verify=tail)
         assert isinstance(cache, PagedCache)
         for owner, readers in ((0, 3), (1, 2)):
-            assert cache.observed is not None
-            given = cache.observed.mass[owner].sum()
+            assert cache.store.observed is not None
+            given = cache.store.observed.mass[owner].sum()
             torch.testing.assert_close(given, torch.tensor(float(readers * heads * len(TOKENS))), rtol=1e-3, atol=0)
 
 
@@ -194,7 +194,7 @@ def test_what_is_saved_of_a_prompt_is_what_owners_keep(decoder: Decoder, kv: str
 def test_layers_keep_the_average_without_those_that_keep_nothing(decoder: Decoder) -> None:
     cache, _ = cache_of(decoder, "kvsharer+h2o(keep=100,budget=pyramid)")
     assert isinstance(cache, PagedCache)
-    kept = [cache.reserved.sizes[layer].kept for layer in cache.own]
+    kept = [cache.store.reserved.sizes[layer].kept for layer in cache.own]
     assert len(kept) == 2
     assert abs(sum(kept) - 200) <= 1
     assert kept[0] > kept[1]
