@@ -29,6 +29,8 @@ RECEIPT_KEYS = {
     "decode_streamed_bytes_per_token",
     "prefill_experts",
     "decode_experts",
+    "prefill_fetched",
+    "decode_fetched",
     "prompt_cache",
     "plan",
 }

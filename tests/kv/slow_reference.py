@@ -362,7 +362,8 @@ class Slow:
         elif name == "corm":
             scores = [mass or -math.inf for mass in masses]
         elif name == "scope":
-            scores = self.scope([token.position for token in tokens], masses, count)
+            oldest = 0 if window is None else count - window + 1  # that the next query sees
+            scores = self.scope([token.position for token in tokens], masses, count, oldest)
         first, last = (0, 0) if self.evictor is None else self.protected(limit)
         if window is not None:
             first, last = 0, first + last
@@ -373,8 +374,11 @@ class Slow:
                 scores[place] = -math.inf
         return scores
 
-    def scope(self, positions: list[int], masses: list[float], count: int) -> list[float]:
-        """Scores that are minus infinity beyond the budgets of the prompt and of what is generated."""
+    def scope(self, positions: list[int], masses: list[float], count: int, oldest: int) -> list[float]:
+        """Scores that are minus infinity beyond the budgets of the prompt and of what is generated; tokens before the
+        ``oldest`` do not count."""
+        hidden = sum(position < oldest for position in positions)
+        positions, masses = positions[hidden:], masses[hidden:]
         settings, prompt = self.evictor, sum(position < self.prompt for position in positions)
         if count == self.prompt:
             judged, half, most = prompt - settings.recent, settings.kernel // 2, settings.keep - settings.output
@@ -390,7 +394,7 @@ class Slow:
         order = sorted(rest, key=lambda place: -masses[place] if place < len(masses) - settings.recent else -math.inf)
         stay = {*range(prompt), *order[: int(most)]}
         scores = [math.inf] * prompt + masses[prompt:]
-        return [score if place in stay else -math.inf for place, score in enumerate(scores)]
+        return [-math.inf] * hidden + [score if at in stay else -math.inf for at, score in enumerate(scores)]
 
     def store(self, head: Head, same: int) -> None:
         """Writes whole pages in fewer channels and bits, all but those of the last tokens; the first ``same`` pages are

@@ -16,14 +16,15 @@ from tightfit.kv.compose import compose
 from tightfit.kv.fitted import Known
 
 PROMPT, DECODED, CHUNK, CONTEXT = 150, 72, 48, 256
+TOKEN_BY_TOKEN = ("anchor", "tim", "pod")  # what tokens see of a prompt is fixed, or layers look for each other
 known: dict[str, Known] = {}
 
 
-def run_of(tiny: Tiny, kv: str, tail: int = 1, sequences: int = 1) -> Run:
+def run_of(tiny: Tiny, kv: str, tail: int = 1, sequences: int = 1, chunk: int = CHUNK) -> Run:
     fitted = "+".join(sorted(method.fitted_by() for method in compose(kv).fitted))
     if fitted not in known:
         known[fitted] = tiny.known(kv)
-    return tiny.run(kv, context=CONTEXT, chunk=CHUNK, tail=tail, sequences=sequences, known=known[fitted])
+    return tiny.run(kv, context=CONTEXT, chunk=chunk, tail=tail, sequences=sequences, known=known[fitted])
 
 
 def generated(tiny: Tiny, kv: str) -> tuple[list[int], torch.Tensor]:
@@ -59,6 +60,16 @@ def test_in_a_file_it_is_the_same(tiny: Callable[..., Tiny], kv: str) -> None:
     tokens, wanted = generated(small, kv)
     found = followed(small, f"{kv}+host(resident=32)", tokens)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("kv", [kv for kv in OTHERS if name(kv) not in TOKEN_BY_TOKEN])
+def test_layer_by_layer_a_prompt_is_judged_as_one_chunk(tiny: Callable[..., Tiny], kv: str) -> None:
+    small, logits = tiny("llama"), []
+    for chunk, layered in ((PROMPT, False), (CHUNK, True)):
+        run = run_of(small, kv, chunk=chunk)
+        first = run.prefill(small.tokens(PROMPT), layered=layered)
+        logits.append(torch.stack([first, *(run.decode(token) for token in range(5, 40))]))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4 * float(logits[0].abs().max()))
 
 
 @pytest.mark.parametrize("kv", pairs("int8"))

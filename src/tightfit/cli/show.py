@@ -68,6 +68,13 @@ def _streamed(receipt: dict[str, Any]) -> list[str]:
                 f"experts of the {name}: {experts['hit_rate']:.1%} were in memory, {experts['late_rate']:.1%} on their "
                 f"way, {experts['foreseen_rate']:.1%} foreseen"
             )
+        fetched = receipt[f"{phase}_fetched"]
+        if fetched is not None:
+            waited = _seconds(fetched["waited_s"])
+            lines.append(
+                f"keys and values of the {name}: {format_bytes(fetched['bytes'])} read from the disk, "
+                f"{fetched['ahead_rate']:.1%} of what was wanted had been asked for, waited {waited}"
+            )
     return lines
 
 

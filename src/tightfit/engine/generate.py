@@ -32,7 +32,7 @@ class Completion:
 @dataclass
 class Timing:
     """Sums over everything that was computed. A step with prompt tokens in it counts as prefill. Seconds, bytes of
-    weights that came from the disk, and what the cache of experts counted."""
+    weights that came from the disk, and what was counted by the cache of experts and by the file of keys and values."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -45,6 +45,8 @@ class Timing:
     decode_streamed: int = 0
     prefill_experts: Counter[str] = field(default_factory=Counter)
     decode_experts: Counter[str] = field(default_factory=Counter)
+    prefill_fetched: Counter[str] = field(default_factory=Counter)
+    decode_fetched: Counter[str] = field(default_factory=Counter)
     first_token_seconds: float | None = None
 
 
@@ -150,11 +152,12 @@ class Generator:
 
     def _step(self) -> list[tuple[Sequence, int]]:
         self._check_open()
-        weights = self.engine.decoder.weights
-        started, before, counted = time.perf_counter(), weights.used_bytes, Counter(weights.expert_counts)
+        weights, cache = self.engine.decoder.weights, self.engine.cache.stored
+        counted, had = Counter(weights.expert_counts), Counter(cache.fetched._asdict())
+        started, before = time.perf_counter(), weights.used_bytes
         sampled = self.engine.step()
         seconds, streamed = time.perf_counter() - started, weights.used_bytes - before
-        experts = weights.expert_counts - counted
+        experts, fetched = weights.expert_counts - counted, Counter(cache.fetched._asdict()) - had
         timing = self.timing
         timing.new_tokens += len(sampled)
         prefilled = self.engine.last_prefill_tokens
@@ -163,11 +166,13 @@ class Generator:
             timing.prefill_seconds += seconds
             timing.prefill_streamed += streamed
             timing.prefill_experts += experts
+            timing.prefill_fetched += fetched
         else:
             timing.decode_tokens += len(sampled)
             timing.decode_seconds += seconds
             timing.decode_streamed += streamed
             timing.decode_experts += experts
+            timing.decode_fetched += fetched
         return sampled
 
     def _sequence(self, request: Request, kept: Kept | None) -> Sequence:

@@ -36,6 +36,8 @@ def receipt(
         "decode_streamed_bytes_per_token": rate(timing.decode_streamed, timing.decode_tokens),
         "prefill_experts": experts(timing.prefill_experts),
         "decode_experts": experts(timing.decode_experts),
+        "prefill_fetched": fetched(timing.prefill_fetched),
+        "decode_fetched": fetched(timing.decode_fetched),
         "prompt_cache": None if prompts is None else prompts.receipt(),
         "plan": plan.model_dump(),
     }
@@ -77,6 +79,17 @@ def experts(counts: Counter[str]) -> dict[str, float] | None:
         return None
     shares = {"hit_rate": "hits", "late_rate": "late", "foreseen_rate": "foreseen"}
     return {"used": used} | {name: counts[key] / used for name, key in shares.items()}
+
+
+def fetched(counts: Counter[str]) -> dict[str, float] | None:
+    """How many heads or pages of keys and values were ``wanted`` of a file that is read ahead, which share of them had
+    been asked for before (``ahead_rate``), the bytes that were read, and for how long attention waited. None where no
+    file was, or none was wanted."""
+    wanted = counts["wanted"]
+    if not wanted:
+        return None
+    of_file = {"bytes": counts["bytes"], "waited_s": counts["waited"] / 1e9}
+    return {"wanted": wanted, "ahead_rate": counts["ahead"] / wanted} | of_file
 
 
 def rate(count: float, seconds: float) -> float | None:

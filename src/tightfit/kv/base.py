@@ -13,6 +13,7 @@ import torch
 from tightfit.budget.ledger import Workspace
 from tightfit.kernels import ops
 from tightfit.kernels.attention import Scoring, rotate_
+from tightfit.kernels.pages import Counts
 from tightfit.kv.method import BLOCK as BLOCK
 
 Move = Callable[[torch.Tensor], None]  # writes a flat uint8 tensor somewhere, or fills it from there
@@ -163,6 +164,11 @@ class BaseCache(ABC):
     def stored(self) -> BaseCache:
         """The cache that holds what is kept: itself, or one that it is around."""
         return self
+
+    @property
+    def fetched(self) -> Counts:
+        """What a tier that reads ahead brought from its file so far."""
+        return Counts(0, 0, 0, 0)
 
     @contextmanager
     def through(self, step: Step, ws: Workspace) -> Iterator[None]:

@@ -40,7 +40,7 @@ class Going:
         if self.counts[head] < 0:
             return torch.empty(0, dtype=torch.int64)
         stays = self.staying[head, : self.counts[head]].long()
-        total = self.totals[head]
+        total = int(self.upper.lengths[self.slot, head]) + self.run.count
         return leaving(total, stays, self.seen[head, :total] if seen else None)
 
 

@@ -57,7 +57,7 @@ def choose(scores: torch.Tensor, counts: list[int], keep: int, budget: str) -> t
         kept = torch.bincount(best // width, minlength=heads).minimum(available)
     else:
         kept = available.clamp(max=keep)
-    most = int(kept.max())
+    most = max(int(kept.max()), 1)  # a list of no columns would be none, by which everything stays
     # Those beyond a head's own number are sorted to the end.
     ranks = torch.arange(most)
     indices = torch.where(ranks < kept[:, None], order[:, :most], width).sort(dim=1).values

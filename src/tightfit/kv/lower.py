@@ -87,10 +87,8 @@ class LowerStore(Beside):
 
             # To what is kept of keys and of values, of queries to what keys are multiplied with, and back to values.
             self.to_keys, self.to_queries = matrices(layout.key_dim, key_dim), matrices(layout.key_dim, key_dim)
-            self.to_values, self.from_values = (
-                matrices(layout.value_dim, value_dim),
-                matrices(value_dim, layout.value_dim),
-            )
+            self.to_values = matrices(layout.value_dim, value_dim)
+            self.from_values = matrices(value_dim, layout.value_dim)
 
     @property
     def stores(self) -> list[Pages]:

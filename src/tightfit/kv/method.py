@@ -354,6 +354,7 @@ class Selector(Method):
     full: int = 2
 
     roles: ClassVar[tuple[str, ...]] = ("selector",)
+    unit: ClassVar[int] = 1  # tokens that are chosen together
 
     def __post_init__(self) -> None:
         if self.tokens < 32 or self.full < 0:
@@ -373,7 +374,7 @@ class Selector(Method):
 
     def reads(self, tokens: int) -> float:
         """How many of ``tokens`` that can be chosen among one that decodes reads, on average."""
-        return min(self.tokens, tokens)
+        return min(self.tokens // self.unit * self.unit, tokens)
 
     def excludes(self, other: Method) -> str | None:
         from tightfit.kv.evict.window import Window

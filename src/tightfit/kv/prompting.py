@@ -143,7 +143,7 @@ class Prompting:
         """Attention of a step's prompts; what they add is certain then if ``settled``."""
         reading, tokens = self.store.reading, self.store.tokens
         for index, ((segment, a, b), (run, at)) in enumerate(zip(step.prefills, held.runs, strict=True)):
-            if reading is None:
+            if reading is None or not reading.acts:
                 self._attend(layer, Stretch(segment, index, a, b, run, at), held, q, out, ws, scoring, settled)
                 continue
             stretches = list(reading.stretches(segment.slot, segment.start, b - a))

@@ -50,9 +50,8 @@ class Rated(Observed):
 
     def straighten(self, layer: int, kept: Pages, slot: int, path: torch.Tensor) -> None:
         """The tentative tokens of ``path``, ascending, are the first ones now."""
-        for head, length in enumerate(kept.lengths[slot].tolist()):
-            worth = self.mass[layer][slot, head, 0]
-            worth[length : length + len(path)] = worth[length + path.long()]
+        worth, lengths = self.mass[layer][slot, :, 0], kept.lengths[slot].long()[:, None]
+        worth.scatter_(1, lengths + torch.arange(len(path)), worth.gather(1, lengths + path))
 
 
 @ops.op
@@ -68,5 +67,4 @@ def _put(
 @ops.op
 def _put_chunk(given_: torch.Tensor, lengths: torch.Tensor, start: int, worth: torch.Tensor) -> None:
     """Writes ``worth`` (n, kv_heads) into ``given`` (kv_heads, tokens), behind so many tokens of each head."""
-    for head, length in enumerate(lengths.tolist()):
-        given_[head, length + start : length + start + len(worth)] = worth[:, head]
+    given_.scatter_(1, lengths.long()[:, None] + start + torch.arange(len(worth)), worth.T)

@@ -9,7 +9,7 @@ import torch
 from tightfit.budget.ledger import Arena
 from tightfit.errors import UsageError
 from tightfit.kv.cache import numbers
-from tightfit.kv.method import Naming, Read, Reads
+from tightfit.kv.method import Naming, Read, Reads, Structured
 
 Encode = Callable[[str], list[int]]
 
@@ -20,11 +20,12 @@ class Reading:
 
     def __init__(self, method: Reads, context: int, sequences: int, tail: int, arena: Arena) -> None:
         self.method = method
+        self.acts = isinstance(method, Structured)  # when something ends; others see a prompt's tokens as they come
         self.ids = numbers(arena, sequences, context + tail)
         self.names = Names(sequences, method.tokens, arena) if isinstance(method, Naming) else None
         self._marks: dict[str, frozenset[int]] = {}
         named = {name: _texts(getattr(method, name)) for name in method.marks}
-        if all(text.startswith("#") for texts in named.values() for text in texts):
+        if all(_number(text) is not None for texts in named.values() for text in texts):
             self.resolve(lambda text: [])
 
     @property
@@ -38,7 +39,8 @@ class Reading:
         for name in self.method.marks:
             found = []
             for text in _texts(getattr(self.method, name)):
-                tokens = [int(text[1:])] if text[1:].isdigit() and text[0] == "#" else encode(text)
+                number = _number(text)
+                tokens = encode(text) if number is None else [number]
                 if len(tokens) != 1:
                     raise UsageError(
                         f"{name} of {self.method.name} is {text!r}, and that is {len(tokens)} tokens of this model",
@@ -89,3 +91,8 @@ class Names:
 
 def _texts(setting: str) -> list[str]:
     return [text for text in setting.split("|") if text]
+
+
+def _number(text: str) -> int | None:
+    """The number of a token that is named by it: 17 of ``#17``."""
+    return int(text[1:]) if text[0] == "#" and text[1:].isdecimal() else None

@@ -59,10 +59,11 @@ class Streaming:
         self._write(layer, slot, run, ws)
 
     def _ratio(self, given: torch.Tensor) -> float:
-        """Of what tokens received the share that first and recent ones did."""
-        recent = min(self.streamer.recent, given.shape[1] // 2)
-        inside = given[:, : self.streamer.sinks].sum() + given[:, given.shape[1] - recent :].sum()
-        return float(inside / given.sum())
+        """Of what tokens received, (kv_heads, n), the share of the first and the recent ones. Of a short prompt, where
+        all would be recent, these are the last half."""
+        count, sinks = given.shape[1], self.streamer.sinks
+        recent = max(count - min(self.streamer.recent, count // 2), sinks)
+        return float((given[:, :sinks].sum() + given[:, recent:].sum()) / given.sum())
 
     def _heads(self, layer: int, slot: int) -> list[bool]:
         """Which heads of a layer stream."""
@@ -86,9 +87,10 @@ class Streaming:
                 counts[head] = short
                 indices[head, :sinks] = torch.arange(sinks)
                 indices[head, sinks:] = torch.arange(total - self.streamer.recent, total)
-        nothing = torch.zeros(1).expand(len(totals), max(totals))  # was observed of single tokens
-        for each in self.beside[layer]:
-            each.take(Going(slot, kept, run, indices, counts, nothing, nothing == 0), ws)
+        shape = len(totals), max(totals)
+        unknown, seen = torch.zeros(1).expand(shape), torch.ones(1, dtype=torch.bool).expand(shape)
+        for each in self.beside[layer]:  # nothing was observed of single tokens
+            each.take(Going(slot, kept, run, indices, counts, unknown, seen), ws)
         self.keep(layer, slot, run, ws, indices, torch.tensor(counts, dtype=torch.int32))
 
     def clear(self, slot: int) -> None:

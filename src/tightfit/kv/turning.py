@@ -72,6 +72,8 @@ def stand(
         listed = kept.positions[slot, 0, : int(kept.lengths[slot, 0])].long()
         for first, stop in reading.stretches(slot, segment.start, b - a):
             found[a + first : a + stop] = len(listed) + torch.arange(stop - first)
+            if stop == b - a:
+                break  # what is kept then does not matter to this step
             tokens = segment.start + stop
             listed = torch.cat([listed, torch.arange(segment.start + first, tokens)])
             stays = evictor.stays(reading.seen(slot, tokens))

@@ -90,6 +90,17 @@ def test_what_lazy_layers_keep_are_first_and_recent_tokens() -> None:
     assert layers.lengths() == [200, 32, 200, 32, 200, 32]
 
 
+def test_a_layer_is_as_lazy_as_the_share_of_attention_that_it_would_keep() -> None:
+    """And no token counts twice, in however few tokens."""
+    streaming = cache_of().settling.streaming
+    assert streaming is not None
+    for count in (1, 3, 6, 7, 20, 200):
+        given = torch.rand(2, count)
+        kept = [at < SINKS or at >= count - min(RECENT, count // 2) for at in range(count)]
+        share = float(given[:, kept].sum() / given.sum())
+        assert streaming._ratio(given) == pytest.approx(share, rel=1e-5)
+
+
 def test_bytes_of_lazy_layers_are_constant() -> None:
     """Twice the context is twice the bytes for half of the layers, and tables."""
     layouts = [LayerLayout(8, 128, 128, 0, heads=32)] * 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,11 +14,12 @@ from tightfit.budget.ledger import Arena
 from tightfit.engine.engine import Engine, Workspace
 from tightfit.engine.fit import Observing
 from tightfit.errors import UsageError
+from tightfit.kernels.attention import Scoring
 from tightfit.kv.base import BLOCK, LayerLayout
 from tightfit.kv.cache import Cache
 from tightfit.kv.compose import known_of
-from tightfit.kv.evict.locret import Locret
-from tightfit.kv.fitted import Findings, Known, write_findings
+from tightfit.kv.evict.locret import Locret, _example
+from tightfit.kv.fitted import Findings, Known, Sample, write_findings
 from tightfit.kv.make import kv_nbytes
 from tightfit.model.decoder import cache_layouts
 
@@ -86,6 +88,21 @@ def test_a_prompt_of_any_length_takes_what_is_kept_and_a_chunk() -> None:
         assert layer.length(0) <= 64
     layer.add(torch.randn(70, HEADS, DIM), *torch.randn(2, 70, KV_HEADS, DIM), decode=True)
     assert layer.length(0) < 64 + BLOCK
+
+
+@pytest.mark.parametrize("window", [None, 12])
+def test_tokens_are_worth_the_most_that_one_query_of_the_answer_gives_them(window: int | None) -> None:
+    """Its score before the softmax, of any head of the group: neither the sum nor the mean, nor what others ask."""
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randn(40, HEADS, DIM, generator=generator)
+    k, v = (torch.randn(40, KV_HEADS, DIM, generator=generator) for _ in range(2))
+    x, worth = _example(Sample(q, k, v, None), LAYOUT, Scoring(0.5, window))
+    assert torch.equal(x, torch.cat([part[:30].flatten(1) for part in (q, k, v)], 1))
+    for head in range(KV_HEADS):
+        for at in range(30):
+            asking = range(30, 40) if window is None else range(30, min(40, at + window))
+            asked = [float(q[i, head * GROUPS + g] @ k[at, head]) / 2 for i in asking for g in range(GROUPS)]
+            assert float(worth[at, head]) == pytest.approx(max(asked, default=-math.inf), rel=1e-4, abs=1e-5)
 
 
 def test_trained_heads_find_more_of_what_will_be_looked_at_than_untrained_ones(tiny: Callable[..., Tiny]) -> None:

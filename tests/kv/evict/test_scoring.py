@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,6 +203,15 @@ def test_scope_does_not_let_what_is_generated_displace_itself_before_it_must() -
     assert chosen == 3
     for kept in (*adaptive[1:], *jumping[1:]):
         assert 210 in kept
+
+
+def test_scope_gives_its_budgets_to_what_a_window_shows() -> None:
+    """Tokens that no query sees any more take nobody's place, however much the last queries gave them."""
+    layer, (q, k, v) = Layer("scope(keep=20,output=5,recent=2)", replace(LAYOUT, window=40), 1024), alike(100)
+    k[:60] = 40 * unit(0)
+    layer.add(q + unit(0), k, v)
+    assert layer.length(0) == 15
+    assert min(layer.positions(0)) > 60
 
 
 def test_scope_takes_no_share_and_no_other_budget() -> None:

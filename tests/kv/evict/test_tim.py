@@ -49,7 +49,9 @@ def test_only_conclusions_of_finished_subtasks_stay() -> None:
     assert kept([o, 1, o, 2, c, 3, e, 4]) == [0, 1, 4, 5, 6, 7]  # the inner one is
     assert kept([o, 1, o, 2, c, 3, e, 4, c, 5, e, 6]) == [8, 9, 10, 11]  # both: the inner conclusion was the outer's
     assert kept([o, 1, e, 2]) == [3]  # without a conclusion
-    assert kept([o, 1, c, 2, e, o, 3, c, 4, e], stack=1) == [2, 3, 4, 5, 6, 7, 8, 9]
+    two = [o, 1, c, 2, e, o, 3, c, 4, e]
+    assert [kept(two, stack) for stack in (0, 1)] == [[2, 3, 4, 7, 8, 9], [2, 3, 4, 5, 6, 7, 8, 9]]
+    assert all(kept(two, stack) == list(range(10)) for stack in (2, 3, 4, 9))
     assert kept([e, c, 1]) == [0, 1, 2]  # marks alone mean nothing
 
 
@@ -88,6 +90,16 @@ def test_the_oldest_go_where_there_is_no_room(one_layer: Tiny) -> None:
     assert run.positions(0, 0) == kept(tokens[:64])[-24:]
     [position] = run.cache.standing(_step(64, 5), torch.tensor([64.0])).tolist()
     assert position == len(run.positions(0, 0))
+
+
+def test_nothing_may_be_left(one_layer: Tiny) -> None:
+    """Where a text is a subtask without a conclusion and no more, what follows is as at its beginning."""
+    tokens = [OPEN, 5, 9, CLOSE, 7, 8]
+    run = one_layer.run(KV, chunk=64)
+    run.prefill(tokens[:4])
+    assert run.positions(0, 0) == []
+    found = torch.stack([run.decode(token) for token in tokens[4:]])
+    torch.testing.assert_close(found, pruned(one_layer, tokens, 5)[-2:], rtol=1e-3, atol=1e-3)
 
 
 def _step(start: int, token: int) -> Batch:

@@ -96,3 +96,8 @@ def test_marks_are_texts_or_numbers_of_one_token(models: dict[str, tuple[Sharing
         cache.resolve(lambda text: [3] * (1 + (text == "!")))
     with pytest.raises(UsageError, match="needs tokens"):
         compose("anchor(at=|)")
+    cache = models["tuned"][1].run("anchor(at=#|##|#5)").cache  # texts that begin as numbers do
+    cache.resolve({"#": [3], "##": [4]}.__getitem__)
+    cache.told(0, 0, [3, 4, 5, 6])
+    reading = cache.store.reading
+    assert [reading.ends(0, at) for at in range(4)] == [True, True, True, False]

@@ -126,6 +126,17 @@ def test_what_no_query_sees_any_more_is_not_merged() -> None:
     assert all(torch.equal(value, v[position, 0]) for position, (_, value) in driver.kept(0).items())
 
 
+def test_what_is_hidden_is_not_among_those_with_much_attention() -> None:
+    """A token that a window hides does not take the place of one that it shows."""
+    layout = LayerLayout(HEADS, DIM, VALUES, 512, heads=HEADS, window=60)
+    q, k, v = tokens(100)
+    q[:], k[:] = 1.0, 0.1 + 0.001 * k  # all keys are alike
+    k[20], k[70] = 5.0, 4.0
+    driver = Driver("kvmerger(keep=20,recent=0.25,heavy=0.05)", layout)
+    driver.add(q, k, v)
+    assert torch.equal(driver.kept(0)[70][1], v[70, 0])
+
+
 def test_settings_that_mean_nothing_are_refused() -> None:
     for kv in ("kvmerger(recent=0.5,heavy=0.5)", "kvmerger(heavy=-1)"):
         with pytest.raises(UsageError):

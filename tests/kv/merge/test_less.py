@@ -113,7 +113,7 @@ def test_what_is_trained_makes_a_smaller_error_than_eviction_alone(tiny: Callabl
         assert error < 0.9 * without  # 40 steps with one text
 
 
-def test_what_it_does_not_go_with_is_said() -> None:
+def test_what_it_does_not_go_with_is_said(tiny: Callable[..., Tiny]) -> None:
     with pytest.raises(UsageError, match="less does not go with d2o"):
         compose("less+d2o")
     for kv in ("less(rank=0)", "less(keep=1)"):
@@ -122,3 +122,5 @@ def test_what_it_does_not_go_with_is_said() -> None:
     for layout in (LayerLayout(2, 8, 6, 64, window=20), LayerLayout(1, 8, 6, 64, shared=True)):
         with pytest.raises(UsageError, match="this model cannot use less"):
             compose("less").check([layout])
+    with pytest.raises(UsageError, match="this model cannot use less: tokens that a window hides"):
+        tiny("sliding").findings("less(rank=4,hidden=16)")  # before anything is trained

@@ -19,7 +19,7 @@ from tightfit.kv.compose import compose
 from tightfit.kv.paged import PagedCache
 from tightfit.model.batch import Segment
 
-compiled = pytest.mark.skipif(cpu.module is None, reason="reading ahead is compiled")
+compiled = pytest.mark.skipif(not cpu.available(), reason="reading ahead is compiled")
 HEADS = 3
 
 

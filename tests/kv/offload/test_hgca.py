@@ -103,6 +103,26 @@ def test_old_tokens_are_judged_again_by_the_next_chunk() -> None:
     layer.cache.close()
 
 
+@settings(max_examples=10, deadline=None)
+@given(first=st.integers(KEEP + 40, 200), second=st.integers(LAST, 300), seed=st.integers(0, 99))
+def test_old_tokens_are_judged_by_what_all_tokens_so_far_would_get(first: int, second: int, seed: int) -> None:
+    """An even share is one of all tokens that the queries see, those of their own chunk too."""
+    layer, total, old = Layer(f"hgca(keep={KEEP})", LAYOUT), first + second, first - KEEP
+    q, k, v = random_tokens(total, seed)
+    layer.add(q[:first], k[:first], v[:first])
+    layer.add(q[first:], k[first:], v[first:])
+    hidden = torch.ones(total, total, dtype=torch.bool).triu(1)[-LAST:]
+    for head in range(2):
+        scores = torch.stack([q[-LAST:, each] @ k[:, head].T for each in (2 * head, 2 * head + 1)]) * 32**-0.5
+        share = scores.masked_fill(hidden, -torch.inf).softmax(2).mean((0, 1))[:old] * total
+        found = torch.zeros(old, dtype=torch.bool)
+        listed = sparse(layer).listed[0, head]
+        found[listed[(listed >= 0) & (listed < old)].long()] = True
+        near = (share - 1).abs() < 1e-3
+        assert torch.equal(found | near, (share >= 1) | near)
+    layer.cache.close()
+
+
 def reserved(kv: str, context: int) -> int:
     layouts, arena = [LayerLayout(4, 64, 64, context, heads=8)] * 3, Arena(ROOM)
     PagedCache(layouts, compose(kv), context, 1, torch.bfloat16, arena).close()

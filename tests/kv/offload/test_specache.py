@@ -16,7 +16,7 @@ from tightfit.kernels.pages import PAGE, Rows
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.offload.speculating import Speculating
 
-compiled = pytest.mark.skipif(cpu.module is None, reason="reading ahead is compiled")
+compiled = pytest.mark.skipif(not cpu.available(), reason="reading ahead is compiled")
 LAYOUT = LayerLayout(2, 32, 16, 0, heads=4)
 SPEC = "specache(tokens=64,ahead={},resident=0,bits={})"
 

@@ -10,6 +10,7 @@ from tests.kv.driver import Layer
 from tests.kv.test_methods import DIM, GROUPS, HEADS, KV_HEADS, LAYOUT, VALUES
 
 from tightfit.errors import UsageError
+from tightfit.kernels import cpu
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.codec import PAGE
 from tightfit.kernels.pages import Looking, Rows
@@ -144,6 +145,28 @@ def test_the_window_and_the_sinks_are_always_read() -> None:
         assert looking.listed is not None
         assert looking.since.tolist() == [[PROMPT - 64] * KV_HEADS]
         assert all(set(range(8)) <= set(of_head.tolist()) for of_head in looking.listed[0])
+
+
+@pytest.mark.parametrize("level", cpu.supported())
+def test_a_prompt_of_window_and_sinks_alone_is_read_whole(level: str) -> None:
+    chosen, q = cpu.features()["chosen"], Text().draw(1, 5)
+    kv = "a2ats(tokens=32,full=0,codes=64,distance=40,window=64,sinks=8)"
+    try:
+        cpu.use(level)
+        outs = []
+        for each in (kv, "h2o(keep=512)"):
+            layer = Layer(each, LAYOUT, known=fitted(kv))
+            layer.add(*Text().draw(70, 7))
+            outs.append(layer.add(*q, decode=True))
+    finally:
+        cpu.use(chosen)
+    torch.testing.assert_close(*outs)
+
+
+@pytest.mark.parametrize("other", ["matryoshka", "gqa", "tim(positions=reused)"])
+def test_keys_that_are_others_than_the_text_s_are_refused(other: str) -> None:
+    with pytest.raises(UsageError, match="a2ats does not go with"):
+        compose(f"a2ats+{other}")
 
 
 def test_queries_look_as_if_all_tokens_were_as_far_away() -> None:

@@ -101,6 +101,15 @@ def test_new_tokens_are_clustered_every_so_many_and_seen_whole_until_then() -> N
     assert set(state.assigned[0, 0, 96:160].tolist()) <= set(range(12, 20))
 
 
+def test_sinks_are_the_first_tokens_however_short_the_first_prompt() -> None:
+    layer = Layer("clusterkv(tokens=32,full=0,size=8,every=32,sinks=12)", LAYOUT)
+    layer.add(*noise(5))
+    layer.add(*noise(90, seed=1, scale=1.0))
+    for of_head in clusters(layer).assigned[0, :, :95]:
+        assert (of_head[:12] == -1).all()
+        assert (of_head[12:] >= 0).all()
+
+
 def test_clusters_stay_true_where_tokens_are_let_go_of() -> None:
     layer = Layer("h2o(keep=96)+clusterkv(tokens=32,full=0,size=4,every=32,sinks=2)", LAYOUT)
     layer.add(*noise(PROMPT, scale=1.0))

@@ -9,6 +9,7 @@ from tests.kv.select.test_clusterkv import clusters, read_by
 from tests.kv.test_methods import DIM, GROUPS, HEADS, KV_HEADS, LAYOUT, noise
 
 from tightfit.errors import UsageError
+from tightfit.kernels import cpu
 from tightfit.kernels.codec import PAGE
 from tightfit.kv.compose import compose
 
@@ -41,6 +42,21 @@ def test_only_the_fixed_context_is_clustered_and_all_that_follows_is_read() -> N
     page = int(layer.pages.table[0, 0, 320 // PAGE])  # of what follows none may be missing
     layer.pages.keys[0, page, 0] = torch.nan
     assert layer.add(asked, *noise(1, seed=4)[1:], decode=True)[0, :GROUPS].isnan().all()
+
+
+@pytest.mark.parametrize("level", cpu.supported())
+def test_what_is_not_clustered_yet_is_read_whole(level: str) -> None:
+    """A prompt that is shorter than the fixed context."""
+    chosen, outs = cpu.features()["chosen"], []
+    try:
+        cpu.use(level)
+        for kv in (f"squeezed(tokens=32,full=0,prefix={PREFIX})", "h2o(keep=512)"):
+            layer = Layer(kv, LAYOUT)
+            layer.add(*noise(70, scale=1.0))
+            outs.append(layer.add(*noise(1, seed=1, scale=1.0), decode=True))
+    finally:
+        cpu.use(chosen)
+    torch.testing.assert_close(*outs)
 
 
 def test_without_a_number_the_context_ends_before_the_last_hundred_tokens() -> None:

@@ -6,7 +6,7 @@
 namespace tightfit {
 namespace {
 
-// The part of an attention that is one key-value head's.
+// The part of an attention that is one key-value head's. Nothing is chosen: what reads heads whole has no selector.
 struct OfHead {
     Looking looking;
     Block<float> out;
@@ -20,8 +20,6 @@ struct OfHead {
         this->attention.heads = groups;
         if (attention.sinks) this->attention.sinks = attention.sinks + first;
         looking.q = all.q.from(row, first);
-        if (all.chosen) looking.chosen = all.chosen + row * pages.kv_heads * all.listed;
-        if (all.since) looking.since = all.since + row * pages.kv_heads;
         if (all.anchor_q.data) looking.anchor_q = all.anchor_q.from(row, first);
         this->out = out.from(row, first);
         if (lse.data) this->lse.data = lse[row] + first;

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 )
 @dataclass(frozen=True)
 class CORM(Evictor):
-    """Cache Optimization with Recent Message: the last ``window`` tokens, and of the others those that any of the last
-    ``window`` queries gave as much as if it had looked alike at all tokens that came. How many these are follows from
-    the attention: ``keep`` is only the most that can be kept; where more are needed, those stay that more queries
-    need.
+    """Cache Optimization with Recent Message: the last ``window`` tokens, and of the others those to which any of the
+    last ``window`` queries gave at least an even share of its attention, 1 / n for n tokens that came. How many these
+    are follows from the attention: ``keep`` is only the most that can be kept; where more are needed, those stay that
+    more queries need.
 
     Heads that share keys and values keep what any of them needs (the paper has a key for each head). The paper judges
     at every token; here the last queries of each chunk of a prompt do, and in blocks of 32 those of what is generated.

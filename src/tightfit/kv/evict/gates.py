@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tightfit.errors import UsageError
+from tightfit.kv.evict.heads import all_but, weights
 from tightfit.kv.fitted import Findings, Fitted, Known, Observed, Progress
 from tightfit.kv.method import Streamer
 
@@ -99,11 +100,7 @@ class Gated(Streamer, Fitted):
         return tensors["gates"].ndim == 2 and len(tensors["gates"]) == layers
 
     def streams(self, layouts: Sequence[LayerLayout], known: Known) -> list[list[bool]]:
-        heads = [(i, head) for i, each in enumerate(layouts) if each.window is None for head in range(each.kv_heads)]
-        streams, gates = [[True] * layout.kv_heads for layout in layouts], known.of(self)["gates"]
-        for layer, head in sorted(heads, key=lambda at: -float(gates[at]))[: round(self.retrieval * len(heads))]:
-            streams[layer][head] = False
-        return streams
+        return all_but(layouts, [(known.of(self)["gates"], self.retrieval)])
 
 
 def _hide(text: torch.Tensor, words: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,11 +126,8 @@ def _streaming(
     """Attention (b, n, heads, value_dim) of queries (b, n, heads, key_dim) to first and recent tokens alone."""
     import torch
 
-    groups, count = q.shape[2] // k.shape[2], q.shape[1]
-    scores = torch.einsum("bnhd,bmhd->bhnm", q, k.repeat_interleave(groups, 2)) * scoring.scale
-    if scoring.softcap is not None:
-        scores = scoring.softcap * (scores / scoring.softcap).tanh()
-    behind = torch.arange(count)[:, None] - torch.arange(count)
-    seen = (behind >= 0) & ((behind < recent) | (torch.arange(count) < sinks))
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("bhnm,bmhd->bnhd", weights, v.repeat_interleave(groups, 2))
+    groups, places = q.shape[2] // k.shape[2], torch.arange(q.shape[1])
+    behind = places[:, None] - places
+    seen = (behind >= 0) & ((behind < recent) | (places < sinks))
+    products = torch.einsum("bnhd,bmhd->bhnm", q, k.repeat_interleave(groups, 2))
+    return torch.einsum("bhnm,bmhd->bnhd", weights(products, ~seen, scoring), v.repeat_interleave(groups, 2))

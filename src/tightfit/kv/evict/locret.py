@@ -1,4 +1,4 @@
-"""What a token will be worth, as a small network foretells."""
+"""What a token will be worth, as a small network predicts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LENGTH, SAMPLES = 1024, 24  # of the text: parts, of which the last one is not l
 ANSWER = 0.25  # the last share of each part, whose queries say what the tokens before are worth
 STEPS, RATE, WARM_UP = 400, 2e-3, 40  # a step learns from one part
 SMOOTH = 0.0025  # how much it matters that neighbours are worth alike
-TOP = 0.1  # the share of tokens by which heads are compared with what they foretell
+TOP = 0.1  # the share of tokens by which heads are compared with what they predict
 
 
 @technique(
@@ -37,7 +37,7 @@ TOP = 0.1  # the share of tokens by which heads are compared with what they fore
 @dataclass(frozen=True)
 class Locret(Fitted, Rater):
     """Retaining heads, two matrices in each layer with ``hidden`` units between, rate a token by its query, key and
-    value before these are turned: they foretell the largest score, before the softmax, that any query to come gives it
+    value before these are turned: they predict the largest score, before the softmax, that any query to come gives it
     (its causal importance). The last ``recent`` tokens stay in any case, and of the others those with the highest
     ratings.
 
@@ -62,9 +62,7 @@ class Locret(Fitted, Rater):
         super().__post_init__()
 
     def refusal(self, layout: LayerLayout) -> str | None:
-        return (
-            "latent attention has one latent for all heads, and no keys and values to rate" if layout.shared else None
-        )
+        return "latent attention has no keys and values of heads that could be rated" if layout.shared else None
 
     def protected(self, keep: int) -> tuple[int, int]:
         return 0, min(self.recent, max(keep - 1, 1))
@@ -167,7 +165,7 @@ def _example(sample: Sample, layout: LayerLayout, scoring: Scoring) -> tuple[tor
 def _train(
     examples: list[tuple[torch.Tensor, torch.Tensor]], hidden: int
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[float, float]]:
-    """The matrices (hidden, features) and (kv_heads, hidden) that foretell what tokens are worth; and of an example
+    """The matrices (hidden, features) and (kv_heads, hidden) that predict what tokens are worth; and of an example
     that is not learned from, the share of the tokens worth most that are found before and after."""
     import torch
     from torch.nn.functional import mse_loss, silu, smooth_l1_loss

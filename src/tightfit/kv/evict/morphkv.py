@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class MorphKV(Evictor):
     """The last ``window`` tokens, and of the others those that the queries of these look at most: by the sum of what
-    they give, or with ``fusion=max`` by the most that one of them does. What only older queries looked at counts no
-    more, so that no token stays because it came early.
+    they give, or with ``fusion=max`` by the most that one of them does. What only older queries looked at no
+    longer counts, so that no token stays because it came early.
 
     The paper chooses at every token that is generated; here that happens in blocks of 32 tokens, by the last ``window``
     queries, and where the window is longer than 32, by the last blocks of 32 queries that have so many. Heads that

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
+from tightfit.kv.evict.heads import all_but, weights
 from tightfit.kv.fitted import Findings, Fitted, Known, Observed, Progress
 from tightfit.kv.method import Leaving, Rest, Streamer
 
@@ -94,13 +95,8 @@ class Razor(Streamer, Rest, Fitted):
         return all(tensors[name].ndim == 2 and len(tensors[name]) == layers for name in ("echo", "induction"))
 
     def streams(self, layouts: Sequence[LayerLayout], known: Known) -> list[list[bool]]:
-        heads = [(i, head) for i, each in enumerate(layouts) if each.window is None for head in range(each.kv_heads)]
-        streams, tensors = [[True] * layout.kv_heads for layout in layouts], known.of(self)
-        for name, share in (("echo", self.echo), ("induction", self.induction)):
-            best = sorted(heads, key=lambda at: -float(tensors[name][at]))
-            for layer, head in best[: round(share * len(heads))]:
-                streams[layer][head] = False
-        return streams
+        scores = known.of(self)
+        return all_but(layouts, [(scores["echo"], self.echo), (scores["induction"], self.induction)])
 
     # ---- the compensation token ----
 
@@ -137,17 +133,14 @@ def _patterns(sample: Sample, scoring: Scoring, length: int) -> tuple[torch.Tens
 
     q, k = sample.turned()
     count, kv_heads = len(k), k.shape[1]
-    q, found = q.unflatten(1, (kv_heads, -1)), torch.zeros(2, kv_heads, q.shape[1] // kv_heads)
+    found = torch.zeros(2, q.shape[1])
     for rows in torch.arange(length, count).split(ROWS):
-        scores = torch.einsum("nhgd,mhd->hgnm", q[rows], k[: int(rows[-1]) + 1]) * scoring.scale
-        if scoring.softcap is not None:
-            scores = scoring.softcap * (scores / scoring.softcap).tanh()
-        behind = rows[:, None] - torch.arange(scores.shape[-1])
+        keys = k[: int(rows[-1]) + 1]
+        products = torch.einsum("nhgd,mhd->hgnm", q[rows].unflatten(1, (kv_heads, -1)), keys).flatten(0, 1)
+        behind = rows[:, None] - torch.arange(len(keys))
         hidden = behind < 0 if scoring.window is None else (behind < 0) | (behind >= scoring.window)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        earlier = (behind > 0) & (behind % length == 0)
-        after = (behind > 0) & (behind % length == length - 1)
-        found[0] += (weights * earlier).sum((2, 3))
-        found[1] += (weights * after).sum((2, 3))
-    echo, induction = (found / (count - length)).amax(2)
+        attention = weights(products, hidden, scoring)
+        for sums, distance in zip(found, (0, length - 1), strict=True):
+            sums += (attention * ((behind > 0) & (behind % length == distance))).sum((1, 2))
+    echo, induction = (found / (count - length)).unflatten(1, (kv_heads, -1)).amax(2)
     return echo, induction

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     name="scissorhands",
     paper="https://arxiv.org/abs/2305.17118",
     exact=False,
-    summary="recent tokens, and of the rest those that recent queries looked at less than on average the fewest times",
+    summary="recent tokens, and of the rest those that the last queries least often found unimportant",
 )
 @dataclass(frozen=True)
 class Scissorhands(Evictor):
-    """Of all but the ``recent`` tokens those go that a history of ``window`` queries most often found unimportant, as
-    it gave them less than if it had looked alike at all tokens that came. How much a query gives beyond that does not
-    count, but for how many it is important: what is so for some will be for others.
+    """A query finds a token unimportant if it gives it less than an even share of its attention, 1 / n for n tokens
+    that came. Of all but the last ``recent`` tokens those go that the last ``window`` queries, the history, found
+    unimportant most often: how far above an even share a token is does not count (persistence of importance).
 
     Each head of a group has a vote (the paper has a key for each head). The paper lets go of half of what is kept at
     once when the cache is full; here that happens in blocks of 32 tokens, and the history is the last blocks of 32

@@ -1,4 +1,4 @@
-"""Prompts and what is generated apart."""
+"""A budget for prompts, and another for what is generated."""
 
 from __future__ import annotations
 
@@ -86,13 +86,17 @@ class Scope(Evictor):
 
         scores = torch.full_like(seen.mass, -math.inf)
         for head, count in enumerate(seen.counts):
-            prompt = int((seen.positions[head, :count] < seen.prompt).sum())
+            positions = seen.positions[head, :count]
+            hidden, prompt = int((positions <= seen.horizon).sum()), int((positions < seen.prompt).sum())
+            if hidden == count:
+                continue
             if seen.tokens == seen.prompt:
-                self._choose(self._smooth(seen.mass[head, :count]), int(self.keep) - self.output, scores[head, :count])
+                mass, most = self._smooth(seen.mass[head, hidden:count]), int(self.keep) - self.output
+                self._choose(mass, most, scores[head, hidden:count])
             else:
-                scores[head, :prompt] = math.inf
-                most = self._room(seen.tokens, seen.prompt)
-                self._choose(seen.mass[head, prompt:count], most, scores[head, prompt:count])
+                scores[head, hidden:prompt] = math.inf
+                made = slice(max(hidden, prompt), count)
+                self._choose(seen.mass[head, made], self._room(seen.tokens, seen.prompt), scores[head, made])
         return scores
 
     def _room(self, tokens: int, prompt: int) -> int:

@@ -26,15 +26,18 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TIM(Structured):
     """Subtask pruning (Thread Inference Model): a subtask is what lies from the token ``open`` to ``close``, subtasks
-    of its own with it, and its conclusion begins with ``conclude``. When one is closed all of it is let go of but its
-    conclusion (all of it where it has none); the last ``stack`` that were closed stay whole. ``keep`` is the most that
-    can be kept, then the oldest go.
+    of its own with it, and its conclusion begins with ``conclude``. When a subtask is closed only its conclusion stays,
+    or nothing where it has none; the last ``stack`` that were closed stay whole. ``keep`` is the most tokens that can
+    be kept, then the oldest go.
 
     With ``positions=reused`` what comes next stands right behind what is kept, as though nothing had been between: the
-    keys of conclusions are turned to where they now stand. They were computed when the subtask was there, and so say
-    what they concluded from it; the paper's runtime computes anew what follows a subtask, and then they would not. With
-    ``positions=original`` every token stays where it was. Marks are texts of one token each, or tokens by their numbers
-    (``#17``), with | between. What a query sees is exact for every token, whatever the chunks. No token can be a draft.
+    keys of conclusions are turned to where they now stand. Nothing is computed again, so conclusions still depend on
+    the subtasks that they were drawn from. With ``positions=original`` every token stays where it was. Marks are texts
+    of one token each, or tokens by their numbers (``#17``), with | between. What a query sees is exact for every token,
+    whatever the chunks. No token can be a draft.
+
+    The paper's models write JSON, whose structure its runtime follows, and its stack holds lists of subtasks of one
+    task; here marks are tokens, and the stack holds single subtasks.
 
     Nothing that is embedded was trained on such texts, so whether answers stay the same was not measured; that memory
     and positions stay as few as what is not pruned was: 480 tokens of 24 subtasks are 72, at 72 positions.
@@ -84,10 +87,8 @@ class TIM(Structured):
         ids, marks = read
         stays = torch.ones(len(ids), dtype=torch.bool)
         wanted = torch.tensor(sorted(frozenset().union(*marks.values())), dtype=ids.dtype)
-        opened: list[
-            tuple[int, int | None]
-        ] = []  # subtasks that are not closed: where they and their conclusions begin
-        closed: list[tuple[int, int]] = []  # what goes of those that are
+        opened: list[tuple[int, int | None]] = []  # where unfinished subtasks begin, and where their conclusions do
+        closed: list[tuple[int, int]] = []  # what goes of finished ones
         for at in torch.isin(ids, wanted).nonzero()[:, 0].tolist():
             token = int(ids[at])
             if token in marks["open"]:
@@ -97,6 +98,6 @@ class TIM(Structured):
             elif token in marks["close"] and opened:
                 start, conclusion = opened.pop()
                 closed.append((start, at + 1 if conclusion is None else conclusion))
-        for start, stop in closed[: len(closed) - self.stack]:
+        for start, stop in closed[: max(len(closed) - self.stack, 0)]:
             stays[start:stop] = False
         return stays

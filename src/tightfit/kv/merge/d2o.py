@@ -35,6 +35,9 @@ class D2O(Merger):
     In the paper one token is let go of for each that comes after the prompt, and here those of a chunk or of 32 tokens
     together; the authors' program merges a token in all heads or in none, and here each head decides for its own. How
     many tokens a layer keeps is up to ``budget``, and not the paper's, which goes by the variance of attention.
+
+    Not met on the embedded model: with 512 of 3900 tokens KL is 0.107, with h2o 0.089, and both find as few hidden
+    numbers.
     """
 
     recent: float = 0.5

@@ -29,7 +29,8 @@ class Elastic(Merger):
     that it takes up. The first ``sinks`` and the last token stay and take up nothing.
 
     While tokens are generated nothing is merged: those at a fixed point go, ``offset`` tokens before the end of what
-    was kept of the prompt, so that the beginning and what came last stay.
+    was kept of the prompt (of all that is kept, where the prompt was shorter), so that the beginning and what came last
+    stay.
 
     The paper was made for prompts with pictures, judged at once (``layered``); chunk by chunk, anchors are merged again
     with the same rule. Its program ranks tokens by the order that sorting gives rather than by their rank; here they

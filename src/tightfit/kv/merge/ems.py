@@ -55,7 +55,7 @@ class EMS(Merger):
         super().__post_init__()
 
     def protected(self, keep: int) -> tuple[int, int]:
-        return 0, min(self.window, max(keep - 1, 1)) if keep > 1 else self.window
+        return 0, min(self.window, keep - 1) if keep > 1 else self.window  # at least that is kept by a share
 
     def scores(self, seen: Seen) -> torch.Tensor:
         import torch

@@ -73,7 +73,7 @@ class KVMerger(Merger):
         for head, count in enumerate(seen.counts):
             hidden = int((seen.positions[head, :count] <= seen.horizon).sum())
             last = max(count - self.protected(seen.keep)[1], 0)
-            order = mass[head, :last].argsort(descending=True, stable=True)
+            order = hidden + mass[head, hidden:last].argsort(descending=True, stable=True)
             apart = torch.zeros(count)
             apart[order[: int(self.heavy * seen.keep)]] = APART
             apart[last:] = 2 * APART

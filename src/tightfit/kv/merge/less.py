@@ -77,8 +77,10 @@ class Less(Rest, Fitted):
     # ---- finding the kernel functions ----
 
     def fit(self, model: Observed, progress: Progress) -> Findings:
+        from tightfit.kv.compose import Composition
         from tightfit.kv.merge.lowrank_state import Texts, train
 
+        Composition((self,)).check(model.layouts)
         samples = model.samples(min(SAMPLE, len(model.tokens) // 2), SAMPLES)
         if len(samples) < 2 or any(each.softcap or each.sinks is not None for each in model.scorings):
             raise UsageError(

@@ -89,7 +89,8 @@ class SparseStore(LowerStore):
             last, nothing = Looking(q[first:], certain=True), Run(kept.keys[slot], kept.values[slot], 0)
             pages.weigh(kept, slot, nothing, 0, last, lse_[first:], mass, ws, alone(scoring))
             queries = (len(q) - first) * (q.shape[1] // len(mass))
-            _list(mass, kept.lengths[slot], kept.tokens[slot], queries, self.method, self.listed[slot])
+            came = kept.tokens[slot], len(q)
+            _list(mass, kept.lengths[slot], came, queries, self.method, self.listed[slot])
 
 
 @ops.op
@@ -102,13 +103,15 @@ def _of_rows(places: torch.Tensor, of_sequences: torch.Tensor, out: torch.Tensor
 def _list(
     mass: torch.Tensor,
     lengths: torch.Tensor,
-    tokens: torch.Tensor,
+    came: tuple[torch.Tensor, int],
     queries: int,
     method: HGCA,
     listed_: torch.Tensor,
 ) -> None:
-    """Lists of each head's tokens those that matter by their ``mass`` (kv_heads, n) from so many queries."""
+    """Lists of each head's tokens those that matter by their ``mass`` (kv_heads, n) from so many queries; ``came`` are
+    the tokens that are certain, and those of the queries' chunk."""
+    tokens = int(came[0]) + came[1]
     for head, length in enumerate(lengths.tolist()):
-        matter = method.matter(mass[head, :length], torch.tensor(float(queries)), int(tokens)).nonzero()[:, 0]
+        matter = method.matter(mass[head, :length], torch.tensor(float(queries)), tokens).nonzero()[:, 0]
         listed_[head] = -1
         listed_[head, : len(matter)] = matter

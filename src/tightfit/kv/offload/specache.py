@@ -50,6 +50,7 @@ class SpeCache(Selector, Tier, Lowering):
     ahead: int = 256
 
     roles: ClassVar[tuple[str, ...]] = ("selector", "tier")
+    unit: ClassVar[int] = PAGE
 
     def __post_init__(self) -> None:
         Selector.__post_init__(self)
@@ -68,9 +69,6 @@ class SpeCache(Selector, Tier, Lowering):
     def lower(self, layout: LayerLayout, as_they_are: int) -> tuple[Codec, Codec]:
         """How the copy is kept."""
         return Codec(self.bits, layout.key_dim, per_channel=True), Codec(self.bits, layout.value_dim, per_channel=False)
-
-    def reads(self, tokens: int) -> float:
-        return min(self.tokens // PAGE * PAGE, tokens)
 
     def select(self, where: Where) -> Selecting:
         from tightfit.kv.lower import LowerStore

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
 from tightfit.kv.fitted import Findings, Fitted, Observed, Progress, Sample
-from tightfit.kv.method import Selector
+from tightfit.kv.lowrank.projector import Projector
+from tightfit.kv.method import Method, Selector, Structured
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,8 @@ ITERATIONS = 25
 class A2ATS(Selector, Fitted):
     """Each key-value head has a codebook of ``codes`` keys as they are before they are turned, and each token the code
     of its key: the nearest where distances are weighed as the queries of a text look at them. A query is turned as if
-    all tokens were ``distance`` behind it, so the codebook's scores stand for those of all tokens; those with the best
-    codes are read, up to ``tokens`` with the ``sinks`` first ones, and the last ``window`` in any case.
+    all tokens were ``distance`` behind it, so the codebook's scores stand for those of all tokens. It reads those with
+    the best codes, ``tokens`` in all with the ``sinks`` first ones, and the last ``window`` in any case.
 
     What is read is attended to from where it really stands, by exact keys; the paper attends from that distance too.
     Heads of a group read together what any of them would give most. Codebooks are found by `tightfit fit`.
@@ -63,6 +64,13 @@ class A2ATS(Selector, Fitted):
 
     def refusal(self, layout: LayerLayout) -> str | None:
         return "its keys are latents, which queries do not look at as they are" if layout.shared else None
+
+    def excludes(self, other: Method) -> str | None:
+        if isinstance(other, Projector):
+            return "has codebooks of keys as the model makes them, not as they are projected"
+        if isinstance(other, Structured) and other.reuses:
+            return "turns keys back by their positions in the text, and the other gives them others"
+        return super().excludes(other)
 
     def share(self) -> float:
         return 0.0

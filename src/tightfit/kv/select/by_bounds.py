@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -11,23 +10,19 @@ from tightfit.budget.ledger import Workspace
 from tightfit.kernels import pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.ops import op
-from tightfit.kernels.pages import PAGE, Looking, Pages, Rows
+from tightfit.kernels.pages import PAGE, Looking, Rows
 from tightfit.kv.select.selecting import Selecting, Settled, Where
-from tightfit.kv.select.tentative import Tentative
-
-NEVER = 1 << 30
+from tightfit.kv.select.tentative import NEVER, Tentative
 
 
-@dataclass(frozen=True)
 class ByBounds(Selecting):
     """``count`` pages, of those that have bounds."""
 
-    pages: Pages
-    count: int
+    def __init__(self, where: Where, count: int) -> None:
+        self.pages, self.count = where.pages, count
 
     def look(self, rows: Rows, looking: Looking, ws: Workspace, scoring: Scoring) -> Looking:
-        n, kv_heads = looking.q.shape[0], self.pages.table.shape[1]
-        chosen = ws.empty(n, kv_heads, self.count, dtype=torch.int32)
+        chosen = ws.empty(len(looking.q), self.pages.table.shape[1], self.count, dtype=torch.int32)
         pages.select(self.pages, rows, looking.q, chosen, ws)
         return looking._replace(chosen=chosen)
 
@@ -35,15 +30,17 @@ class ByBounds(Selecting):
         return [PAGE * count for count in self.pages.bounded[slot].tolist()]
 
     def index_bytes(self, slot: int) -> int:
-        return _index_bytes(self.pages, slot)
+        assert self.pages.bounds is not None
+        return int(self.pages.bounded[slot].sum()) * self.pages.bounds[0, 0, 0].nbytes
 
 
-class Reused(Selecting):
-    """``count`` pages, chosen at every ``every``-th token after those that became certain together. After each token it
-    is known which pages are chosen, and how many tokens ago."""
+class Reused(ByBounds):
+    """The same, chosen at every ``every``-th token after those that became certain together. After each token it is
+    known which pages are ``chosen``, and how many tokens ago, their ``age``."""
 
     def __init__(self, where: Where, count: int, every: int) -> None:
-        self.pages, self.count, self.every = where.pages, count, every
+        super().__init__(where, count)
+        self.every = every
         self.states = Tentative(where.sequences, where.tail, where.arena)
         self.chosen = self.states.add(where.layout.kv_heads, count, dtype=torch.int32)
         self.age = self.states.add(dtype=torch.int32)
@@ -54,11 +51,8 @@ class Reused(Selecting):
             _choose(self, rows, looking.q, chosen, pages.select_scratch(self.pages, ws))
         return looking._replace(chosen=chosen)
 
-    def among(self, slot: int) -> list[int]:
-        return [PAGE * count for count in self.pages.bounded[slot].tolist()]
-
     def index_bytes(self, slot: int) -> int:
-        return _index_bytes(self.pages, slot) // self.every
+        return super().index_bytes(slot) // self.every
 
     def settled(self, slot: int, now: Settled, ws: Workspace) -> None:
         self.age[slot] = NEVER
@@ -71,11 +65,6 @@ class Reused(Selecting):
 
     def parts(self, slot: int) -> Iterator[torch.Tensor]:
         yield from self.states.parts(slot)
-
-
-def _index_bytes(kept: Pages, slot: int) -> int:
-    assert kept.bounds is not None
-    return int(kept.bounded[slot].sum()) * kept.bounds[0, 0, 0].nbytes
 
 
 @op

@@ -47,7 +47,7 @@ class ByClusters(Grouped):
         count = max((stop - start) // self.method.size, 1)
         if used + count > self.room:  # where tokens left, too few are in a cluster: all are clustered anew
             start, used, count = 0, 0, max(stop // self.method.size, 1)
-        first = max(start, min(self.method.always(start), stop))
+        first = max(start, min(self.method.always, stop))
         assigned = self.assigned[slot, head]
         assigned[start:first] = -1
         count = min(count, stop - first)

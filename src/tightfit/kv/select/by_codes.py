@@ -60,8 +60,7 @@ class ByCodes(Grouped):
             if now.indices is not None and now.counts is not None:
                 coded = self.move(slot, head, now.indices[head, : now.counts[head]], coded)
             self._encode(slot, head, coded, tokens, ws)
-            if coded == 0:
-                self.assigned[slot, head, : min(self.method.sinks, tokens)] = -1
+            self.assigned[slot, head, coded : min(self.method.sinks, tokens)] = -1
             self.coded[slot, head], self.groups[slot, head] = tokens, self.method.codes
             self.count(slot, head, max(tokens - self.method.window, 0))
 

@@ -2,98 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import torch
 
 from tightfit.budget.ledger import Workspace
-from tightfit.kernels import lists, pages
 from tightfit.kernels.attention import Scoring
-from tightfit.kernels.ops import op
-from tightfit.kernels.pages import Looking, Rows
-from tightfit.kv.cache import as_bytes, numbers
-from tightfit.kv.select.selecting import Selecting, Settled, Where
-from tightfit.kv.select.tentative import Tentative
-
-NEVER = 1 << 30
+from tightfit.kv.select.by_attention import ByAttention, Scratch
+from tightfit.kv.select.selecting import Settled, Where
+from tightfit.kv.select.tentative import NEVER
 
 
-class ByLastFull(Selecting):
-    """``count`` tokens of each head. After each token it is known what the last full step gave most to, from which
-    token on everything is seen, the queries of that step, and how many steps ago it was.
+class ByLastFull(ByAttention):
+    """``queries`` are those of the last full step. After each token it is also known how many steps ago that was, its
+    ``age``, and from where on what came after it is ``unlisted`` and seen whole.
 
-    Tokens are chosen among those that were certain when the sequence last had a multiple of 32 tokens, so that drafts
-    choose as single tokens do. Where tokens were let go of, lists hold no longer, and the next step is a full one.
+    Where tokens were let go of, or more of a prompt came, lists hold no longer, and the next step is a full one.
     """
 
     def __init__(self, where: Where, count: int, stride: int, similar: float) -> None:
-        self.pages, self.count, self.stride, self.similar = where.pages, count, stride, similar
-        self.most = where.most
-        layout, arena = where.layout, where.arena
-        self.certain = numbers(arena, where.sequences, layout.kv_heads)
-        self.states = Tentative(where.sequences, where.tail, arena)
-        self.listed = self.states.add(layout.kv_heads, count, dtype=torch.int32)
-        self.since = self.states.add(layout.kv_heads, dtype=torch.int32)
-        self.queries = self.states.add(layout.heads, layout.key_dim, dtype=torch.float32)
+        super().__init__(where, count, recent=0, remembered=1)
+        self.stride, self.similar = stride, similar
+        self.unlisted = self.states.add(where.layout.kv_heads, dtype=torch.int32)
         self.age = self.states.add(dtype=torch.int32)
 
-    def look(self, rows: Rows, looking: Looking, ws: Workspace, scoring: Scoring) -> Looking:
-        n, kv_heads = looking.q.shape[0], self.certain.shape[1]
-        listed = ws.empty(n, kv_heads, self.count, dtype=torch.int32)
-        since = ws.empty(n, kv_heads, dtype=torch.int32)
-        with ws.frame():
-            shares, order = ws.empty(kv_heads, self.most), ws.empty(2, self.most, dtype=torch.int32)
-            scratch = pages.shares_scratch(self.pages, looking.q.shape[1], ws)
-            _recycle(self, rows, looking.q, listed, since, shares, order, scratch, scoring)
-        return looking._replace(listed=listed, since=since)
+    def choose(
+        self,
+        states: tuple[int, int, int],
+        q: torch.Tensor,
+        listed_: torch.Tensor,
+        since_: torch.Tensor,
+        scratch: Scratch,
+        scoring: Scoring,
+    ) -> None:
+        slot, before, after = states
+        age = int(self.age[slot, before]) + 1
+        if age < self.stride and not self._differs(q, self.queries[slot, before, 0]):
+            for known in (self.listed, self.unlisted, self.queries):
+                known[slot, after] = known[slot, before]
+            self.age[slot, after] = age
+            listed_.copy_(self.listed[slot, after])
+            since_.copy_(self.unlisted[slot, after])
+            return
+        self.list_most(slot, q[None], self.listed[slot, after], scratch, scoring)
+        self.unlisted[slot, after] = self.since[slot]
+        self.queries[slot, after, 0] = q
+        self.age[slot, after] = 0
+        listed_.fill_(-1)
+        since_.zero_()
 
-    def among(self, slot: int) -> list[int]:
-        return self.certain[slot].tolist()
+    def _differs(self, q: torch.Tensor, last: torch.Tensor) -> bool:
+        return self.similar > -1 and bool(torch.cosine_similarity(q, last, dim=1).mean() < self.similar)
 
     def settled(self, slot: int, now: Settled, ws: Workspace) -> None:
-        self.certain[slot] = self.pages.lengths[slot]
+        super().settled(slot, now, ws)
         if now.count or now.indices is not None:
             self.age[slot] = NEVER
 
-    def commit(self, slot: int, path: Sequence[int]) -> None:
-        self.states.commit(slot, path)
-
     def reset(self, slot: int) -> None:
-        self.certain[slot] = 0
+        super().reset(slot)
         self.age[slot] = NEVER
-
-    def parts(self, slot: int) -> Iterator[torch.Tensor]:
-        yield as_bytes(self.certain[slot])
-        yield from self.states.parts(slot)
-
-
-@op
-def _recycle(
-    state: ByLastFull,
-    rows: Rows,
-    q: torch.Tensor,
-    listed_: torch.Tensor,
-    since_: torch.Tensor,
-    shares_: torch.Tensor,
-    order_: torch.Tensor,
-    scratch_: torch.Tensor,
-    scoring: Scoring,
-) -> None:
-    """Lists (n, kv_heads, m) and ``since`` (n, kv_heads) of rows with queries ``q`` (n, heads, key_dim)."""
-    for row, slot, before, after in state.states.steps(rows, state.pages.tokens, len(q)):
-        age, last = int(state.age[slot, before]) + 1, state.queries[slot, before]
-        full = age >= state.stride
-        if not full and state.similar > -1:
-            full = bool(torch.cosine_similarity(q[row], last, dim=1).mean() < state.similar)
-        if full:
-            certain = state.certain[slot]
-            pages.shares(state.pages, slot, q[row], certain, shares_, scratch_, scoring)
-            for head, count in enumerate(certain.tolist()):
-                lists.list_best(shares_[head, :count], state.listed[slot, after, head], order_)
-            state.since[slot, after], state.queries[slot, after], state.age[slot, after] = certain, q[row], 0
-            listed_[row], since_[row] = -1, 0
-            continue
-        for tensor in (state.listed, state.since, state.queries):
-            tensor[slot, after] = tensor[slot, before]
-        state.age[slot, after] = age
-        listed_[row], since_[row] = state.listed[slot, before], state.since[slot, before]

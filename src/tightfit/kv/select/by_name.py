@@ -8,7 +8,7 @@ from tightfit.budget.ledger import Workspace
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.ops import op
 from tightfit.kernels.pages import Looking, Rows
-from tightfit.kv.select.selecting import Selecting, Where
+from tightfit.kv.select.selecting import Selecting, Where, room_for_lists
 
 
 class ByName(Selecting):
@@ -20,9 +20,8 @@ class ByName(Selecting):
         self.pages, self.names = where.pages, where.names
 
     def look(self, rows: Rows, looking: Looking, ws: Workspace, scoring: Scoring) -> Looking:
-        n, kv_heads = looking.q.shape[0], self.pages.table.shape[1]
-        listed = ws.empty(n, kv_heads, self.names.listed.shape[1], dtype=torch.int32)
-        since = ws.empty(n, kv_heads, dtype=torch.int32)
+        kv_heads, count = self.pages.table.shape[1], self.names.listed.shape[1]
+        listed, since = room_for_lists(len(looking.q), kv_heads, count, ws)
         _spread(rows.places, self.names.listed, self.names.since, listed, since)
         return looking._replace(listed=listed, since=since)
 

@@ -31,7 +31,8 @@ class Clustering(Selector):
         """Up to which of a head's ``tokens`` those behind the ``clustered`` ones are clustered now."""
         raise NotImplementedError
 
-    def always(self, clustered: int) -> int:
+    @property
+    def always(self) -> int:
         """How many of the first tokens are in no cluster, and always read."""
         return 0
 

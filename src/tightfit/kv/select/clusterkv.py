@@ -25,7 +25,7 @@ class ClusterKV(Clustering):
     """Keys of a prompt are clustered by k-means on their cosines when all of it was read, ``size`` tokens to a cluster
     on average, and those of tokens that decode as soon as there are ``every`` more. A token that decodes reads the
     ``sinks`` first tokens, and the clusters whose centroids have the largest products with any query of a group, up to
-    ``tokens`` tokens of which the last cluster may be cut; and all that is not clustered yet.
+    ``tokens`` tokens in all, so that the last cluster may be cut; and all that is not clustered yet.
 
     The paper has clusters of 80, and keeps those of the last steps on the device; here what lies in a file is read
     again, from the system's page cache as far as that has it.
@@ -50,5 +50,6 @@ class ClusterKV(Clustering):
         prompt = now.count and now.whole
         return tokens if prompt or (now.whole and tokens - clustered >= self.every) else clustered
 
-    def always(self, clustered: int) -> int:
-        return self.sinks if clustered == 0 else 0
+    @property
+    def always(self) -> int:
+        return self.sinks

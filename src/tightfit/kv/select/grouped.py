@@ -12,7 +12,7 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.ops import op
 from tightfit.kernels.pages import Looking, Rows
 from tightfit.kv.cache import numbers
-from tightfit.kv.select.selecting import Selecting, Where
+from tightfit.kv.select.selecting import Selecting, Where, room_for_lists
 
 
 class Grouping(Protocol):
@@ -41,9 +41,7 @@ class Grouped(Selecting):
         self.assigned = numbers(arena, *shape, where.most)
 
     def look(self, rows: Rows, looking: Looking, ws: Workspace, scoring: Scoring) -> Looking:
-        n, kv_heads = looking.q.shape[0], self.since.shape[1]
-        listed = ws.empty(n, kv_heads, self.grouping.tokens, dtype=torch.int32)
-        since = ws.empty(n, kv_heads, dtype=torch.int32)
+        listed, since = room_for_lists(len(looking.q), self.since.shape[1], self.grouping.tokens, ws)
         with ws.frame():
             scratch = ws.empty(2, self.room), ws.empty(2, self.room, dtype=torch.int32)
             _choose(self, rows, self.asked(rows, looking.q, ws), listed, since, *scratch, scoring.scale)
@@ -89,10 +87,14 @@ def _choose(
     for row, slot in enumerate(rows.places[: len(q), 0].tolist()):
         since_[row] = state.since[slot]
         for head, (groups, since) in enumerate(zip(state.groups[slot].tolist(), since_[row].tolist(), strict=True)):
-            centroids, sizes, least = state.centroids[slot, head, :groups], None, lists.EVERY
+            scores, least, sizes = scores_[0, :groups], lists.EVERY, state.sizes[slot, head, :groups]
+            grouped = int(sizes.sum())
             if share is not None:
-                sizes = state.sizes[slot, head, :groups]
-                least = share / max(int(sizes.sum()), 1)
-            scores, queries = scores_[0, :groups], q[row, head * heads : (head + 1) * heads]
-            lists.score_centroids(centroids, queries, scores, scores_[1], sizes, scale)
+                least = share / max(grouped, 1)
+            if grouped:
+                centroids, queries = state.centroids[slot, head, :groups], q[row, head * heads : (head + 1) * heads]
+                of_sizes = None if share is None else sizes
+                lists.score_centroids(centroids, queries, scores, scores_[1], of_sizes, scale)
+            else:  # all tokens so far are read
+                scores = scores[:0]
             lists.list_best(scores, listed_[row, head], order_, state.assigned[slot, head, :since], least)

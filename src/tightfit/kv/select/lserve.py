@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
+from tightfit.kernels.codec import PAGE
 from tightfit.kv.evict.gates import Gated
 from tightfit.kv.method import Selector
 
 if TYPE_CHECKING:
     from tightfit.kv.select.selecting import Selecting, Where
-
-PAGE = 32
 
 
 @technique(
@@ -31,11 +30,13 @@ class LServe(Gated, Selector):
     and the last ``recent`` tokens. So what a token reads of keys and values does not grow with the context.
 
     The lowest and highest keys are known of each ``size`` tokens of a page, and a page counts as much as the part that
-    allows the largest score: few tokens have tight bounds, many at once are fetched. Pages are chosen anew at every
-    ``every``-th token after those that became certain together, at most 32, and read by the tokens between.
+    allows the largest score: bounds of few tokens are tight, and reading many at once is fast. Pages are chosen anew
+    when tokens become certain (a prompt's, and 32 that were decoded) and at every ``every``-th token after that; the
+    tokens between read the same ones.
 
     Heads are found by `tightfit fit`, as those of ``duo``. The paper has pages of 64 tokens in parts of 16, reads 4096
-    tokens of them, and keeps more recent ones while the prompt is computed than afterwards; here a chunk sees itself.
+    tokens of them, and has heads that stream keep more recent tokens while a prompt is computed than afterwards; here
+    they see all of their own chunk of it. Few bits, which the paper has too, are a codec's (``lserve+int4``).
 
     On the embedded model 103 of 120 look-ups in 2000 tokens are right and 34 of 80 in 3700; with everything 105 and 34,
     so two points are not passed, of the six that so many questions can tell. With parts of 8 tokens, the paper's share
@@ -52,6 +53,7 @@ class LServe(Gated, Selector):
     every: int = 4
 
     roles: ClassVar[tuple[str, ...]] = ("tokens", "selector")
+    unit: ClassVar[int] = PAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,9 +67,6 @@ class LServe(Gated, Selector):
     @property
     def bounds(self) -> int:
         return PAGE // self.size
-
-    def reads(self, tokens: int) -> float:
-        return min(self.tokens // PAGE * PAGE, tokens)
 
     def select(self, where: Where) -> Selecting:
         from tightfit.kv.select.by_bounds import Reused

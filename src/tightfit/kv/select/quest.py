@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
+from tightfit.kernels.codec import PAGE
 from tightfit.kv.method import Selector
 
 if TYPE_CHECKING:
     from tightfit.kv.select.selecting import Selecting, Where
-
-PAGE = 32
 
 
 @technique(
@@ -26,18 +25,17 @@ class Quest(Selector):
     """A token that decodes sees ``tokens`` tokens in pages of 32, those whose lowest and highest keys allow the largest
     score, and what came since the pages were last complete; the first ``full`` layers see everything, and prompts do.
 
-    The paper has pages of 16 tokens and a key for each head; here heads that share keys and values read a page if any
-    of them may need it. Bounds are kept in the cache's type.
+    The paper has pages of 16 tokens, and each head chooses for itself; here heads that share keys and values read a
+    page if any of them may need it. Bounds are kept in the cache's type.
     """
+
+    unit: ClassVar[int] = PAGE
 
     @property
     def bounds(self) -> int:
         return 1
 
-    def reads(self, tokens: int) -> float:
-        return min(self.tokens // PAGE * PAGE, tokens)
-
     def select(self, where: Where) -> Selecting:
         from tightfit.kv.select.by_bounds import ByBounds
 
-        return ByBounds(where.pages, self.tokens // PAGE)
+        return ByBounds(where, self.tokens // PAGE)

@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 )
 @dataclass(frozen=True)
 class Recycled(Selector):
-    """Every ``stride``-th token that decodes sees everything, and the others the ``tokens`` tokens of each key-value
-    head that it would give most to, and what came since. A layer looks at everything sooner where the cosine of its
-    queries with those of its last full step, averaged over heads, falls below ``similar`` (-1: never).
+    """Every ``stride``-th token that decodes sees everything: a full step. The others see the ``tokens`` tokens of each
+    key-value head to which the queries of the last full step, those of the head's group together, gave most, and what
+    came since. A layer has a full step sooner where the cosine of its queries with those of its last one, averaged over
+    heads, falls below ``similar`` (-1: never), and after more of a prompt, or when tokens were let go of.
 
-    Of the paper's claims the embedded model shows the second: where 35% of steps are full ones, ``similar=0.5`` has
-    half of the divergence of ``stride=3``. A fixed stride of 16 finds no more there than a window, as what a query
-    looks at is seldom what the next one does, though 64 tokens would be enough for each alone.
+    Tokens are chosen among those up to the end of the prompt, or to the last multiple of 32 after it.
+
+    Of the paper's claims the embedded model shows that asking whether queries are similar beats a fixed stride: where
+    35% of steps are full ones, ``similar=0.5`` has half of the divergence of ``stride=3``. But with a stride of 16 it
+    finds no more than with a window, as a query seldom looks at what the one before it did, though 64 tokens would be
+    enough for each alone.
     """
 
     stride: int = 16

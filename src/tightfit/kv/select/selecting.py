@@ -83,3 +83,9 @@ class Selecting(ABC):
     def parts(self, slot: int) -> Iterator[torch.Tensor]:
         """All state of a sequence, as flat uint8 tensors."""
         yield from ()
+
+
+def room_for_lists(n: int, kv_heads: int, count: int, ws: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
+    """For n rows what they look at: up to ``count`` listed tokens (n, kv_heads, count) of each head, and all from
+    (n, kv_heads) on."""
+    return ws.empty(n, kv_heads, count, dtype=torch.int32), ws.empty(n, kv_heads, dtype=torch.int32)

@@ -10,6 +10,8 @@ from tightfit.budget.ledger import Arena
 from tightfit.kernels.pages import Rows
 from tightfit.kv.cache import as_bytes, place
 
+NEVER = 1 << 30  # steps ago
+
 
 class Tentative:
     """Tensors of which each sequence has one that is certain, and one after each of ``tail`` tentative tokens."""

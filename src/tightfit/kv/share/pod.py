@@ -147,17 +147,13 @@ class PoD(Grouper, Fitted):
             tensors[f"leads.{layer}"] = torch.tensor(leads)
             progress(layer + 1, len(layouts))
         owners = [tensors[f"leads.{layer}"].tolist() for layer in range(len(layouts))]
+        following = sum(lead != layer for layer, each in enumerate(owners) for lead in each)
         heads = sum(layout.kv_heads for layout in layouts)
-        follow = sum(lead != layer for layer, each in enumerate(owners) for lead in each)
-        lines = [
-            f"{follow} of {heads} heads use the keys of another layer for distant tokens",
-            *(
-                f"layer {layer}: those of layer {', '.join(map(str, each))}"
-                for layer, each in enumerate(owners)
-                if any(lead != layer for lead in each)
-            ),
-        ]
-        report = {"tokens": sum(map(len, samples)), "leads": owners, "following": follow / heads, "similar": least}
+        lines = [f"{following} of {heads} heads use the keys of another layer for distant tokens"]
+        for layer, each in enumerate(owners):
+            if any(lead != layer for lead in each):
+                lines.append(f"layer {layer}: those of layer {', '.join(map(str, each))}")
+        report = {"tokens": sum(map(len, samples)), "leads": owners, "following": following / heads, "similar": least}
         return Findings(tensors, report, lines)
 
     def distant(self, tokens: int) -> torch.Tensor:
