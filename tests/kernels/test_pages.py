@@ -1075,9 +1075,15 @@ def test_rows_that_see_only_what_is_certain_see_nothing_of_a_run_or_of_themselve
 @levels
 def test_projections_are_those_of_each_head(level: str) -> None:
     cpu.use(level)
-    x, matrices, out = torch.randn(3, 4, 7), torch.randn(2, 7, 5), torch.empty(3, 4, 5)
-    pages.project(x, matrices, out)
-    assert torch.allclose(out, torch.einsum("ngd,gdm->ngm", x, matrices.repeat_interleave(2, 0)), atol=1e-5)
-    alone = torch.empty(1, 4, 5)
-    pages.project(x[1:2], matrices, alone)
-    assert torch.equal(alone[0], out[1])
+    for n, heads, dim, width in ((3, 4, 7, 5), (70, 4, 64, 83)):  # few products, and enough for threads
+        x, matrices, out = (
+            torch.randn(n, heads, dim),
+            torch.randn(2, dim, width),
+            torch.full((n, heads, width), torch.nan),
+        )
+        pages.project(x, matrices, out)
+        expected = torch.einsum("ngd,gdm->ngm", x, matrices.repeat_interleave(heads // 2, 0))
+        assert torch.allclose(out, expected, atol=1e-4)
+        alone = torch.empty(1, heads, width)
+        pages.project(x[1:2], matrices, alone)
+        assert torch.equal(alone[0], out[1])

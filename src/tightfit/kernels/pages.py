@@ -357,7 +357,8 @@ def project(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
         _run(reference.project, x, matrices, out)
         return
     shape = tuple(matrices.shape)
-    _run(cpu.module.project, _block(x, x.shape), *x.shape[:2], matrices.data_ptr(), shape, _block(out, out.shape))
+    blocks = _block(x, x.shape), _block(out, out.shape)
+    _run(cpu.module.project, blocks[0], *x.shape[:2], matrices.data_ptr(), shape, blocks[1], cpu.threads())
 
 
 def weigh_rows(

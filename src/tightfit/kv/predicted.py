@@ -14,10 +14,10 @@ import torch
 
 from tightfit.budget.ledger import Arena, Workspace
 from tightfit.errors import UsageError
-from tightfit.kernels import attention, ops, pages
+from tightfit.kernels import attention, cpu, ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kernels.codec import Codec
-from tightfit.kernels.matmul import vector_matmul
+from tightfit.kernels.matmul import gemm, vector_matmul
 from tightfit.kernels.pages import PAGE, Pages, Rows, Run
 from tightfit.kernels.weight import Weight
 from tightfit.kv.base import LayerLayout, Rotation
@@ -53,11 +53,15 @@ class Linear:
             part.data.view(torch.bfloat16).view(part.rows, part.cols).copy_(columns)
         self.offset.copy_(offset)
 
-    def apply(self, out: torch.Tensor, *inputs: torch.Tensor, ws: Workspace) -> None:
-        """Writes into ``out`` (n, heads, dim) what ``inputs`` (n, heads, dim) say."""
-        sums = out.flatten(1)
-        for index, (part, x) in enumerate(zip(self.parts, inputs, strict=True)):
-            vector_matmul(x.flatten(1), part, sums, ws, accumulate=float(index > 0))
+    def add(self, out_: torch.Tensor, *inputs: torch.Tensor, dtype: torch.dtype, ws: Workspace) -> None:
+        """Adds to ``out`` (n, heads, dim) what ``inputs`` (n, heads, dim) say. Where the cache's ``dtype`` is bfloat16,
+        they are rounded to it if that makes products faster: those of the layer before were."""
+        sums = out_.flatten(1)
+        for part, x in zip(self.parts, inputs, strict=True):
+            if dtype == torch.bfloat16 and cpu.has_gemm():
+                gemm(x.flatten(1), part, sums, [(0, len(sums))], dtype, ws, accumulate=1.0)
+            else:
+                vector_matmul(x.flatten(1), part, sums, ws, accumulate=1.0)
         ops.add_(sums, self.offset)
 
 
@@ -189,12 +193,9 @@ class PredictedStore(LowerStore):
     def _advance(self, slot: int, first: int, stop: int, ws: Workspace) -> None:
         """Makes of what the chain has of tokens in the layer before what it has in this one."""
         with ws.frame():
-            before, found = self._of_before(slot, first, stop, ws), self._room(stop - first, ws)
-            missed = self._missed(slot, first, stop, ws)
-            self._predict_keys(before, found.keys, ws)
-            ops.add_(found.keys.flatten(1), missed.keys.flatten(1))
-            self._predict_values(found.keys, before, found.values, ws)
-            ops.add_(found.values.flatten(1), missed.values.flatten(1))
+            before, found = self._of_before(slot, first, stop, ws), self._missed(slot, first, stop, ws)
+            self._add_keys(before, found.keys, ws)
+            self._add_values(found.keys, before, found.values, ws)
             self._turn(found.keys, first, 1.0, ws)
             for of_chain, x in zip(self.chain.tokens(slot, first, stop), found, strict=True):
                 ops.copy_(of_chain, x.unflatten(0, (-1, PAGE)))
@@ -220,13 +221,14 @@ class PredictedStore(LowerStore):
                     at = rows.stop
             self._turn(found.keys, first, -1.0, ws)
             said = self._room(count, ws)
-            self._predict_keys(before, said.keys, ws)
+            for x in said:
+                ops.zero_(x)
+            self._add_keys(before, said.keys, ws)
             ops.add_(found.keys.flatten(1), said.keys.flatten(1), -1.0)
-            ops.zero_(said.values)
             self._code(slot, first, Numbers(found.keys, said.values), ws)
-            with ws.frame():
-                ops.add_(said.keys.flatten(1), self._missed(slot, first, stop, ws).keys.flatten(1))
-            self._predict_values(said.keys, before, said.values, ws)
+            keys = self._missed(slot, first, stop, ws).keys
+            self._add_keys(before, keys, ws)
+            self._add_values(keys, before, said.values, ws)
             ops.add_(found.values.flatten(1), said.values.flatten(1), -1.0)
             self._code(slot, first, found, ws)
         self._advance(slot, first, stop, ws)
@@ -263,17 +265,15 @@ class PredictedStore(LowerStore):
         self.before._turn(found.keys, first, -1.0, ws)
         return found
 
-    def _predict_keys(self, before: Numbers | None, out: torch.Tensor, ws: Workspace) -> None:
-        if before is None:
-            ops.zero_(out)
-        else:
-            self.key_map.apply(out, before.keys, ws=ws)
+    def _add_keys(self, before: Numbers | None, keys_: torch.Tensor, ws: Workspace) -> None:
+        """Adds what the layer before says of keys."""
+        if before is not None:
+            self.key_map.add(keys_, before.keys, dtype=self.dtype, ws=ws)
 
-    def _predict_values(self, keys: torch.Tensor, before: Numbers | None, out: torch.Tensor, ws: Workspace) -> None:
-        if before is None:
-            ops.zero_(out)
-        else:
-            self.value_map.apply(out, keys, before.values, ws=ws)
+    def _add_values(self, keys: torch.Tensor, before: Numbers | None, values_: torch.Tensor, ws: Workspace) -> None:
+        """Adds what ``keys`` of this layer and the layer before say of values."""
+        if before is not None:
+            self.value_map.add(values_, keys, before.values, dtype=self.dtype, ws=ws)
 
     def _missed(self, slot: int, first: int, stop: int, ws: Workspace) -> Numbers:
         """What the codes of tokens say."""

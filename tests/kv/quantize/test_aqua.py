@@ -22,7 +22,8 @@ from tightfit.kv.fitted import Known, Sample
 from tightfit.kv.make import kv_nbytes
 from tightfit.kv.paged import PagedCache
 from tightfit.kv.predicted import PredictedStore
-from tightfit.kv.quantize.aqua import Aqua, pages_of, rounded
+from tightfit.kv.quantize.aqua import Aqua, pages_of
+from tightfit.kv.quantize.rounding import rounded
 from tightfit.model.batch import Batch, Segment
 
 LAYERS, HEADS, DIM, KEEP = 16, 2, 16, 32

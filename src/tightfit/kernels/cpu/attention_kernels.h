@@ -14,6 +14,7 @@
 #include "attention_tasks.h"
 #include "codecs.h"
 #include "math.h"
+#include "numbers.h"
 #include "reader.h"
 
 namespace tightfit {
@@ -28,22 +29,6 @@ inline void rotate_head(float* x, const float* cos, const float* sin, size_t hal
         const float a = first, b = second;
         first = a * cos[i] - b * sin[i];
         second = b * cos[i] + a * sin[i];
-    }
-}
-
-template <class Isa, class T>
-void store_row(const float* x, size_t count, T* out) {
-    size_t i = 0;
-    for (; i + Isa::LANES <= count; i += Isa::LANES) Isa::store(out + i, Isa::load(x + i));
-    if (i < count) Isa::store_part(out + i, Isa::load_part(x + i, count - i), count - i);
-}
-
-template <class Isa>
-void store(const float* x, size_t count, Kind kind, uint8_t* out) {
-    switch (kind) {
-        case Kind::f16: return store_row<Isa>(x, count, reinterpret_cast<F16*>(out));
-        case Kind::bf16: return store_row<Isa>(x, count, reinterpret_cast<BF16*>(out));
-        default: return store_row<Isa>(x, count, reinterpret_cast<float*>(out));
     }
 }
 
@@ -299,193 +284,6 @@ void fold_keys(const HeadCache& head, const Queries& queries, const float* q, si
 
 // ---- pages ----
 
-template <class Isa, class T>
-void load_numbers(const T* from, size_t count, float* out) {
-    size_t i = 0;
-    for (; i + Isa::LANES <= count; i += Isa::LANES) Isa::store(out + i, Isa::load(from + i));
-    if (i < count) Isa::store_part(out + i, Isa::load_part(from + i, count - i), count - i);
-}
-
-template <class Isa>
-void load_numbers(const uint8_t* from, Kind kind, size_t count, float* out) {
-    switch (kind) {
-        case Kind::f16: return load_numbers<Isa>(reinterpret_cast<const F16*>(from), count, out);
-        case Kind::bf16: return load_numbers<Isa>(reinterpret_cast<const BF16*>(from), count, out);
-        default: return load_numbers<Isa>(reinterpret_cast<const float*>(from), count, out);
-    }
-}
-
-// out = the lower BITS of each of `count` bytes and those above, in turn: a loop that compilers vectorise.
-template <size_t BITS>
-inline void halve(const uint8_t* bytes, size_t count, uint8_t* out) {
-    for (size_t i = 0; i < count; i++) {
-        out[2 * i] = bytes[i] & ((1 << BITS) - 1);
-        out[2 * i + 1] = static_cast<uint8_t>(bytes[i] >> BITS);
-    }
-}
-
-// The codes of `count` numbers, a row of a page, as floats.
-template <class Isa, size_t BITS>
-void unpack(const uint8_t* codes, size_t count, float* out) {
-    constexpr size_t AT_ONCE = 64;
-    for (size_t at = 0; at < count; at += AT_ONCE, codes += AT_ONCE * BITS / 8) {
-        const size_t now = std::min(count - at, AT_ONCE), bytes = (now * BITS + 7) / 8;
-        uint8_t halves[AT_ONCE], quarters[AT_ONCE];
-        const uint8_t* from = codes;
-        if constexpr (BITS < 8) halve<4>(codes, bytes, halves), from = halves;
-        if constexpr (BITS < 4) halve<2>(halves, 2 * bytes, quarters), from = quarters;
-        size_t i = 0;
-        for (; i + Isa::LANES <= now; i += Isa::LANES) Isa::store(out + at + i, Isa::inputs(from + i, 0.0f));
-        for (; i < now; i++) out[at + i] = static_cast<float>(from[i]);
-    }
-}
-
-template <class Isa>
-void unpack_row(const Codec& codec, const uint8_t* codes, float* out) {
-    if (codec.bits == 8) unpack<Isa, 8>(codes, codec.dim, out);
-    else if (codec.bits == 4) unpack<Isa, 4>(codes, codec.dim, out);
-    else unpack<Isa, 2>(codes, codec.dim, out);
-}
-
-// The numbers of one token of a page.
-template <class Isa>
-void decode_row(const Codec& codec, Kind kind, const uint8_t* page, size_t t, float* out) {
-    const uint8_t* codes = page + t * codec.row_bytes();
-    if (codec.dense()) return load_numbers<Isa>(codes, kind, codec.dim, out);
-    unpack_row<Isa>(codec, codes, out);
-    const size_t each = codec.per_channel ? 1 : CODE_GROUP;  // numbers that share a scale
-    const size_t scales = codec.per_channel ? codec.dim : codec.groups(), first = codec.per_channel ? 0 : t * scales;
-    constexpr size_t AT_ONCE = 64;
-    float scale[AT_ONCE], minimum[AT_ONCE];
-    for (size_t s = 0; s < scales; s += AT_ONCE) {
-        const size_t count = std::min(scales - s, AT_ONCE);
-        load_numbers<Isa>(codec.scales_of(page) + first + s, count, scale);
-        load_numbers<Isa>(codec.minima_of(page) + first + s, count, minimum);
-        float* row = out + s * each;
-        for (size_t i = 0; i < std::min(count * each, codec.dim - s * each); i++)
-            row[i] = row[i] * scale[i / each] + minimum[i / each];
-    }
-}
-
-template <class Isa>
-void decode_page(const Codec& codec, Kind kind, const uint8_t* page, const float* side, float* out) {
-    const size_t dim = codec.dim, row_bytes = codec.row_bytes();
-    if (codec.coupled) return decode_coupled(codec, page, side, out);
-    if (!codec.plain())
-        return decode_side(codec, kind, page, side, out, [](const uint8_t* from, Kind of, size_t count, float* to) {
-            load_numbers<Isa>(from, of, count, to);
-        });
-    if (codec.dense()) return load_numbers<Isa>(page, kind, PAGE * dim, out);
-    float scales[1024], minima[1024];  // of some rows
-    for (size_t t = 0; t < PAGE; t++) {
-        unpack_row<Isa>(codec, page + t * row_bytes, out + t * dim);
-    }
-    if (codec.per_channel) {
-        for (size_t d = 0; d < dim; d += std::size(scales)) {
-            const size_t count = std::min(dim - d, std::size(scales));
-            load_numbers<Isa>(codec.scales_of(page) + d, count, scales);
-            load_numbers<Isa>(codec.minima_of(page) + d, count, minima);
-            for (size_t t = 0; t < PAGE; t++)
-                for (size_t i = 0; i < count; i++) out[t * dim + d + i] = out[t * dim + d + i] * scales[i] + minima[i];
-        }
-        return;
-    }
-    const size_t groups = codec.groups();
-    for (size_t t = 0; t < PAGE; t++) {
-        load_numbers<Isa>(codec.scales_of(page) + t * groups, groups, scales);
-        load_numbers<Isa>(codec.minima_of(page) + t * groups, groups, minima);
-        for (size_t g = 0; g < groups; g++) {
-            const float scale = scales[g], minimum = minima[g];
-            float* row = out + t * dim + g * CODE_GROUP;
-            for (size_t i = 0; i < std::min(CODE_GROUP, dim - g * CODE_GROUP); i++) row[i] = row[i] * scale + minimum;
-        }
-    }
-}
-
-// Codes of `count` numbers: the nearest whole ones to (number - minimum) / scale, or 0 where that is no number.
-template <bool EACH>
-inline void find_codes(const float* numbers, const float* scales, const float* minima, size_t count, float most,
-                       uint8_t* codes) {
-    for (size_t i = 0; i < count; i++) {
-        const float scale = scales[EACH ? i : 0], code = std::nearbyint((numbers[i] - minima[EACH ? i : 0]) / scale);
-        const float positive = scale > 0.0f && code > 0.0f ? code : 0.0f;
-        codes[i] = static_cast<uint8_t>(positive < most ? positive : most);
-    }
-}
-
-template <size_t BITS>
-inline void pack_codes(const uint8_t* codes, size_t count, uint8_t* out) {
-    constexpr size_t PER_BYTE = 8 / BITS;
-    for (size_t byte = 0; byte < (count + PER_BYTE - 1) / PER_BYTE; byte++) {
-        unsigned packed = 0;
-        for (size_t i = 0; i < PER_BYTE; i++) packed |= static_cast<unsigned>(codes[byte * PER_BYTE + i]) << (i * BITS);
-        out[byte] = static_cast<uint8_t>(packed);
-    }
-}
-
-// Scales and minima from the lowest and the highest numbers, in float16, and as these read back.
-template <class Isa>
-inline void round_scales(float* low, float* high, size_t count, float most, F16* scales, F16* minima) {
-    for (size_t i = 0; i < count; i++) high[i] = (high[i] - low[i]) / most;
-    store_row<Isa>(high, count, scales);
-    store_row<Isa>(low, count, minima);
-    load_numbers<Isa>(scales, count, high);
-    load_numbers<Isa>(minima, count, low);
-}
-
-template <class Isa>
-void encode_page(const Codec& codec, Kind kind, const float* numbers, const float* side, uint8_t* page) {
-    constexpr size_t AT_ONCE = 256;  // channels, a multiple of what shares a byte and of a group
-    const size_t dim = codec.dim, row_bytes = codec.row_bytes(), bits = codec.bits, groups = codec.groups();
-    if (codec.coupled) return encode_coupled(codec, numbers, side, page);
-    if (!codec.plain())
-        return encode_side(
-            codec, kind, numbers, side, page,
-            [](const uint8_t* from, Kind of, size_t count, float* to) { load_numbers<Isa>(from, of, count, to); },
-            store<Isa>);
-    if (codec.dense()) return store<Isa>(numbers, PAGE * dim, kind, page);
-    const float most = static_cast<float>((1 << bits) - 1);
-    F16* scales = const_cast<F16*>(codec.scales_of(page));
-    F16* minima = const_cast<F16*>(codec.minima_of(page));
-    float low[AT_ONCE], high[AT_ONCE];
-    uint8_t codes[AT_ONCE + 4];
-    for (size_t first = 0; first < dim; first += AT_ONCE) {
-        const size_t count = std::min(AT_ONCE, dim - first), of_row = (count + CODE_GROUP - 1) / CODE_GROUP;
-        if (codec.per_channel) {
-            std::copy(numbers + first, numbers + first + count, low);
-            std::copy(low, low + count, high);
-            for (size_t t = 1; t < PAGE; t++)
-                for (size_t i = 0; i < count; i++) {
-                    low[i] = std::min(low[i], numbers[t * dim + first + i]);
-                    high[i] = std::max(high[i], numbers[t * dim + first + i]);
-                }
-            round_scales<Isa>(low, high, count, most, scales + first, minima + first);
-        }
-        for (size_t t = 0; t < PAGE; t++) {
-            const float* row = numbers + t * dim + first;
-            if (codec.per_channel) {
-                find_codes<true>(row, high, low, count, most, codes);
-            } else {
-                for (size_t g = 0; g < of_row; g++) {
-                    const float* group = row + g * CODE_GROUP;
-                    const size_t size = std::min(CODE_GROUP, count - g * CODE_GROUP);
-                    low[g] = *std::min_element(group, group + size), high[g] = *std::max_element(group, group + size);
-                }
-                const size_t at = t * groups + first / CODE_GROUP;
-                round_scales<Isa>(low, high, of_row, most, scales + at, minima + at);
-                for (size_t g = 0; g < of_row; g++)
-                    find_codes<false>(row + g * CODE_GROUP, high + g, low + g, std::min(CODE_GROUP, count - g * CODE_GROUP),
-                                      most, codes + g * CODE_GROUP);
-            }
-            std::fill(codes + count, codes + count + 4, uint8_t(0));
-            uint8_t* out = page + t * row_bytes + first * bits / 8;
-            if (bits == 8) pack_codes<8>(codes, count, out);
-            else if (bits == 4) pack_codes<4>(codes, count, out);
-            else pack_codes<2>(codes, count, out);
-        }
-    }
-}
-
 // Where the pages of a block lie in memory; values in those of the keys where these are shared.
 struct BlockPages {
     const uint8_t *keys[KEY_BLOCK / PAGE], *values[KEY_BLOCK / PAGE];
@@ -670,6 +468,49 @@ void softmax(float* scores, size_t count) {
     for (size_t i = 0; i < count; i++) scores[i] /= total;
 }
 
+// ---- products with a matrix: a lane for each column ----
+
+// out[r] = x[r] . SPAN vectors of columns, or a last one of `width`.
+template <class Isa, size_t ROWS, size_t SPAN, bool PART>
+inline void project_columns(Rows<const float> x, size_t from, Rows<const float> matrix, size_t width, Rows<float> out) {
+    constexpr size_t LANES = Isa::LANES;
+    typename Isa::Vector sums[ROWS][SPAN] = {};
+    for (size_t i = 0; i < from; i++) {
+        typename Isa::Vector columns[SPAN];
+        for (size_t j = 0; j < SPAN; j++)
+            columns[j] = PART ? Isa::load_part(matrix[i], width) : Isa::load(matrix[i] + j * LANES);
+        for (size_t r = 0; r < ROWS; r++) {
+            const auto feature = Isa::broadcast(x[r][i]);
+            for (size_t j = 0; j < SPAN; j++) sums[r][j] = Isa::fma(feature, columns[j], sums[r][j]);
+        }
+    }
+    for (size_t r = 0; r < ROWS; r++)
+        for (size_t j = 0; j < SPAN; j++) {
+            if (PART) Isa::store_part(out[r], sums[r][j], width);
+            else Isa::store(out[r] + j * LANES, sums[r][j]);
+        }
+}
+
+// The columns from `o` on.
+template <class Isa, size_t ROWS, size_t SPAN>
+inline void project_rows(Rows<const float> x, size_t from, Rows<const float> matrix, size_t o, size_t to, Rows<float> out) {
+    constexpr size_t STEP = SPAN * Isa::LANES;
+    const auto columns = [&] { return Rows<const float>{matrix.data + o, matrix.stride}; };
+    const auto sums = [&] { return Rows<float>{out.data + o, out.stride}; };
+    for (; o + STEP <= to; o += STEP) project_columns<Isa, ROWS, SPAN, false>(x, from, columns(), 0, sums());
+    if constexpr (SPAN > 1) project_rows<Isa, ROWS, SPAN / 2>(x, from, matrix, o, to, out);
+    else if (o < to) project_columns<Isa, ROWS, 1, true>(x, from, columns(), to - o, sums());
+}
+
+template <class Isa>
+void project_all(Rows<const float> x, size_t rows, size_t from, const float* matrix, size_t to, Rows<float> out) {
+    Ahead none{reinterpret_cast<const char*>(matrix), false};
+    for_rows<Isa>(rows, none, [&](size_t r, auto rows_at_once, Ahead&) {
+        constexpr size_t ROWS = decltype(rows_at_once)::value;
+        project_rows<Isa, ROWS, SPAN<Isa, ROWS>>({x[r], x.stride}, from, {matrix, to}, 0, to, {out[r], out.stride});
+    });
+}
+
 inline float largest_score(const float* bounds, const float* q, size_t rows, size_t dim) {
     float largest = -__builtin_inff();
     for (size_t r = 0; r < rows; r++) {
@@ -692,7 +533,8 @@ inline float largest_score(const float* bounds, const float* q, size_t rows, siz
 template <class Isa>
 constexpr AttentionKernels attention_kernels_of() {
     return {rotate_head,  store<Isa>,       fold<Isa>,        weigh_tokens<Isa>,  score_tokens<Isa>,
-            softmax<Isa>, decode_page<Isa>, encode_page<Isa>, load_numbers<Isa>, largest_score};
+            softmax<Isa>, decode_page<Isa>, encode_page<Isa>, load_numbers<Isa>, largest_score,
+            project_all<Isa>};
 }
 
 }  // namespace

@@ -98,6 +98,8 @@ struct AttentionKernels {
     // The largest score that a key between `bounds` (2, dim), the lowest and the highest of each channel, can have with one
     // of `rows` queries (rows, dim).
     float (*bound)(const float* bounds, const float* q, size_t rows, size_t dim);
+    // out (rows, to) = x (rows, from) times `matrix` (from, to).
+    void (*project)(Rows<const float> x, size_t rows, size_t from, const float* matrix, size_t to, Rows<float> out);
 };
 
 // Numbers that pages take which are coded or on the disk: a block of keys and values, as they are stored and as they are

@@ -98,10 +98,10 @@ void tightfit::bind_pages(nb::module_& m) {
              {at<const float>(std::get<0>(other_lse)), std::get<1>(other_lse)}, rows, heads, dim);
     });
     m.def("project", [](const Strided& x, size_t rows, size_t heads, uintptr_t matrices,
-                        const std::tuple<size_t, size_t, size_t>& shape, const Strided& out) {
+                        const std::tuple<size_t, size_t, size_t>& shape, const Strided& out, size_t threads) {
         nb::gil_scoped_release release;
         const auto& [kv_heads, from, to] = shape;
-        project(block<const float>(x), rows, heads, at<const float>(matrices), kv_heads, from, to, block<float>(out));
+        project(block<const float>(x), rows, heads, at<const float>(matrices), kv_heads, from, to, block<float>(out), threads);
     });
     m.def("page_bytes", [](const CodecOf& of) { return codec_of(of).page_bytes(); });
     nb::class_<Staging>(m, "Staging")
@@ -135,7 +135,7 @@ void tightfit::bind_pages(nb::module_& m) {
                          const std::tuple<int, size_t, size_t>& file,
                          const std::tuple<uintptr_t, size_t, uintptr_t, size_t>& sides) {
             Pages p{};
-            p.kind = kind == "f32" ? Kind::f32 : kind == "f16" ? Kind::f16 : Kind::bf16;
+            p.kind = kind_of(kind);
             std::tie(p.sequences, p.kv_heads, p.key_dim, p.value_dim) = sizes;
             std::tie(p.table_pages, p.dense_pages, p.coded_pages) = pages;
             p.key_codec = codec_of(std::get<0>(codecs)), p.value_codec = codec_of(std::get<1>(codecs));

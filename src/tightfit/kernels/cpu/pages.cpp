@@ -613,16 +613,14 @@ void join(Block<float> out, Rows<float> lse, Block<const float> other, Rows<cons
 }
 
 void project(Block<const float> x, size_t rows, size_t heads, const float* matrices, size_t kv_heads, size_t from, size_t to,
-             Block<float> out) {
-    for (size_t r = 0; r < rows; r++)
-        for (size_t h = 0; h < heads; h++) {
-            const float* matrix = matrices + h / (heads / kv_heads) * from * to;
-            const float* in = x.at(r, h);
-            float* sums = out.at(r, h);
-            std::fill(sums, sums + to, 0.0f);
-            for (size_t i = 0; i < from; i++, matrix += to)
-                for (size_t o = 0; o < to; o++) sums[o] += in[i] * matrix[o];
-        }
+             Block<float> out, size_t threads) {
+    constexpr size_t AT_ONCE = 32, WORTH_A_THREAD = size_t(1) << 16;  // rows, and products
+    if (rows * heads * from * to < WORTH_A_THREAD) threads = 1;
+    parallel_for((rows + AT_ONCE - 1) / AT_ONCE * heads, threads, [&](size_t task) {
+        const size_t r = task / heads * AT_ONCE, h = task % heads;
+        attention_kernels().project({x.at(r, h), x.outer_stride}, std::min(rows - r, AT_ONCE), from,
+                                    matrices + h / (heads / kv_heads) * from * to, to, {out.at(r, h), out.outer_stride});
+    });
 }
 
 size_t weigh_scratch(const Pages& p, size_t rows, size_t heads, size_t threads) {

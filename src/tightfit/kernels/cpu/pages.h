@@ -185,7 +185,7 @@ void join(Block<float> out, Rows<float> lse, Block<const float> other, Rows<cons
 
 // out (rows, heads, to) = x (rows, heads, from) times that of `matrices` (kv_heads, from, to) of each head's group.
 void project(Block<const float> x, size_t rows, size_t heads, const float* matrices, size_t kv_heads, size_t from, size_t to,
-             Block<float> out);
+             Block<float> out, size_t threads);
 
 // What happens to a sequence when tokens become certain: those of `run` are added, all but counts[head] `indices` (kv_heads,
 // stride) are let go, if that is not null and the count not negative, all but the last `recent` are coded page by page

@@ -38,14 +38,25 @@ class Maps:
         heads, _, key_rank = self.keys.shape
         return replace(layout, kv_heads=heads, key_dim=key_rank, value_dim=self.values.shape[2], rotation=None)
 
-    def placed(self, layout: LayerLayout, arena: Arena) -> Maps:
-        """A copy in ``arena`` for a layer that has ``layout``, with a ``shift`` (heads, value_dim) of each query head,
-        and with ``queries``."""
-        shift = self.shift.repeat_interleave(layout.heads // layout.kv_heads, 0)
-        keys, values, outputs, shift = (_copy(x, arena) for x in (self.keys, self.values, self.outputs, shift))
+    def room(self, layout: LayerLayout, arena: Arena) -> Maps:
+        """Room in ``arena`` for those of a layer that has ``layout``, with a ``shift`` (heads, value_dim) of each query
+        head, and with ``queries``."""
+        keys, values, outputs = (
+            place(arena, tuple(x.shape), torch.float32) for x in (self.keys, self.values, self.outputs)
+        )
+        shift = place(arena, (layout.heads, layout.value_dim), torch.float32)
         per_head = layout.kv_heads, layout.key_dim, keys.shape[2]
-        queries = keys.view(per_head) if self.queries is None else _copy(self.queries, arena)
+        queries = keys.view(per_head) if self.queries is None else place(arena, per_head, torch.float32)
         return Maps(keys, values, outputs, shift, queries)
+
+    def load(self, found: Maps) -> None:
+        """Copies those that were ``found`` into the room for them."""
+        self.keys.copy_(found.keys)
+        self.values.copy_(found.values)
+        self.outputs.copy_(found.outputs)
+        self.shift.copy_(found.shift.repeat_interleave(len(self.shift) // len(found.shift), 0))
+        if found.queries is not None and self.queries is not None:
+            self.queries.copy_(found.queries)
 
 
 class _Held(NamedTuple):
@@ -58,7 +69,7 @@ class Features(BaseCache):
 
     Queries and keys are turned first, so that what is stored is never turned again, and the inner cache sees queries,
     keys and values like any others, of its own shapes. The maps of layers that have their own keys and values are
-    copied into ``arena``.
+    copied into ``arena`` when a sequence begins, as plans make caches in memory that is never written.
     """
 
     def __init__(self, inner: BaseCache, layouts: Sequence[LayerLayout], maps: Sequence[Maps], arena: Arena) -> None:
@@ -69,8 +80,9 @@ class Features(BaseCache):
         self.anchors = inner.anchors
         self.whole_entries = inner.whole_entries
         self.repeatable = inner.repeatable
-        placed = {layer: maps[layer].placed(layouts[layer], arena) for layer in inner.own}
-        self._maps = [placed[owner] for owner in inner.owners]
+        rooms = {layer: maps[layer].room(layouts[layer], arena) for layer in inner.own}
+        self._maps = [rooms[owner] for owner in inner.owners]
+        self._found = [(rooms[layer], maps[layer]) for layer in inner.own]  # until they are copied
 
     @property
     def owners(self) -> list[int]:  # type: ignore[override]
@@ -143,6 +155,9 @@ class Features(BaseCache):
     # ---- the rest is the inner cache's ----
 
     def begin(self, slot: int, start: int) -> None:
+        while self._found:
+            room, found = self._found.pop()
+            room.load(found)
         self.inner.begin(slot, start)
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:
@@ -198,8 +213,3 @@ def _products(x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor, produc
     for head in range(heads):
         torch.mm(x[:, head], matrices[head // (heads // len(matrices))], out=product)
         out[:, head] = product
-
-
-def _copy(x: torch.Tensor, arena: Arena) -> torch.Tensor:
-    copy = place(arena, tuple(x.shape), torch.float32)
-    return copy.copy_(x)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tightfit.kernels.attention import Scoring
     from tightfit.kv.base import LayerLayout
 
+LOOK_AT_ONCE = 64  # queries that look at states
 SAMPLE, SAMPLES = 512, 10  # tokens of a text, and texts; the last is held out
 
 
@@ -133,13 +134,20 @@ class Less(Rest, Fitted):
         lse: torch.Tensor,
         ws: Workspace,
     ) -> None:
-        from tightfit.kv.merge.lowrank_state import look
+        from tightfit.kernels import pages
+        from tightfit.kv.merge.lowrank_state import gelu_, look
 
         heads, kv_heads = q.shape[1], memory.shape[1]
-        weights = self.found[f"{layer}.q_first"], self.found[f"{layer}.q_second"]
-        found = ws.empty(kv_heads, heads // kv_heads, 1 + out.shape[2])
-        scratch = ws.empty(heads, 1, self.hidden), ws.empty(heads, 1, self.rank), found
-        look(q, weights, slots, memory, scratch, out, lse)
+        for at in range(0, len(q), LOOK_AT_ONCE):
+            rows = slice(at, min(at + LOOK_AT_ONCE, len(q)))
+            with ws.frame():
+                n = rows.stop - at
+                inner, phi = ws.empty(n, heads, self.hidden), ws.empty(n, heads, self.rank)
+                found = ws.empty(n, kv_heads, heads // kv_heads, 1 + out.shape[2])
+                pages.project(q[rows], self.found[f"{layer}.q_first"], inner)
+                gelu_(inner)
+                pages.project(inner, self.found[f"{layer}.q_second"], phi)
+                look(phi, slots[rows], memory, found, out[rows], lse[rows])
 
 
 def _stacked(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

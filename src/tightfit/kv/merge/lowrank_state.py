@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -32,30 +33,28 @@ def absorb(
 
 
 @ops.op
-def look(
-    q: Tensor,
-    weights: tuple[Tensor, ...],
-    slots: Tensor,
-    memory: Tensor,
-    scratch: tuple[Tensor, Tensor, Tensor],
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Linear attention of ``q`` (n, heads, key_dim) over the states ``memory`` (sequences, kv_heads, rank * (1 +
-    value_dim)) of ``slots`` (n,): into ``out`` (n, heads, value_dim), and into ``lse`` (n, heads) the logarithm to base
-    2 of what it divides by. phi(q) = |gelu(gelu(q A) B)| for ``weights`` A (heads, key_dim, hidden), B (heads, hidden,
-    rank). ``scratch`` is (heads, 1, hidden), (heads, 1, rank) and (kv_heads, groups, 1 + value_dim): each row is
-    computed by itself."""
-    inner, phi, found = scratch
-    kv_heads, groups, width = found.shape
-    for row, slot in enumerate(slots.tolist()):
-        torch.ops.aten.gelu_(torch.bmm(q[row, :, None], weights[0], out=inner))
-        torch.ops.aten.gelu_(torch.bmm(inner, weights[1], out=phi)).abs_()
-        state = memory[slot].view(kv_heads, -1, width)
-        torch.bmm(phi.view(kv_heads, groups, -1), state, out=found)
-        sums = found.view(-1, width)
-        torch.log2(sums[:, 0], out=lse[row])
-        torch.div(sums[:, 1:], sums[:, :1], out=out[row])
+def gelu_(x: Tensor) -> None:
+    torch.ops.aten.gelu_(x)
+
+
+@ops.op
+def look(phi_: Tensor, slots: Tensor, memory: Tensor, found_: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Linear attention over the states ``memory`` (sequences, kv_heads, rank * (1 + value_dim)) of ``slots`` (n,) with
+    phi(q) = |gelu(``phi``)| (n, heads, rank), which is overwritten: into ``out`` (n, heads, value_dim), and into
+    ``lse`` (n, heads) the logarithm to base 2 of what it divides by. ``found`` (n, kv_heads, groups, 1 + value_dim) is
+    scratch. A row's bits do not depend on the others."""
+    rank, width, kv_heads = phi_.shape[2], found_.shape[3], found_.shape[1]
+    phi = torch.ops.aten.gelu_(phi_).abs_().view(*found_.shape[:3], rank)
+    start = 0
+    for slot, rows in groupby(slots.tolist()):
+        stop = start + len(list(rows))
+        states, sums = memory[slot].view(kv_heads, 1, rank, width).unbind(2), found_[start:stop].zero_()
+        for state, factors in zip(states, phi[start:stop, ..., None].unbind(3), strict=True):
+            sums.addcmul_(factors, state)
+        start = stop
+    sums = found_.flatten(1, 2)
+    torch.log2(sums[..., 0], out=lse)
+    torch.div(sums[..., 1:], sums[..., :1], out=out)
 
 
 class Kernels(torch.nn.Module):

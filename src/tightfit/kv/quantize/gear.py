@@ -77,16 +77,10 @@ class Gear(Quantizer):
 
 def _missed(codec: Codec, x: torch.Tensor) -> torch.Tensor:
     """What codes miss of pages ``x`` (n, PAGE, dim), outliers aside."""
-    import torch
+    from tightfit.kv.quantize.rounding import rounded
 
-    axis = 1 if codec.per_channel else 2
-    middle = x.median(axis, keepdim=True).values
+    middle = x.median(1 if codec.per_channel else 2, keepdim=True).values
     furthest = (x - middle).abs().flatten(1).topk(codec.outliers, 1).indices
-    near = x.flatten(1).scatter(1, furthest, middle.expand_as(x).flatten(1).gather(1, furthest)).view_as(x)
-    parts = [near] if codec.per_channel else near.split(codec.group, 2)
-    missed = []
-    for part in parts:
-        low, high = part.amin(axis, keepdim=True), part.amax(axis, keepdim=True)
-        step = ((high - low) / (2**codec.bits - 1)).clamp(min=1e-30)
-        missed.append((part - low) - ((part - low) / step).round() * step)
-    return torch.cat(missed, 2).flatten(1).scatter(1, furthest, 0.0).view_as(x)
+    near = x.flatten(1).scatter(1, furthest, middle.expand_as(x).flatten(1).gather(1, furthest))
+    tokens = near.view(-1, 1, codec.dim)
+    return (tokens - rounded(tokens, codec)).view_as(near).scatter(1, furthest, 0.0).view_as(x)
