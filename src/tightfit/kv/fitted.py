@@ -40,6 +40,7 @@ class Fitted(Method):
     """A method that must know something of a model; ``found`` is that, in a cache."""
 
     found: ClassVar[Mapping[str, Any]]  # tensors
+    about: ClassVar[str] = "features"  # "features", "heads" or "layers" of the model, of which it knows something
 
     def fitted_by(self) -> str:
         """The settings on which what is found depends, as a spec string."""

@@ -169,8 +169,6 @@ def test_fitting_a_model_makes_it_better(tiny: Callable[..., Tiny]) -> None:
 
 
 def test_what_it_does_not_go_with_is_said(tiny: Callable[..., Tiny]) -> None:
-    with pytest.raises(UsageError, match="lococo does not go with matryoshka: it has convolutions of all features"):
-        compose("lococo+matryoshka")
     for kv in ("lococo(slots=0)", "lococo(steps=-1)", "lococo(keep=0.5)", "lococo(recent=0.6)", "lococo(budget=adakv)"):
         with pytest.raises(UsageError):
             compose(kv)

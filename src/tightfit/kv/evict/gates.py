@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.errors import UsageError
 from tightfit.kv.evict.heads import all_but
@@ -39,6 +39,8 @@ class Gated(Streamer, Fitted):
     retrieval: float = 0.25
     sample: int = 512
     steps: int = 60
+
+    about: ClassVar[str] = "heads"
 
     def __post_init__(self) -> None:
         least = 8 * (PASSKEYS + 1) * (NAME + KEY)

@@ -51,6 +51,7 @@ class Razor(Streamer, Rest, Fitted):
     tokens: int = 512
 
     roles: ClassVar[tuple[str, ...]] = ("tokens", "rest")
+    about: ClassVar[str] = "heads"
 
     def __post_init__(self) -> None:
         if not (0 <= self.echo <= 1 and 0 <= self.induction <= 1) or self.tokens < 16:

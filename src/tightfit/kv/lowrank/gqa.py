@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
@@ -42,6 +42,8 @@ class GQA(Projector):
     """
 
     merge: int = 2
+
+    changes: ClassVar[tuple[str, ...]] = ("features", "heads")
 
     def __post_init__(self) -> None:
         if self.merge < 2:

@@ -12,12 +12,19 @@ if TYPE_CHECKING:
 
     from tightfit.kv.base import LayerLayout
     from tightfit.kv.lowrank.features import Maps
+    from tightfit.kv.method import Method
 
 
 class Projector(Fitted):
     """Linear maps of keys and values, in front of whatever the rest of a composition does with them."""
 
     roles: ClassVar[tuple[str, ...]] = ("features",)
+    changes: ClassVar[tuple[str, ...]] = ("features",)  # of what the rest of a composition sees
+
+    def excludes(self, other: Method) -> str | None:
+        if isinstance(other, Fitted) and other.about in self.changes:
+            return f"changes the {other.about} of the model that the other was fitted to"
+        return None
 
     def maps(self, layouts: Sequence[LayerLayout], tensors: Mapping[str, torch.Tensor]) -> list[Maps]:
         """The maps of each layer, of what was found."""

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tightfit.catalog import spec_string, technique
 from tightfit.errors import UsageError
 from tightfit.kv.fitted import Findings, Fitted, Observed, Progress
-from tightfit.kv.lowrank.projector import Projector
-from tightfit.kv.method import BLOCK, Judged, Leaving, Merger, Method, Seen, Tokens
+from tightfit.kv.method import BLOCK, Judged, Leaving, Merger, Seen, Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -74,9 +73,6 @@ class LoCoCo(Fitted, Merger):
                 f"lococo cannot have {self.slots} slots among {self.keep:g} tokens with budget={self.budget}",
                 f"Its slots are as many in every head and context: give keep={2 * self.slots} or more, and no budget.",
             )
-
-    def excludes(self, other: Method) -> str | None:
-        return "has convolutions of all features" if isinstance(other, Projector) else None
 
     def refusal(self, layout: LayerLayout) -> str | None:
         if layout.shared:

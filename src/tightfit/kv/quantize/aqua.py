@@ -10,7 +10,6 @@ from tightfit.catalog import spec_string, technique
 from tightfit.errors import UsageError
 from tightfit.kernels.codec import PAGE, Codec
 from tightfit.kv.fitted import Findings, Fitted, Known, Observed, Progress
-from tightfit.kv.lowrank.projector import Projector
 from tightfit.kv.lowrank.think import ThinK
 from tightfit.kv.method import Demoter, Method, Rest, Seen, Selector
 from tightfit.kv.share.kvsharer import KVSharer
@@ -75,7 +74,7 @@ class Aqua(Demoter, Fitted):
             )
 
     def excludes(self, other: Method) -> str | None:
-        if isinstance(other, Selector | ThinK | Projector | Rest | KVSharer):
+        if isinstance(other, Selector | ThinK | Rest | KVSharer):
             return "makes all older tokens of a layer of all of them in the layer before"
         return None
 

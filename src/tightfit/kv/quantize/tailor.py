@@ -61,6 +61,7 @@ class Tailor(Fitted, Tier):
     resident: int = 64
 
     roles: ClassVar[tuple[str, ...]] = ("codec of keys", "codec of values", "selector", "tier")
+    about: ClassVar[str] = "layers"
 
     def __post_init__(self) -> None:
         super().__post_init__()

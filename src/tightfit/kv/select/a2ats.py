@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
 from tightfit.kv.fitted import Findings, Fitted, Observed, Progress, Sample
-from tightfit.kv.lowrank.projector import Projector
 from tightfit.kv.method import Method, Selector, Structured
 
 if TYPE_CHECKING:
@@ -66,8 +65,6 @@ class A2ATS(Selector, Fitted):
         return "its keys are latents, which queries do not look at as they are" if layout.shared else None
 
     def excludes(self, other: Method) -> str | None:
-        if isinstance(other, Projector):
-            return "has codebooks of keys as the model makes them, not as they are projected"
         if isinstance(other, Structured) and other.reuses:
             return "turns keys back by their positions in the text, and the other gives them others"
         return super().excludes(other)

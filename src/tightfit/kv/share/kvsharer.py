@@ -47,6 +47,7 @@ class KVSharer(Fitted):
     threshold: float = 0.5
 
     roles: ClassVar[tuple[str, ...]] = ("layers",)
+    about: ClassVar[str] = "layers"
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1 or not -1 <= self.threshold <= 1:

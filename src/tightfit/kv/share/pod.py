@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from tightfit.catalog import technique
 from tightfit.errors import UsageError
 from tightfit.kv.fitted import Findings, Fitted, Known, Observed, Progress, Sample
-from tightfit.kv.lowrank.projector import Projector
 from tightfit.kv.lowrank.think import ThinK
 from tightfit.kv.method import Coder, Group, Grouper, Method, Rest, Seen
 
@@ -84,7 +83,7 @@ class PoD(Grouper, Fitted):
     def excludes(self, other: Method) -> str | None:
         if "selector" in other.roles:
             return "reads distant tokens whole, and there is nothing to choose from"
-        if "layers" in other.roles or isinstance(other, Projector):
+        if "layers" in other.roles:
             return "groups the heads of layers as the model has them"
         if isinstance(other, ThinK):
             return "keeps distant keys with all their channels"
