@@ -1,14 +1,15 @@
 """All methods of the cache at equal bytes, on the embedded model.
 
-    python benchmarks/cache_methods.py run FOLDER [--shares 50 25] [--methods h2o snapkv] [--speed]
-    python benchmarks/cache_methods.py table FOLDER [SPEED_FOLDER] [--out FILE.md] [--json]
+    python benchmarks/cache_methods.py run FOLDER [--shares 50 25] [--methods h2o snapkv] [--speed | --layered]
+    python benchmarks/cache_methods.py table FOLDER [--speed FOLDER] [--layered FOLDER] [--out FILE.md] [--json]
 
 Each method has one setting by which it grows: the largest is taken with which the ``kv`` account, as the cache itself
 allocates it, is no larger than a share of a cache that keeps everything, for a context of 4096 tokens. What has no such
 setting stands where it fits. ``run`` first finds what methods must know of the model (`tightfit fit`, on half of the
 held-out texts), then measures with the lab: look-ups in dictionaries and of hidden numbers, and the KL divergence of
 text after long prompts, which begins in the other half. With ``--speed`` it measures seconds and peaks instead: on a
-quiet machine. A run that was ended goes on. ``table`` writes the page.
+quiet machine. With ``--layered`` prompts are computed layer by layer, so that methods judge them as a whole. A run that
+was ended goes on. ``table`` writes the page.
 """
 
 from __future__ import annotations
@@ -95,6 +96,9 @@ GROWING: dict[str, tuple[str, tuple[int, int], float]] = {
     "zipcache": ("zipcache(keep={})", (1, 100), 0.01),
     "matryoshka": ("matryoshka(share={})", (1, 99), 0.01),
 }
+# Those that judge a prompt by what its queries look at, of GROWING.
+JUDGING = ("h2o", "scissorhands", "tova", "corm", "morphkv", "scope", "snapkv", "d2o", "kvmerger", "elastic", "ems")
+JUDGING += ("less", "mikv", "hgca", "zipcache")
 FIXED = (
     "int8",
     "int4",
@@ -195,13 +199,18 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("folder", type=Path)
-    run.add_argument("--shares", type=float, nargs="+", default=SHARES, metavar="PERCENT")
+    run.add_argument(
+        "--shares", type=float, nargs="+", metavar="PERCENT", help="default: what int8 takes, 50, 25, 12.5 and 6"
+    )
     run.add_argument("--methods", nargs="+", default=[], metavar="NAME")
-    run.add_argument("--speed", action="store_true")
+    how = run.add_mutually_exclusive_group()
+    how.add_argument("--speed", action="store_true")
+    how.add_argument("--layered", action="store_true")
     run.add_argument("--show", action="store_true", help="only say what would be measured")
     shown = commands.add_parser("table")
     shown.add_argument("folder", type=Path)
-    shown.add_argument("speed", type=Path, nargs="?")
+    shown.add_argument("--speed", type=Path, metavar="FOLDER")
+    shown.add_argument("--layered", type=Path, metavar="FOLDER")
     shown.add_argument("--out", type=Path)
     shown.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -209,9 +218,10 @@ def main() -> None:
         show(options)
         return
     sizes = Sizes()
+    methods = options.methods or (list(JUDGING) if options.layered else [])
     fit_all([spec.format("0.5") if unit < 1 else spec.format(512) for spec, _, unit in GROWING.values()] + list(FIXED))
-    shares = [100 * sizes.nbytes(BASELINE) / sizes.whole, *options.shares]
-    found = {share: sizes.fitting(share, options.methods) for share in shares}
+    shares = options.shares or [100 * sizes.nbytes(BASELINE) / sizes.whole, *SHARES]
+    found = {share: sizes.fitting(share, methods) for share in shares}
     chosen = [spec for of_share in found.values() for spec in of_share.values()]
     specs = list(dict.fromkeys(["none", BASELINE, *chosen]))
     if options.show:
@@ -221,7 +231,8 @@ def main() -> None:
         print(f"{len(specs)} configurations")
         return
     tasks = SPEED if options.speed else TASKS
-    arguments = ["lab", "run", MODEL, "--memory", MEMORY, "--context", str(CONTEXT), "--chunk", str(CHUNK)]
+    schedule = ["--prefill", "layered"] if options.layered else []
+    arguments = ["lab", "run", MODEL, "--memory", MEMORY, "--context", str(CONTEXT), "--chunk", str(CHUNK), *schedule]
     arguments += ["--tasks", tasks, "--vary", f"kv=[{','.join(specs)}]", "--out", str(options.folder)]
     print(shlex.join(["tightfit", *arguments]))
     raise SystemExit(subprocess.run([sys.executable, "-m", "tightfit", *arguments]).returncode)
@@ -229,8 +240,11 @@ def main() -> None:
 
 def show(options: argparse.Namespace) -> None:
     """Writes the page of what was measured."""
-    report = summarise(Results.open(options.folder))
-    speed = None if options.speed is None else summarise(Results.open(options.speed))
+    report, speed, layered = (
+        None if folder is None else summarise(Results.open(folder))
+        for folder in (options.folder, options.speed, options.layered)
+    )
+    assert report is not None
     whole, baseline = report.by_key["kv=none"], report.by_key[f"kv={BASELINE}"]
     shares = [100 * baseline.indicators["kv_bytes"] / whole.indicators["kv_bytes"], *SHARES]
     rows = [row for row in report.rows if row.finished]
@@ -241,7 +255,10 @@ def show(options: argparse.Namespace) -> None:
         if row is not whole and fits:
             found[min(fits)].append(row)
     if options.json:
-        print(json.dumps({f"{share:g}": [as_json(report, speed, row) for row in of] for share, of in found.items()}))
+        named = {f"{share:g}": [as_json(report, speed, row) for row in of] for share, of in found.items()}
+        if layered is not None:
+            named["layered"] = [as_json(layered, None, row) for row in layered.rows if row.finished]
+        print(json.dumps(named))
         return
     parts = [
         "# Methods of the cache at equal bytes",
@@ -252,6 +269,12 @@ def show(options: argparse.Namespace) -> None:
         title = f"{BASELINE}'s {share:.0f}%" if share == shares[0] else f"{share:g}%"
         lines = [cells(report, speed, row) for row in (whole, *of_share)]
         parts += [f"## At most {title} of {whole.indicators['kv_bytes'] / 2**20:.0f} MiB", table(COLUMNS, lines)]
+    if layered is not None:
+        judged = sorted((row for row in layered.rows if row.finished), key=lambda row: kl(layered, row).value)
+        parts += [
+            "## Where prompts are judged as a whole (`--prefill layered`)",
+            table(COLUMNS[:6], [cells(layered, None, row)[:6] for row in judged]),
+        ]
     page = "\n\n".join(parts) + "\n"
     if options.out is None:
         print(page)
