@@ -247,7 +247,7 @@ def show(options: argparse.Namespace) -> None:
     assert report is not None
     whole, baseline = report.by_key["kv=none"], report.by_key[f"kv={BASELINE}"]
     shares = [100 * baseline.indicators["kv_bytes"] / whole.indicators["kv_bytes"], *SHARES]
-    rows = [row for row in report.rows if row.finished]
+    rows = finished(report)
     found: dict[float, list[Row]] = {share: [] for share in shares}
     for row in rows:
         share = 100 * row.indicators["kv_bytes"] / whole.indicators["kv_bytes"]
@@ -257,7 +257,7 @@ def show(options: argparse.Namespace) -> None:
     if options.json:
         named = {f"{share:g}": [as_json(report, speed, row) for row in of] for share, of in found.items()}
         if layered is not None:
-            named["layered"] = [as_json(layered, None, row) for row in layered.rows if row.finished]
+            named["layered"] = [as_json(layered, None, row) for row in finished(layered)]
         print(json.dumps(named))
         return
     parts = [
@@ -270,7 +270,7 @@ def show(options: argparse.Namespace) -> None:
         lines = [cells(report, speed, row) for row in (whole, *of_share)]
         parts += [f"## At most {title} of {whole.indicators['kv_bytes'] / 2**20:.0f} MiB", table(COLUMNS, lines)]
     if layered is not None:
-        judged = sorted((row for row in layered.rows if row.finished), key=lambda row: kl(layered, row).value)
+        judged = sorted(finished(layered), key=lambda row: kl(layered, row).value)
         parts += [
             "## Where prompts are judged as a whole (`--prefill layered`)",
             table(COLUMNS[:6], [cells(layered, None, row)[:6] for row in judged]),
@@ -280,6 +280,11 @@ def show(options: argparse.Namespace) -> None:
         print(page)
     else:
         options.out.write_text(page, encoding="utf-8")
+
+
+def finished(report: Report) -> list[Row]:
+    """What was measured beside the exact model."""
+    return [row for row in report.rows if row.finished and "kv" in row.vary]
 
 
 COLUMNS = (
@@ -322,7 +327,7 @@ def cells(report: Report, speed: Report | None, row: Row) -> list[str]:
         f"{(row.indicators['read_bytes_per_token'] - row.indicators['weights_bytes']) / 2**20:.1f}",
         interval(answers(row, "lookup"), 2),
         interval(answers(row, "needle"), 2),
-        interval(kl(report, row), 4),
+        interval(kl(report, row), 5),
     ]
     timed = None if speed is None else speed.by_key.get(row.key)
     if speed is None or timed is None or not timed.finished:
