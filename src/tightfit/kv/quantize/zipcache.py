@@ -24,7 +24,7 @@ SMALLEST = 1e-6  # that a channel is divided by
     name="zipcache",
     paper="https://arxiv.org/abs/2405.14256",
     exact=False,
-    summary="salient tokens in more bits than others; channels are normalised once, and a token has one scale",
+    summary="salient tokens in more bits than others; channels of values are normalised once, a token has one scale",
 )
 @dataclass(frozen=True)
 class ZipCache(Demoter, Coder):
@@ -38,7 +38,9 @@ class ZipCache(Demoter, Coder):
     paper's probes are the last queries and as many at random; here they are the last ones of each chunk, and of 32
     tokens that are generated.
 
-    On the embedded model RESULT
+    On the embedded model values take fewer bytes than in groups, but two stores take more than one, and at equal bytes
+    nothing is gained: with 3% of 3900 tokens salient it diverges by 0.14 nats in 3.7 of 16 MiB, ``int2`` by 0.12 in
+    4.1; with 99% by 0.006 in 7.0 MiB, ``int4`` by 0.003 in 6.2. Hidden numbers are found as with those.
     """
 
     keep: float = 0.6
