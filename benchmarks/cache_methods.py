@@ -1,7 +1,9 @@
 """All methods of the cache at equal bytes, on the embedded model.
 
     python benchmarks/cache_methods.py run FOLDER [--shares 50 25] [--methods h2o snapkv] [--speed | --layered]
-    python benchmarks/cache_methods.py table FOLDER [--speed FOLDER] [--layered FOLDER] [--out FILE.md] [--json]
+    python benchmarks/cache_methods.py fits FITS.json
+    python benchmarks/cache_methods.py table FOLDER [--speed FOLDER] [--layered FOLDER] [--fits FITS.json]
+                                               [--out FILE.md | --json]
 
 Each method has one setting by which it grows: the largest is taken with which the ``kv`` account, as the cache itself
 allocates it, is no larger than a share of a cache that keeps everything, for a context of 4096 tokens. What has no such
@@ -9,18 +11,22 @@ setting stands where it fits. ``run`` first finds what methods must know of the 
 held-out texts), then measures with the lab: look-ups in dictionaries and of hidden numbers, and the KL divergence of
 text after long prompts, which begins in the other half. With ``--speed`` it measures seconds and peaks instead: on a
 quiet machine. With ``--layered`` prompts are computed layer by layer, so that methods judge them as a whole. A run that
-was ended goes on. ``table`` writes the page.
+was ended goes on. ``fits`` measures how long `tightfit fit` takes with each method's own settings, in a new cache
+folder. ``table`` writes the page, or with ``--json`` prints it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,11 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import command, commit, held_out, machine, table
 
 from tightfit import zoo
+from tightfit.catalog import all_techniques
 from tightfit.checkpoints.checkpoint import open_checkpoint
 from tightfit.checkpoints.config import Config
 from tightfit.errors import CheckpointError, UsageError
 from tightfit.kv.compose import compose, known_of
-from tightfit.kv.fitted import NOTHING
+from tightfit.kv.fitted import NOTHING, Fitted
 from tightfit.kv.make import kv_nbytes
 from tightfit.lab.report import Report, Row, summarise
 from tightfit.lab.results import Results
@@ -180,18 +187,45 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
     return first
 
 
+@contextmanager
+def fitting_text() -> Iterator[str]:
+    """The half of the held-out texts that methods are fitted on, in a file."""
+    texts, _ = held_out(zoo.path(MODEL))
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("\n".join(texts[: len(texts) // 2]))
+        file.flush()
+        yield file.name
+
+
+def fit_arguments(method: str, text: str) -> list[str]:
+    arguments = ["fit", MODEL, "--kv", method, "--text", text, "--memory", "4GiB"]
+    return [sys.executable, "-m", "tightfit", *arguments]
+
+
 def fit_all(specs: list[str]) -> None:
     """Finds what methods must know, where it was not found yet."""
-    texts, _ = held_out(zoo.path(MODEL))
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as text, open_checkpoint(str(zoo.path(MODEL))) as checkpoint:
-        text.write("\n".join(texts[: len(texts) // 2]))
-        text.flush()
+    with fitting_text() as text, open_checkpoint(str(zoo.path(MODEL))) as checkpoint:
         for method in {method.fitted_by() for spec in specs for method in compose(spec).fitted}:
             try:
                 known_of(method, checkpoint.name, checkpoint.fingerprint, OWNERS)
             except CheckpointError:
-                arguments = ["fit", MODEL, "--kv", method, "--text", text.name, "--memory", "4GiB"]
-                subprocess.run([sys.executable, "-m", "tightfit", *arguments], check=True)
+                subprocess.run(fit_arguments(method, text), check=True)
+
+
+def time_fits(out: Path) -> None:
+    """Fits each method with its own settings."""
+    names = [entry.name for entry in all_techniques() if entry.seam == "kv" and issubclass(entry.cls, Fitted)]
+    found = {}
+    with fitting_text() as text, tempfile.TemporaryDirectory() as folder:
+        for name in sorted(names):
+            start = time.monotonic()
+            environment = os.environ | {"XDG_CACHE_HOME": folder}
+            printed = subprocess.run([*fit_arguments(name, text), "--json"], env=environment, capture_output=True)
+            printed.check_returncode()
+            seconds, file = time.monotonic() - start, Path(json.loads(printed.stdout)["file"])
+            found[name] = {"seconds": seconds, "bytes": file.stat().st_size}
+            print(f"{name}: {seconds:.1f} s", flush=True)
+    out.write_text(json.dumps(found, indent=1))
 
 
 def main() -> None:
@@ -207,15 +241,21 @@ def main() -> None:
     how.add_argument("--speed", action="store_true")
     how.add_argument("--layered", action="store_true")
     run.add_argument("--show", action="store_true", help="only say what would be measured")
+    fits = commands.add_parser("fits")
+    fits.add_argument("out", type=Path, metavar="FITS.json")
     shown = commands.add_parser("table")
     shown.add_argument("folder", type=Path)
     shown.add_argument("--speed", type=Path, metavar="FOLDER")
     shown.add_argument("--layered", type=Path, metavar="FOLDER")
+    shown.add_argument("--fits", type=Path, metavar="FITS.json")
     shown.add_argument("--out", type=Path)
     shown.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.command == "table":
         show(options)
+        return
+    if options.command == "fits":
+        time_fits(options.out)
         return
     sizes = Sizes()
     methods = options.methods or (list(JUDGING) if options.layered else [])
@@ -275,6 +315,12 @@ def show(options: argparse.Namespace) -> None:
             "## Where prompts are judged as a whole (`--prefill layered`)",
             table(COLUMNS[:6], [cells(layered, None, row)[:6] for row in judged]),
         ]
+    if options.fits is not None:
+        rows_of_fits = [
+            [f"`{name}`", f"{each['seconds']:.0f}", f"{each['bytes'] / 1024:.0f}"]
+            for name, each in json.loads(options.fits.read_text()).items()
+        ]
+        parts += ["## What `tightfit fit` takes", table(["method", "seconds", "KiB kept"], rows_of_fits)]
     page = "\n\n".join(parts) + "\n"
     if options.out is None:
         print(page)

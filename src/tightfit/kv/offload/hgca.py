@@ -35,9 +35,9 @@ class HGCA(Demoter, Tier):
     The paper has the window on a GPU, and a processor looks at the old tokens in its own memory at the same time. Here
     one processor does both, with all its threads, and reads from a disk the old tokens that matter, each by itself.
 
-    On the embedded model, after prompts of 3900 tokens, KL divergence is 0.014 with ``beta=1`` and 0.008 with 0.25,
-    where the window alone gives 0.042: closer to all of attention, but numbers hidden in a prompt, whose tokens nobody
-    looked at until they are asked for, are mostly not found (none of 3, and one, where everything finds two).
+    On the embedded model with 799 of 3900 tokens in memory KL divergence is 0.020, where a window of 959 takes as many
+    bytes and gives 0.037: closer to all of attention (``beta=0.25`` nearly halves it), but of 20 numbers hidden in 2000
+    tokens, which nobody looked at until they are asked for, 10 are found, with the window 9 and with everything 18.
     """
 
     beta: float = 1.0
