@@ -303,7 +303,7 @@ def show(options: argparse.Namespace) -> None:
     parts = [
         "# Methods of the cache at equal bytes",
         f"Made by `{command()}` at {commit()}, with chunks of {CHUNK} tokens. "
-        f"{machine(report.experiment.machine['cores'])}",
+        f"{machine(int(report.experiment.machine['cores']), 'torch')}",
         ABOUT,
     ]
     if speed is not None:

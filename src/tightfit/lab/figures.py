@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
@@ -84,11 +85,17 @@ def make(folders: Sequence[Path]) -> dict[str, Any]:
         "version": VERSION,
         **{name: getattr(first, name) for name in ("model", "fingerprint", "context", "seed", "tasks", "machine")},
         "versions": first.versions,
-        "command": "; ".join(dict.fromkeys(results.experiment.command for results in found)),
+        "command": "; ".join(dict.fromkeys(_without_folder(results.experiment.command) for results in found)),
         "spot": spot,
         "techniques": techniques,
         "missing": missing,
     }
+
+
+def _without_folder(command: str) -> str:
+    parts = shlex.split(command)
+    at = next((i for i, part in enumerate(parts) if part in ("--out", "-o")), len(parts))
+    return shlex.join([*parts[:at], *parts[at + 2 :]])
 
 
 def spot_sample(experiment: Experiment) -> dict[str, Any]:
