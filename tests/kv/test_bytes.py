@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -92,6 +93,22 @@ class Layers:
         self.cache.attend_step(layer, batch, held, q, out, self.ws, Scoring(1.0, layout.window))
         assert out.isfinite().all()
 
+    def fill(self, context: int, layered: float, moment: Callable[[], None] = lambda: None) -> None:
+        """A prompt of some chunks, or as a whole with a chance of ``layered``, and drafts of which some are accepted,
+        up to ``context`` tokens; calls ``moment`` whenever tokens were let go of."""
+        prompt = self.rng.randint(1, context)
+        if self.rng.random() < layered:
+            self.chunk(prompt, layered=True)
+        while self.tokens < prompt:
+            self.chunk(min(self.rng.choice([1, 5, 48, 300]), prompt - self.tokens))
+        self.check_pages()
+        while self.tokens < context:
+            size = self.rng.randint(1, min(self.cache.room(0), context - self.tokens))
+            self.draft(size, self.rng.choice([size, self.rng.randint(0, size)]))
+            self.check_pages()
+            if self.tokens % PAGE == 0:
+                moment()
+
     def check_pages(self) -> None:
         """Every page of memory is free, or belongs to one head of one of the layers that have theirs in common."""
         pools: dict[int, list[Pages]] = {}
@@ -141,17 +158,7 @@ def test_no_run_needs_more_pages_than_are_reserved(
     rng = random.Random(seed)
     cache = PagedCache(SMALL[model], compose(kv), context, 1, torch.float32, Arena(ROOM), tail=tail)
     for _ in range(2):  # the second sequence takes the place of the first
-        layers = Layers(cache, rng)
-        prompt = rng.randint(1, context)
-        if rng.random() < 0.3:
-            layers.chunk(prompt, layered=True)
-        while layers.tokens < prompt:
-            layers.chunk(min(rng.choice([1, 5, 48, 300]), prompt - layers.tokens))
-        layers.check_pages()
-        while layers.tokens < context:
-            size = rng.randint(1, min(cache.room(0), context - layers.tokens))
-            layers.draft(size, rng.choice([size, rng.randint(0, size)]))
-            layers.check_pages()
+        Layers(cache, rng).fill(context, layered=0.3)
         cache.begin(0, 0)
     cache.close()
 

@@ -16,7 +16,6 @@ from tests.parity.harness import ROOM
 from tightfit.budget.ledger import Arena
 from tightfit.errors import UsageError
 from tightfit.kernels.attention import Scoring
-from tightfit.kernels.pages import PAGE
 from tightfit.kv.base import LayerLayout
 from tightfit.kv.compose import compose
 from tightfit.kv.make import kv_nbytes
@@ -97,20 +96,12 @@ def test_what_is_reserved_for_all_layers_is_enough_at_every_moment_and_all_of_it
         layouts, compose(f"{evictor},budget=dynamickv){more}"), context, 1, torch.float32, Arena(ROOM), tail=tail
     )
     limit = cache.store.reserved.limit
+
+    def check_sum() -> None:
+        assert sum(kept(cache, layer) for layer in range(5)) <= 5 * limit(0, int(cache.tokens[0]))
+
     for _ in range(2):
-        layers = Concentrated(cache, rng)
-        prompt = rng.randint(1, context)
-        if rng.random() < 0.4:
-            layers.chunk(prompt, layered=True)
-        while layers.tokens < prompt:
-            layers.chunk(min(rng.choice([1, 5, 48, 300]), prompt - layers.tokens))
-        layers.check_pages()
-        while layers.tokens < context:
-            size = rng.randint(1, min(cache.room(0), context - layers.tokens))
-            layers.draft(size, rng.choice([size, rng.randint(0, size)]))
-            layers.check_pages()
-            if layers.tokens % PAGE == 0:
-                assert sum(kept(cache, layer) for layer in range(5)) <= 5 * limit(0, layers.tokens)
+        Concentrated(cache, rng).fill(context, layered=0.4, moment=check_sum)
         cache.begin(0, 0)
     cache.close()
 

@@ -176,6 +176,13 @@ def place(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Ten
     return arena.take(nbytes).view(dtype).view(shape)
 
 
+def placed(x: torch.Tensor, arena: Arena) -> torch.Tensor:
+    """A copy in the next bytes of ``arena``."""
+    copy = place(arena, tuple(x.shape), x.dtype)
+    copy.copy_(x)
+    return copy
+
+
 def numbers(arena: Arena, *shape: int) -> torch.Tensor:
     """Room for int32 numbers."""
     return place(arena, shape, torch.int32)

@@ -36,19 +36,14 @@ class Numbers(NamedTuple):
 
 class Linear:
     """What a linear map in bfloat16 says of ``width`` features by those of its inputs; a token's bits are its own.
-    ``found`` is its matrix (width, all inputs) and offset (width,) until :meth:`load`."""
+    It is all zeros until :meth:`load`."""
 
     def __init__(self, width: int, inputs: Sequence[int], arena: Arena) -> None:
         self.parts = [Weight(place(arena, (2 * width * each,), torch.uint8), "bf16", 0, width, each) for each in inputs]
         self.offset = place(arena, (width,), torch.float32)
-        self.found: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def load(self) -> None:
-        """Copies what was found into the arena; not before a sequence begins, as plans make caches in memory that is
-        never written."""
-        if self.found is None:
-            return
-        (matrix, offset), self.found = self.found, None
+    def load(self, matrix: torch.Tensor, offset: torch.Tensor) -> None:
+        """Copies a matrix (width, all inputs) and an offset (width,) into the arena."""
         for part, columns in zip(self.parts, matrix.split([part.cols for part in self.parts], 1), strict=True):
             part.data.view(torch.bfloat16).view(part.rows, part.cols).copy_(columns)
         self.offset.copy_(offset)
@@ -151,9 +146,6 @@ class PredictedStore(LowerStore):
     def clear(self, slot: int) -> None:
         super().clear(slot)
         self.chain.clear(slot)
-        if self.before is not None:
-            self.key_map.load()
-            self.value_map.load()
 
     # ---- attention ----
 

@@ -17,7 +17,7 @@ from tightfit.kernels.attention import Scoring
 from tightfit.kernels.pages import PAGE, Looking, Rows
 from tightfit.kv.base import BLOCK, LayerLayout
 from tightfit.kv.beside import Beside
-from tightfit.kv.cache import as_bytes, numbers, place
+from tightfit.kv.cache import as_bytes, numbers, place, placed
 from tightfit.kv.compose import Composition
 from tightfit.kv.entries import InFile, parts
 from tightfit.kv.fitted import Known
@@ -58,7 +58,7 @@ class Store:
     ) -> None:
         composition.check(layouts)
         self.layouts = layouts
-        self.composition = composition = composition.with_found(known, lambda found: _placed(found, arena))
+        self.composition = composition = composition.with_found(known, lambda found: placed(found, arena))
         self.context, self.sequences, self.tail = context, sequences, tail
         self.dtype, self.gemm_dtype = dtype, gemm_dtype
         self.owners = list(range(len(layouts)) if known.owners is None else known.owners)
@@ -269,9 +269,3 @@ def _close(file: int, staging: Sequence[pages.Staging]) -> None:
         each.rest()
     if file >= 0:
         os.close(file)
-
-
-def _placed(x: torch.Tensor, arena: Arena) -> torch.Tensor:
-    placed = place(arena, tuple(x.shape), x.dtype)
-    placed.copy_(x)
-    return placed

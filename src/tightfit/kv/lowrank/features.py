@@ -13,7 +13,7 @@ from tightfit.budget.ledger import Arena, Workspace
 from tightfit.kernels import ops, pages
 from tightfit.kernels.attention import Scoring
 from tightfit.kv.base import BaseCache, LayerLayout, Move, Step, Turn, Turned
-from tightfit.kv.cache import place
+from tightfit.kv.cache import placed
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,16 @@ class Maps:
         heads, _, key_rank = self.keys.shape
         return replace(layout, kv_heads=heads, key_dim=key_rank, value_dim=self.values.shape[2], rotation=None)
 
-    def room(self, layout: LayerLayout, arena: Arena) -> Maps:
-        """Room in ``arena`` for those of a layer that has ``layout``, with a ``shift`` (heads, value_dim) of each query
-        head, and with ``queries``."""
-        keys, values, outputs = (
-            place(arena, tuple(x.shape), torch.float32) for x in (self.keys, self.values, self.outputs)
-        )
-        shift = place(arena, (layout.heads, layout.value_dim), torch.float32)
-        per_head = layout.kv_heads, layout.key_dim, keys.shape[2]
-        queries = keys.view(per_head) if self.queries is None else place(arena, per_head, torch.float32)
+    def placed(self, layout: LayerLayout, arena: Arena) -> Maps:
+        """Those of a layer that has ``layout``, in ``arena``: with a ``shift`` (heads, value_dim) of each query head,
+        and with ``queries``."""
+        shift = self.shift.repeat_interleave(layout.heads // len(self.shift), 0)
+        keys, values, outputs, shift = (placed(x.float(), arena) for x in (self.keys, self.values, self.outputs, shift))
+        if self.queries is None:
+            queries = keys.view(layout.kv_heads, layout.key_dim, keys.shape[2])
+        else:
+            queries = placed(self.queries.float(), arena)
         return Maps(keys, values, outputs, shift, queries)
-
-    def load(self, found: Maps) -> None:
-        """Copies those that were ``found`` into the room for them."""
-        self.keys.copy_(found.keys)
-        self.values.copy_(found.values)
-        self.outputs.copy_(found.outputs)
-        self.shift.copy_(found.shift.repeat_interleave(len(self.shift) // len(found.shift), 0))
-        if found.queries is not None and self.queries is not None:
-            self.queries.copy_(found.queries)
 
 
 class _Held(NamedTuple):
@@ -69,7 +60,7 @@ class Features(BaseCache):
 
     Queries and keys are turned first, so that what is stored is never turned again, and the inner cache sees queries,
     keys and values like any others, of its own shapes. The maps of layers that have their own keys and values are
-    copied into ``arena`` when a sequence begins, as plans make caches in memory that is never written.
+    copied into ``arena``.
     """
 
     def __init__(self, inner: BaseCache, layouts: Sequence[LayerLayout], maps: Sequence[Maps], arena: Arena) -> None:
@@ -80,9 +71,8 @@ class Features(BaseCache):
         self.anchors = inner.anchors
         self.whole_entries = inner.whole_entries
         self.repeatable = inner.repeatable
-        rooms = {layer: maps[layer].room(layouts[layer], arena) for layer in inner.own}
-        self._maps = [rooms[owner] for owner in inner.owners]
-        self._found = [(rooms[layer], maps[layer]) for layer in inner.own]  # until they are copied
+        own = {layer: maps[layer].placed(layouts[layer], arena) for layer in inner.own}
+        self._maps = [own[owner] for owner in inner.owners]
 
     @property
     def owners(self) -> list[int]:  # type: ignore[override]
@@ -155,9 +145,6 @@ class Features(BaseCache):
     # ---- the rest is the inner cache's ----
 
     def begin(self, slot: int, start: int) -> None:
-        while self._found:
-            room, found = self._found.pop()
-            room.load(found)
         self.inner.begin(slot, start)
 
     def prefilled(self, slot: int, start: int, stop: int) -> None:

@@ -125,7 +125,7 @@ class Aqua(Demoter, Fitted):
         if isinstance(store, PredictedStore) and store.before is not None:
             found = known.of(self)
             for name, of_store in (("keys", store.key_map), ("values", store.value_map)):
-                of_store.found = found[f"{name}.{layer}"], found[f"{name}.offset.{layer}"]
+                of_store.load(found[f"{name}.{layer}"], found[f"{name}.offset.{layer}"])
 
     # ---- what is found ----
 
