@@ -35,3 +35,8 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 record.speeds[speeds_key(threads, numerics)] = known.model_dump(mode="json")
         record.save()
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first: at the end, one process would be left with them."""
+    items.sort(key=lambda item: "memory" not in item.path.parts)
